@@ -1,0 +1,140 @@
+"""The nouns of the engine: requests, sequences, spans, plans and results. No torch here.
+
+One kind of work: a *span* is a run of tokens [start, stop) of one sequence, with a purpose.
+Every iteration executes the spans of one *plan* as one flat batch. Prefill, decode, score and
+the training forward are the same computation with different ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import Literal
+
+
+class Purpose(IntEnum):
+    """What a span's tokens are for: it decides the epilogue and how they are counted."""
+
+    DECODE = 0  # one token of a running generation: sample
+    PREFILL = 1  # prompt tokens: sample after the last
+    SCORE = 2  # log-probabilities (or pooled states) of given tokens
+    TRAIN = 3  # fine-tuning forward: loss (reserved for co-serving)
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A constraint on the output: exactly one kind of source, kept as text so that it can be hashed.
+
+    ``json_schema`` holds a JSON schema as text ("{}" admits any JSON), ``regex`` a regular
+    expression, ``choice`` the allowed strings as a JSON list.
+    """
+
+    kind: Literal["json_schema", "regex", "choice"]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. Ranges are checked once, by ``validate`` in ``engine/validate.py``.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 = all. top_p, min_p: 1 and 0 = all.
+        repetition_penalty: divides (multiplies) positive (negative) logits of tokens seen in
+            prompt or output; 1 = none. presence_penalty, frequency_penalty: subtracted for tokens
+            seen in the output, once and per occurrence.
+        logit_bias: added to logits, by token id.
+        seed: draws depend on (seed, position) only, never on the rest of the batch.
+        max_tokens: None = until the context is full.
+        stop: strings that end the text; the match is not part of the text.
+        logprobs: None = no; k >= 0 = the chosen token's log-probability and the top k.
+        prompt_logprobs: the same for the prompt's tokens.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One thing asked of the engine.
+
+    ``generate`` samples ``n`` continuations; ``score`` returns log-probabilities of
+    ``tokens[score_from:]`` given what precedes them; ``embed`` returns the pooled final states.
+
+    Attributes:
+        adapter: name of a loaded adapter, None = the base model.
+        salt: tenant; prefixes are never shared between salts.
+        program: hash of the program of edits (reserved), None = untouched.
+        pooling: for ``embed``: "mean" or "last".
+        priority: smaller runs earlier; ties by arrival.
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    kind: Literal["generate", "score", "embed"] = "generate"
+    params: SamplingParams = SamplingParams()
+    n: int = 1
+    adapter: str | None = None
+    salt: str = ""
+    program: str | None = None
+    score_from: int = 1
+    pooling: Literal["mean", "last"] = "mean"
+    priority: int = 0
+    arrival: float = 0.0  # time.monotonic() seconds
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of one token, with the best alternatives."""
+
+    token: int
+    logprob: float
+    rank: int  # 1 = the most probable token
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True)
+class Output:
+    """What the engine hands back for one sequence after an iteration; ``tokens`` are the new ones.
+
+    ``text`` is the newly settled text (stop strings withheld). ``finish_reason`` is set once, in
+    the last output of a sequence; ``final`` is set in the last output of the whole request.
+    """
+
+    request_id: str
+    index: int = 0
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None  # for score: one per scored token
+    embedding: list[float] | None = None
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_match: str | int | None = None  # the stop string or token id that ended it
+    error: Exception | None = None
+    final: bool = False

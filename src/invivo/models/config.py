@@ -1,0 +1,89 @@
+"""What a model is, in numbers: one frozen config drives the one decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding of one kind of layer.
+
+    Attributes:
+        theta: base of the frequencies.
+        rotary_dim: leading dimensions of a head that turn (partial rotary when < head_dim).
+        scaling: ``None``, or the Hub's ``rope_scaling`` mapping with its ``rope_type``
+            (``linear``, ``dynamic``, ``llama3``, ``yarn``, ``longrope``).
+    """
+
+    theta: float
+    rotary_dim: int
+    scaling: tuple[tuple[str, object], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """What differs between the layers of one model."""
+
+    mixer: Literal["attention", "gla"] = "attention"
+    window: int | None = None  # sliding window in tokens, None = full attention
+    rope: int | None = 0  # index into ModelConfig.ropes, None = no rotary
+    feedforward: Literal["mlp", "moe"] = "mlp"
+
+
+@dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """Mixture of experts: ``top_k`` of ``n_experts`` gated MLPs of width ``d_expert``."""
+
+    n_experts: int
+    top_k: int
+    d_expert: int
+    normalize_weights: bool  # divide the chosen weights by their sum
+    d_shared: int = 0  # width of the always-on expert (Qwen2-MoE), 0 = none
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One decoder-only language model.
+
+    ``d_model`` width, H = ``n_heads`` query heads, G = ``n_kv_heads`` key heads of ``head_dim``,
+    ``d_ff`` hidden units, V = ``vocab_size``.
+    """
+
+    family: str  # the Hub's model_type: "llama", "gemma3_text", ...
+    vocab_size: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    max_positions: int
+    layers: tuple[LayerConfig, ...]
+    ropes: tuple[RopeConfig, ...] = ()
+    learned_positions: bool = False
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_unit_offset: bool = False  # weight is stored minus one (Gemma)
+    pre_norm: bool = True  # False: norms sit only after the sub-layers (OLMo 2)
+    post_norm: bool = False  # norm on the sub-layer's output before it is added
+    qk_norm: Literal["none", "head", "full"] = "none"
+    activation: str = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    attn_scale: float | None = None  # None: head_dim ** -0.5
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float | None = None
+    tie_embeddings: bool = False
+    moe: MoEConfig | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    source: dict[str, object] = field(default_factory=dict, compare=False, hash=False)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
