@@ -138,3 +138,88 @@ class Output:
     stop_match: str | int | None = None  # the stop string or token id that ended it
     error: Exception | None = None
     final: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One running continuation of a request: its tokens, how far it has been computed, its memory.
+
+    Attributes:
+        tokens: prompt and known output tokens.
+        n_prompt: prompt length.
+        n_computed: tokens whose keys are in the cache (or whose step has been launched).
+        n_pending: tokens launched whose value the host does not know yet (0 or 1): sampled one
+            step behind, they live in a device buffer until the step is folded in.
+        blocks: physical cache blocks, in order.
+        row: slot of the running sequence in persistent per-sequence tables, -1 when not running.
+        state_slot: slot of recurrent state (reserved), -1 = none.
+        adapter_slot, adapter_version: device slot and version of the adapter, 0 = base model.
+        namespace: typed prefix-cache key parts, e.g. (("adapter", name, version), ("salt", s)).
+        n_cached: prompt tokens found in the prefix cache when first admitted.
+        n_preempted: how often the sequence lost its memory and was recomputed.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int]
+    n_prompt: int
+    n_computed: int = 0
+    n_pending: int = 0
+    blocks: list[int] = field(default_factory=list)
+    row: int = -1
+    state_slot: int = -1
+    adapter_slot: int = 0
+    adapter_version: int = 0
+    namespace: tuple[tuple[object, ...], ...] = ()
+    status: Status = Status.WAITING
+    n_cached: int = 0
+    n_preempted: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Known and pending tokens."""
+        return len(self.tokens) + self.n_pending
+
+
+@dataclass(slots=True)
+class Span:
+    """Tokens [start, stop) of one sequence, run in one iteration."""
+
+    seq: Sequence
+    start: int
+    stop: int
+    purpose: Purpose
+    samples: bool  # whether a token is drawn after the last row
+
+
+@dataclass(slots=True)
+class BackwardUnit:
+    """A piece of the backward pass of a fine-tuning window (reserved for co-serving)."""
+
+    job: str
+    start: int
+    stop: int
+    first_layer: int
+    last_layer: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """Everything one iteration does; spans of one token come first."""
+
+    spans: list[Span]
+    backward: list[BackwardUnit] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    n_tokens: int = 0
+    n_decode: int = 0  # leading spans of one token
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What came out of one plan: for each sampling span its token, and log-probabilities if asked."""
+
+    plan: Plan
+    tokens: list[int]  # one a span; -1 where the span does not sample
+    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)  # by span index
+    embeddings: dict[int, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
