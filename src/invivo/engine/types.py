@@ -148,13 +148,20 @@ class Sequence:
         tokens: prompt and known output tokens.
         n_prompt: prompt length.
         n_computed: tokens whose keys are in the cache (or whose step has been launched).
-        n_pending: tokens launched whose value the host does not know yet (0 or 1): sampled one
-            step behind, they live in a device buffer until the step is folded in.
+        n_pending: sampled tokens whose value the host does not know yet: they live in a device
+            buffer until their step is folded in (one while a step is in flight, two between
+            planning the next step and folding that one).
         blocks: physical cache blocks, in order.
         row: slot of the running sequence in persistent per-sequence tables, -1 when not running.
         state_slot: slot of recurrent state (reserved), -1 = none.
         adapter_slot, adapter_version: device slot and version of the adapter, 0 = base model.
+        needs_host_token: the next step needs the last token's value on the host (grammar), so the
+            sequence skips a step while that token is in flight.
         namespace: typed prefix-cache key parts, e.g. (("adapter", name, version), ("salt", s)).
+        limit: total tokens at which the sequence ends with "length"; set when it is queued.
+        rank: (priority, arrival, order of queueing): smaller goes first.
+        n_indexed, prefix_parent: leading blocks that the prefix index knows, and the key under
+            which the next one continues that chain.
         n_cached: prompt tokens found in the prefix cache when first admitted.
         n_preempted: how often the sequence lost its memory and was recomputed.
     """
@@ -170,7 +177,12 @@ class Sequence:
     state_slot: int = -1
     adapter_slot: int = 0
     adapter_version: int = 0
+    needs_host_token: bool = False
     namespace: tuple[tuple[object, ...], ...] = ()
+    limit: int = 0
+    rank: tuple[int, float, int] = (0, 0.0, 0)
+    n_indexed: int = 0
+    prefix_parent: object = None
     status: Status = Status.WAITING
     n_cached: int = 0
     n_preempted: int = 0
@@ -205,10 +217,18 @@ class BackwardUnit:
 
 @dataclass(slots=True)
 class Plan:
-    """Everything one iteration does; spans of one token come first."""
+    """Everything one iteration does; spans of one token come first.
+
+    Attributes:
+        admitted: sequences that start, or start again after a preemption, with this plan.
+        grown: (sequence, index of its first new block) for every sequence that got blocks.
+        preempted: sequences that lost their memory to make room.
+    """
 
     spans: list[Span]
     backward: list[BackwardUnit] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    grown: list[tuple[Sequence, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     n_tokens: int = 0
     n_decode: int = 0  # leading spans of one token
