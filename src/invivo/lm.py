@@ -7,7 +7,33 @@ studies, the server's pages) is written against :class:`LM` alone.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict, Unpack, overload
+
+from invivo.engine.types import AdapterInfo
+
+__all__ = [
+    "LM",
+    "AdapterInfo",
+    "Choice",
+    "Completion",
+    "Delta",
+    "Message",
+    "ModelInfo",
+    "Prompt",
+    "Sampling",
+    "Score",
+    "ScoreItem",
+    "Token",
+]
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]  # {"role": ..., "content": ..., and what the chat template knows}
+ScoreItem = Prompt | tuple[Prompt, Prompt]
 
 
 @dataclass(slots=True)
@@ -49,13 +75,19 @@ class Completion:
 
 @dataclass(slots=True)
 class Delta:
-    """A piece of a stream: newly settled text of one choice."""
+    """A piece of a stream: newly settled text of one choice.
+
+    ``cached_tokens`` (of the prompt) is the same in every piece of a choice; ``prompt_logprobs``
+    come once, in the first piece of choice 0; ``finish_reason`` in the last piece of each choice.
+    """
 
     index: int
     text: str
     tokens: list[int]
     logprobs: list[Token] | None = None
     finish_reason: str | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: list[Token] | None = None
 
 
 @dataclass(slots=True)
@@ -70,3 +102,284 @@ class Score:
     logprob: float
     greedy: bool
     perplexity: float
+
+
+@dataclass(slots=True)
+class ModelInfo:
+    """What is being served."""
+
+    name: str
+    family: str
+    n_parameters: int
+    dtype: str
+    device: str
+    max_model_len: int
+    vocab_size: int
+    hidden_size: int
+    fingerprint: str
+    created: int  # Unix seconds at which it was loaded
+    has_chat_template: bool
+
+
+class Sampling(TypedDict, total=False):
+    """Keyword arguments of every generating call; the fields of ``SamplingParams`` and a few more.
+
+    At most one of ``json_schema`` (a mapping, a JSON text or ``True`` for any JSON object),
+    ``regex`` and ``choice`` (the allowed answers) constrains the output.
+    """
+
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    min_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
+    n: int
+    adapter: str | None
+    salt: str
+    priority: int
+    json_schema: Mapping[str, Any] | str | bool
+    regex: str
+    choice: Sequence[str]
+
+
+class LM(ABC):
+    """One language model. A prompt is a string or a list of token ids.
+
+    A single prompt gives a single answer, a list of prompts a list in the same order. Iterators
+    cancel their request when closed. Every method ``m`` that may wait has an ``async`` twin
+    ``am``. Errors are those of :mod:`invivo.errors`.
+    """
+
+    # --- generation -------------------------------------------------------------------------
+    @overload
+    def generate(
+        self, prompt: str | list[int], *, progress: bool = False, **sampling: Unpack[Sampling]
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[list[int]],
+        *,
+        progress: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> list[Completion]: ...
+    @abstractmethod
+    def generate(
+        self,
+        prompt: str | list[int] | list[str] | list[list[int]],
+        *,
+        progress: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Completion | list[Completion]:
+        """Continue the prompt, or each of several prompts, all in one batch.
+
+        Args:
+            prompt: one prompt or a list of prompts.
+            progress: show a progress bar over the prompts.
+            sampling: see :class:`Sampling`; ``max_tokens`` is 128 unless said.
+
+        Raises:
+            InvalidRequest: a parameter is out of range, or the prompt does not fit.
+            NotFound: the adapter is not loaded.
+        """
+
+    @abstractmethod
+    async def agenerate(
+        self,
+        prompt: str | list[int] | list[str] | list[list[int]],
+        **sampling: Unpack[Sampling],
+    ) -> Any:
+        """:meth:`generate`; a cancelled task cancels its requests."""
+
+    @abstractmethod
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        progress: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Any:
+        """Answer a conversation (or each of several) through the model's chat template.
+
+        Args:
+            messages: mappings with ``role`` and ``content``; a list of such lists is a batch.
+            tools: function descriptions in the OpenAI shape, rendered by the template.
+            tool_choice: "auto", "none", "required", or a named function in the OpenAI shape;
+                the last two constrain the answer to a call written as JSON.
+            sampling: as for :meth:`generate`; ``max_tokens`` is 512 unless said.
+
+        Returns:
+            A :class:`Completion`, or a list of them for a batch.
+        """
+
+    @abstractmethod
+    async def achat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Any:
+        """:meth:`chat`; a cancelled task cancels its requests."""
+
+    @abstractmethod
+    def stream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Generator[Delta, None, None]:
+        """Yield the continuation piece by piece; closing the iterator cancels the request."""
+
+    @abstractmethod
+    def astream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> AsyncGenerator[Delta, None]:
+        """:meth:`stream` as an asynchronous iterator."""
+
+    @abstractmethod
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Generator[Delta, None, None]:
+        """Yield the answer to a conversation piece by piece."""
+
+    @abstractmethod
+    def astream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncGenerator[Delta, None]:
+        """:meth:`stream_chat` as an asynchronous iterator."""
+
+    # --- measuring --------------------------------------------------------------------------
+    @abstractmethod
+    def score(
+        self,
+        text: ScoreItem | list[Any],
+        *,
+        adapter: str | None = None,
+        salt: str = "",
+        top: int = 0,
+        progress: bool = False,
+    ) -> Any:
+        """Log-probabilities of a text, or of a continuation after a context.
+
+        A string is scored from its second token (from its first where the tokenizer puts a
+        beginning-of-text token before it). A pair ``(context, continuation)`` is tokenised as
+        one text and scored over the continuation's tokens; blanks at the end of the context
+        count to the continuation, because that is how tokenizers cut words. An empty context
+        stands for the beginning of a text. A *tuple* is one pair, a *list* of strings, of token
+        lists or of tuples is a batch.
+
+        Args:
+            top: how many alternatives to return beside each token, at most 20.
+
+        Returns:
+            A :class:`Score`, or a list of them for a batch.
+        """
+
+    @abstractmethod
+    async def ascore(
+        self,
+        text: ScoreItem | list[Any],
+        *,
+        adapter: str | None = None,
+        salt: str = "",
+        top: int = 0,
+    ) -> Any:
+        """:meth:`score`; a cancelled task cancels its requests."""
+
+    @abstractmethod
+    def embed(
+        self,
+        text: str | list[int] | list[str] | list[list[int]],
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = True,
+        adapter: str | None = None,
+        salt: str = "",
+        progress: bool = False,
+    ) -> Any:
+        """Pooled final hidden states: a list of floats, or a list of such lists for a batch."""
+
+    @abstractmethod
+    async def aembed(
+        self,
+        text: str | list[int] | list[str] | list[list[int]],
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = True,
+        adapter: str | None = None,
+        salt: str = "",
+    ) -> Any:
+        """:meth:`embed`; a cancelled task cancels its requests."""
+
+    # --- tokens -----------------------------------------------------------------------------
+    @abstractmethod
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of ``text``; ``special`` adds the tokenizer's own beginning and end tokens."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+
+    @abstractmethod
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text that a conversation becomes before the model sees it."""
+
+    # --- housekeeping -----------------------------------------------------------------------
+    @abstractmethod
+    def info(self) -> ModelInfo:
+        """What is being served."""
+
+    @abstractmethod
+    def adapters(self) -> list[AdapterInfo]:
+        """The loaded adapters."""
+
+    @abstractmethod
+    def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
+        """Load a LoRA adapter in the peft library's format; an existing name gets a new version."""
+
+    @abstractmethod
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that run with it finish first."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """The live snapshot described in ``docs/architecture.md``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Cancel what runs and give everything back; calling it twice is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

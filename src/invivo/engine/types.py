@@ -109,6 +109,24 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """One loaded adapter, as its users see it.
+
+    Attributes:
+        version: counts up each time the name is loaded again.
+        rank: largest rank of its matrices.
+        running: requests that hold this version, waiting ones included.
+        n_parameters: numbers in its matrices.
+    """
+
+    name: str
+    version: int
+    rank: int
+    running: int = 0
+    n_parameters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Natural-log probability of one token, with the best alternatives."""
 
