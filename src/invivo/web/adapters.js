@@ -79,7 +79,7 @@ export class Adapters {
     name.textContent = adapter.name;
     const facts = document.createElement("span");
     facts.className = "muted small";
-    const parts = [`version ${adapter.version}`, `rank ${adapter.rank}`];
+    const parts = [`v${adapter.version}`, `rank ${adapter.rank}`];
     if (adapter.running) parts.push(`${adapter.running} running`);
     facts.textContent = parts.join(" · ");
     const button = document.createElement("button");

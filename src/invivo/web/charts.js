@@ -2,7 +2,7 @@
 
 import uPlot from "./vendor/uplot/uPlot.esm.js";
 import * as format from "./format.js";
-import { cssColour, faded } from "./theme.js";
+import { cssColour } from "./theme.js";
 
 const FONT = "12px system-ui, sans-serif";
 
@@ -82,11 +82,17 @@ class Chart {
       padding: [8, 6, 0, 0],
       cursor: { y: false, drag: { x: false, y: false }, points: { show: false } },
       scales: {
-        x: { time: true, range: () => [this.now - this.window, this.now] },
+        x: { time: false, range: () => [this.now - this.shownSeconds(), this.now] },
         y: { range: (_, low, high) => [0, Math.max(this.floor, (high || 0) * 1.12)] },
       },
       axes: [
-        { ...axis, grid: { show: false }, space: 70, size: 28, values: (_, splits) => splits.map((s) => this.timeLabel(s)) },
+        {
+          ...axis,
+          grid: { show: false },
+          size: 24,
+          splits: () => this.timeSplits(),
+          values: (_, splits) => splits.map((s) => this.timeLabel(s)),
+        },
         { ...axis, size: 58, space: 34, values: (_, splits) => splits.map((v) => this.formatAxis(v)) },
       ],
       series: [{}, ...this.seriesOptions()],
@@ -95,9 +101,20 @@ class Chart {
     };
   }
 
+  shownSeconds() {
+    return this.window;
+  }
+
+  timeSplits() {
+    const step = this.shownSeconds() > 120 ? 60 : 15;
+    const splits = [];
+    for (let back = this.shownSeconds(); back >= 0; back -= step) splits.push(this.now - back);
+    return splits;
+  }
+
   timeLabel(second) {
     const back = Math.round(this.now - second);
-    if (back <= 0) return "now";
+    if (back <= 0 || back >= this.shownSeconds()) return ""; // a label at an edge would be cut
     return back % 60 === 0 ? `−${back / 60} min` : `−${back} s`;
   }
 
@@ -117,25 +134,31 @@ export class StackedChart extends Chart {
     return format.count(value);
   }
 
-  // uPlot draws each series as the sum of itself and those below it.
+  // uPlot draws each series as the sum of itself and those below it. Over a long time several
+  // seconds make one step: their mean.
   shown() {
-    const total = this.data[0].map(() => 0);
-    return [
-      this.data[0],
-      ...this.data.slice(1).map((values, i) => {
-        if (this.hidden.has(i)) return total.slice();
-        return values.map((v, t) => (total[t] += v || 0));
-      }),
-    ];
+    const width = this.window > 120 ? 3 : 1;
+    const [seconds, ...purposes] = this.data;
+    const starts = seconds.map((s, i) => i).filter((i) => i === 0 || seconds[i] % width === 0);
+    const total = starts.map(() => 0);
+    const mean = (values, from, to) => values.slice(from, to).reduce((a, b) => a + b, 0) / (to - from);
+    const stacked = purposes.map((values, p) => {
+      if (this.hidden.has(p)) return total.slice();
+      return starts.map((from, i) => (total[i] += mean(values, from, starts[i + 1] ?? values.length)));
+    });
+    return [starts.map((i) => seconds[i]), ...stacked];
+  }
+
+  showValues(index) {
+    const second = index == null ? null : this.plot.data[0][index];
+    super.showValues(second == null ? null : this.data[0].indexOf(second));
   }
 
   seriesOptions() {
     return this.series.map((entry) => {
-      const colour = cssColour(entry.colour);
       return {
-        stroke: colour,
-        fill: faded(colour, 0.32),
-        width: 1.5,
+        fill: cssColour(entry.colour),
+        width: 0,
         points: { show: false },
         paths: uPlot.paths.stepped({ align: 1 }),
       };
@@ -157,6 +180,12 @@ export class PercentileChart extends Chart {
       { name: "p95", colour: "--p95" },
       { name: "p99", colour: "--p99", dash: [4, 3] },
     ]);
+  }
+
+  // The page has percentiles only since it was opened: the time axis grows with them.
+  shownSeconds() {
+    const held = this.now - (this.data[0][0] ?? this.now);
+    return Math.min(this.window, Math.max(60, Math.ceil(held / 60) * 60));
   }
 
   formatValue(value) {

@@ -89,18 +89,18 @@ export class Dashboard {
     text("model-facts", facts.filter(Boolean).join(" · "));
     text("uptime", format.uptime(s.uptime));
     text("running", format.count(s.running));
-    text("running-sub", s.max_running ? `of ${format.count(s.max_running)} at most` : "");
+    text("running-sub", s.max_running ? `of ${format.count(s.max_running)} seats` : "");
     text("waiting", format.count(s.waiting));
     text("waiting-sub", s.preemptions ? `${format.count(s.preemptions)} preempted so far` : "in the queue");
-    text("decode-rate", `${format.rate(recentRate(s.tokens.decode))} tok/s`);
-    text("decode-total", `${format.count(totals.decode)} tokens so far`);
-    text("prefill-rate", `${format.rate(recentRate(s.tokens.prefill))} tok/s`);
-    text("prefill-total", `${format.count(totals.prefill)} prompt tokens so far`);
+    text("decode-rate", format.rate(recentRate(s.tokens.decode)));
+    text("decode-total", `${format.count(totals.decode)} so far`);
+    text("prefill-rate", format.rate(recentRate(s.tokens.prefill)));
+    text("prefill-total", `${format.count(totals.prefill)} so far`);
     text("kv", format.percent(kv.used, kv.total));
-    text("kv-sub", `${format.count(kv.used * kv.block_size)} of ${format.count(kv.total * kv.block_size)} tokens`);
+    text("kv-sub", `${format.count(kv.used * kv.block_size)} of ${format.count(kv.total * kv.block_size)}`);
     meter("kv-bar", kv.used, kv.total);
     text("prefix", format.percent(prefix.hits, prefix.queries));
-    text("prefix-sub", prefix.queries ? `${format.count(prefix.hits)} of ${format.count(prefix.queries)} prompt tokens` : "no prompts yet");
+    text("prefix-sub", prefix.queries ? `${format.count(prefix.hits)} of ${format.count(prefix.queries)}` : "no prompts yet");
     meter("prefix-bar", prefix.hits, prefix.queries);
     document.title = s.running ? `${s.running} running · ${model.name}` : `${model.name} · invivo`;
   }

@@ -31,10 +31,3 @@ export function cssColour(name) {
   probe.remove();
   return colour;
 }
-
-export function faded(colour, alpha) {
-  return colour.replace(/^rgba?\(([^)]+)\)$/, (_, parts) => {
-    const [r, g, b] = parts.split(/[\s,/]+/);
-    return `rgba(${r}, ${g}, ${b}, ${alpha})`;
-  });
-}

@@ -2,7 +2,7 @@
 
 import { visible } from "./format.js";
 
-const FAINTEST = 5; // nats at which the colour is full
+const FULL = 5; // nats at which the colour is full
 
 const tip = document.getElementById("tip");
 let shownFor = null;
@@ -39,7 +39,7 @@ export function render(tokens) {
     const span = document.createElement("span");
     const logprob = piece.tokens.reduce((sum, token) => sum + token.logprob, 0);
     span.textContent = piece.text;
-    span.style.setProperty("--doubt", Math.min(1, -logprob / FAINTEST).toFixed(3));
+    span.style.setProperty("--doubt", (Math.min(1, Math.max(0, -logprob) / FULL) ** 0.7).toFixed(3));
     span.addEventListener("pointerenter", () => show(span, piece.tokens));
     span.addEventListener("pointerleave", hide);
     span.showTip = () => show(span, piece.tokens);
