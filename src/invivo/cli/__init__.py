@@ -1,0 +1,1 @@
+"""The command line: ``invivo serve | chat | generate | score | models | keys | bench``."""

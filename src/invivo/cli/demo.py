@@ -1,0 +1,28 @@
+"""``invivo demo``: the show of :mod:`invivo.demo`, the same as ``python -m invivo.demo``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from invivo.cli.output import examples
+
+EXAMPLES = examples(
+    "invivo demo                  then look at the page whose address it prints",
+    "invivo demo --exit --json    measure and leave",
+)
+
+
+def demo(
+    leave: Annotated[
+        bool, typer.Option("--exit", help="End after the tables instead of serving on.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The measurements as JSON.")] = False,
+    port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 0,
+) -> None:
+    """Serve SmolLM2-135M under a mixed load of real prompts and show what came of it."""
+    from invivo.demo.show import run_demo
+
+    run_demo(port=port, stay=sys.stdin.isatty() and not leave, as_json=as_json)

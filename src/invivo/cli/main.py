@@ -1,0 +1,73 @@
+"""The ``invivo`` command: its groups, its version, and how errors leave it.
+
+Nothing heavy is imported here or at the top of a command's module: ``invivo --help`` must answer
+at once, so each command imports torch and friends when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from invivo.cli import bench, chat, demo, generate, keys, models, score, serve
+from invivo.cli.output import examples, fail
+from invivo.errors import InvalidRequest, InvivoError
+
+app = typer.Typer(
+    name="invivo",
+    help="One living language model: chat, scoring, embeddings and adapters from one engine.",
+    epilog=examples(
+        "invivo chat                                  talk to SmolLM2 here",
+        "invivo serve                                 OpenAI-compatible server, live page",
+        "invivo generate 'The capital of France is'   continue a text",
+    ),
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
+app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
+app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command("score", epilog=score.EXAMPLES)(score.score)
+app.add_typer(models.app, name="models")
+app.add_typer(keys.app, name="keys")
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"invivo {version('invivo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrongly asked, 130 interrupted."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="invivo")
+    except InvalidRequest as error:
+        fail(str(error))
+        sys.exit(2)
+    except InvivoError as error:
+        fail(str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

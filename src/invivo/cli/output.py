@@ -1,0 +1,103 @@
+"""What the commands share in speaking: answers on standard output, all else on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+def examples(*lines: str) -> str:
+    """A help epilogue of one example a line; ``[`` would begin rich's markup."""
+    return "[bold]Examples[/bold]\n" + "\n".join("  " + line.replace("[", "\\[") for line in lines)
+
+
+def stdout() -> Console:
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False)
+
+
+def stderr() -> Console:
+    from rich.console import Console
+
+    return Console(file=sys.stderr, highlight=False)
+
+
+def fail(message: str) -> None:
+    """One clear line."""
+    from rich.text import Text
+
+    stderr().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """A quiet remark beside the answer."""
+    from rich.text import Text
+
+    stderr().print(Text(message, style="dim"), soft_wrap=True)
+
+
+def print_json(value: object) -> None:
+    """For scripts: one JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; columns whose names end in ``>`` are aligned to the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        right = column.endswith(">")
+        table.add_column(column.removesuffix(">"), justify="right" if right else "left")
+    for row in rows:
+        table.add_row(*[Text(cell) for cell in row])
+    stdout().print(table)
+
+
+def progress(unit: str) -> Progress:
+    """A bar with counts and remaining time on standard error; silent where that is no terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = stderr()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def milliseconds(seconds: float | None) -> str:
+    """``12.3 ms``, ``1.24 s`` or a dash."""
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def byte_size(count: float) -> str:
+    """``92.9 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,148 @@
+"""``invivo serve``: the OpenAI-compatible server and the live page."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from invivo.cli import options
+from invivo.cli.output import examples
+
+SERVER, LIMITS = "Server", "Limits"
+EXAMPLES = examples(
+    "invivo serve                               SmolLM2 at http://127.0.0.1:8000",
+    "invivo serve Qwen/Qwen3-0.6B --port 9000   any Hub id or local folder",
+    "invivo serve --adapter poet=./poet         clients ask for smollm2-135m:poet",
+    "invivo keys add me && invivo serve --host 0.0.0.0",
+)
+
+
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(help="Model name, folder, file or Hub id.", envvar="INVIVO_MODEL"),
+    ] = options.DEFAULT_MODEL,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            help="Address to listen on; anything but loopback needs keys.",
+            rich_help_panel=SERVER,
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", "-p", min=1, max=65535, rich_help_panel=SERVER)
+    ] = 8000,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Model name for clients.", rich_help_panel=SERVER),
+    ] = None,
+    require_keys: Annotated[
+        bool,
+        typer.Option(
+            "--require-keys", help="Ask for keys on loopback too.", rich_help_panel=SERVER
+        ),
+    ] = False,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            "--database",
+            envvar="INVIVO_DATABASE",
+            help="SQLAlchemy URL of the key store.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            help="Another web page that may call this server; may be repeated.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No line for each request.", rich_help_panel=SERVER)
+    ] = False,
+    adapter: options.Adapters = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            "--cache",
+            metavar="SIZE",
+            help="Memory for keys and values, e.g. 2GiB; derived if not given.",
+            rich_help_panel=options.MODEL,
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            "--max-model-len",
+            min=1,
+            help="Longest prompt and answer together, in tokens.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
+    max_running: Annotated[
+        int,
+        typer.Option("--max-running", min=1, help="Sequences in a batch.", rich_help_panel=LIMITS),
+    ] = 256,
+    max_batch_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-batch-tokens", min=1, help="Tokens of an iteration.", rich_help_panel=LIMITS
+        ),
+    ] = 2048,
+    max_concurrent: Annotated[
+        int,
+        typer.Option(
+            "--max-concurrent",
+            min=1,
+            help="Requests at once; more are answered 429.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 512,
+    max_output: Annotated[
+        int | None,
+        typer.Option(
+            "--max-output", min=1, help="Longest answer, in tokens.", rich_help_panel=LIMITS
+        ),
+    ] = None,
+    max_body: Annotated[
+        str,
+        typer.Option(
+            "--max-body", metavar="SIZE", help="Largest request body.", rich_help_panel=LIMITS
+        ),
+    ] = "4MiB",
+) -> None:
+    """Serve a model over HTTP: OpenAI's endpoints and more, with a live page at /."""
+    from invivo.server.run import run
+
+    from invivo.cli.opening import opened
+    from invivo.server.settings import Settings
+
+    settings = Settings(
+        host=host,
+        port=port,
+        require_keys=require_keys,
+        database=database,
+        served_name=name,
+        max_body_bytes=options.parse_bytes(max_body, "--max-body"),
+        max_concurrent=max_concurrent,
+        max_output_tokens=max_output,
+        allowed_origins=tuple(origin or ()),
+    )
+    paths = options.adapter_paths(adapter)
+    with opened(
+        model,
+        device=device,
+        dtype=dtype,
+        adapters=paths,
+        kv_bytes=None if cache is None else options.parse_bytes(cache, "--cache"),
+        max_model_len=max_model_len,
+        max_running=max_running,
+        max_batch_tokens=max_batch_tokens,
+    ) as lm:
+        run(lm, settings)

@@ -1,0 +1,1 @@
+"""A show of the whole: a real model under a mixed load of real prompts, measured."""
