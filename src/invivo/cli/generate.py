@@ -24,8 +24,8 @@ EXAMPLES = examples(
     "cat essay.txt | invivo generate --file - -n 200",
     "invivo generate --choice yes --choice no --chat 'Is water wet?'",
     "invivo generate --input prompts.jsonl --output answers.jsonl -n 64",
-    'A line of prompts.jsonl: {"id": 1, "prompt": "Once"} or {"messages": [...]}; sampling '
-    "parameters may stand beside. A second run skips the ids that answers.jsonl already answers.",
+    'A line of prompts.jsonl: {"id": 1, "prompt": "Once", "seed": 7} or {"messages": [...]}',
+    "A second run skips the ids that answers.jsonl already answers.",
 )
 
 
