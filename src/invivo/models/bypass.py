@@ -18,8 +18,6 @@ LINEARS = ("qkv", "o", "gate_up", "up", "down")
 class Bypass(Protocol):
     """What a forward pass calls after each linear map of each layer."""
 
-    def __call__(
-        self, layer: int, linear: str, x: torch.Tensor, y: torch.Tensor
-    ) -> torch.Tensor:
-        """Return ``y + f(x)``; ``x`` is [T, d_in], ``y`` is [T, d_out] and may be changed in place."""
+    def __call__(self, layer: int, linear: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return ``y + f(x)``; x [T, d_in], y [T, d_out], which may be changed in place."""
         ...

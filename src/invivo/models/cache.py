@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,10 +15,15 @@ class KVCache:
 
     Attributes:
         k, v: [n_layers, n_blocks, block_size, n_kv_heads, head_dim].
+        layers: (keys, values) of each layer, views of ``k`` and ``v`` made once.
     """
 
     k: torch.Tensor
     v: torch.Tensor
+    layers: list[tuple[torch.Tensor, torch.Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layers = [(self.k[i], self.v[i]) for i in range(self.k.shape[0])]
 
     @property
     def n_blocks(self) -> int:

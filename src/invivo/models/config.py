@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,12 +14,13 @@ class RopeConfig:
         theta: base of the frequencies.
         rotary_dim: leading dimensions of a head that turn (partial rotary when < head_dim).
         scaling: ``None``, or the Hub's ``rope_scaling`` mapping with its ``rope_type``
-            (``linear``, ``dynamic``, ``llama3``, ``yarn``, ``longrope``).
+            (``linear``, ``dynamic``, ``llama3``, ``yarn``, ``longrope``) as sorted pairs, lists
+            as tuples.
     """
 
     theta: float
     rotary_dim: int
-    scaling: tuple[tuple[str, object], ...] | None = None
+    scaling: tuple[tuple[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class ModelConfig:
     pre_norm: bool = True  # False: norms sit only after the sub-layers (OLMo 2)
     post_norm: bool = False  # norm on the sub-layer's output before it is added
     qk_norm: Literal["none", "head", "full"] = "none"
-    activation: str = "silu"
+    qkv_clip: float | None = None  # queries, keys and values are cut to +- this (OLMoE)
+    activation: str = "silu"  # silu, gelu, gelu_tanh, relu, relu2
     gated_mlp: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
@@ -82,7 +84,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
-    source: dict[str, object] = field(default_factory=dict, compare=False, hash=False)
+    source: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
 
     @property
     def n_layers(self) -> int:

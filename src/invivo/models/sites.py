@@ -5,13 +5,28 @@ intervention language). The decoder offers each one under its name where it is
 computed; a tap reads it and may give back another value. With no taps a forward
 pass runs nothing extra: quantities that only a tap needs (one head's share of
 the residual, attention probabilities, norm scales) are not computed then.
+
+The sites satisfy these identities (float64 tests hold them for every family):
+
+- ``resid.pre + attn.out = resid.mid``, ``resid.mid + mlp.out = resid.post``, and ``resid.post`` of
+  a layer is ``resid.pre`` of the next;
+- the sum of ``attn.head.out`` over heads, plus the bias, is ``attn.out`` (``attn.proj`` where a
+  norm follows the sub-layer);
+- ``attn.head.prob`` times the visible values is ``attn.head.z``;
+- ``mlp.neuron`` times the down matrix, plus the bias, is ``mlp.out`` (``mlp.proj``);
+- the sum over experts of ``moe.expert.weight`` times ``moe.expert.out``, plus ``moe.shared.out``,
+  is ``mlp.out``;
+- ``final.norm.out`` times the unembedding, soft cap applied, is ``logits``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from invivo.models.config import ModelConfig
 
 
 class Taps(Protocol):
@@ -22,5 +37,119 @@ class Taps(Protocol):
         ...
 
     def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
-        """Read ``value`` (rows first: [T, ...]) and return what the model goes on with."""
+        """Read ``value`` (rows first: [T, ...]) and return what the model goes on with.
+
+        ``value`` is a live buffer: copy what must outlive the call, and never write to it. To
+        change nothing return ``value`` itself; then the pass is bit for bit the untouched one.
+        """
         ...
+
+
+def offer(taps: Taps, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+    """Let ``taps`` see ``value`` if it wants to; the same object comes back if it is unchanged."""
+    if not taps.wants(site, layer):
+        return value
+    answer = taps(site, layer, value)
+    if answer is value:
+        return value
+    assert answer.shape == value.shape, f"{site}: {answer.shape} for {value.shape}"
+    # A copy, because the model may go on in place and the tap may keep its tensor.
+    return answer.to(value.dtype, copy=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One row of the table: a name, a shape per row of the batch, a meaning.
+
+    Shapes use d = width, H = query heads, G = key heads, D = head width, f = hidden units,
+    E = experts, V = vocabulary, K = largest number of visible keys in the batch.
+    """
+
+    name: str
+    shape: str
+    meaning: str
+    in_layer: bool = True
+
+
+SITES: tuple[Site, ...] = (
+    Site("embed.out", "d", "token embedding, scaled, plus learned position", in_layer=False),
+    Site("resid.pre", "d", "residual stream before attention"),
+    Site("norm1.scale", "1", "reciprocal RMS (standard deviation) of the norm before attention"),
+    Site("attn.in", "d", "what the query, key and value matrix reads"),
+    Site("attn.head.q", "H, D", "queries after QK-norm, before rotary"),
+    Site("attn.kvhead.k", "G, D", "keys after QK-norm, before rotary"),
+    Site("attn.kvhead.v", "G, D", "values"),
+    Site("attn.head.q.rot", "H, D", "queries after rotary"),
+    Site("attn.kvhead.k.rot", "G, D", "keys after rotary, as they are cached"),
+    Site("attn.head.score", "H, K", "scaled, capped scores; -inf where a key is not visible"),
+    Site("attn.head.prob", "H, K", "softmax of the scores; 0 where a key is not visible"),
+    Site("attn.head.z", "H, D", "values mixed by one head, before the output matrix"),
+    Site("attn.head.out", "H, d", "z times its head's slice of the output matrix, no bias"),
+    Site("attn.proj", "d", "the output matrix's result before the norm that follows it"),
+    Site("post1.scale", "1", "reciprocal RMS of the norm after attention"),
+    Site("attn.out", "d", "what attention adds to the residual stream"),
+    Site("resid.mid", "d", "residual stream between attention and feed-forward"),
+    Site("norm2.scale", "1", "reciprocal RMS of the norm before the feed-forward"),
+    Site("mlp.in", "d", "what the feed-forward reads"),
+    Site("mlp.gate", "f", "gate before its activation"),
+    Site("mlp.up", "f", "up projection (of a plain MLP: before its activation)"),
+    Site("mlp.neuron", "f", "act(gate) * up (of a plain MLP: act(up))"),
+    Site("moe.router", "E", "router logits"),
+    Site("moe.expert.weight", "E", "weight of each expert, 0 where it is not chosen"),
+    Site("moe.expert.out", "E, d", "output of every expert before its weight"),
+    Site("moe.shared.out", "d", "output of the shared expert after its gate"),
+    Site("mlp.proj", "d", "the feed-forward's result before the norm that follows it"),
+    Site("post2.scale", "1", "reciprocal RMS of the norm after the feed-forward"),
+    Site("mlp.out", "d", "what the feed-forward adds to the residual stream"),
+    Site("resid.post", "d", "residual stream after the layer"),
+    Site("final.norm.scale", "1", "reciprocal RMS of the final norm", in_layer=False),
+    Site("final.norm.out", "d", "normalised final state", in_layer=False),
+    Site("logits", "V", "after the soft cap, before any sampler", in_layer=False),
+)
+
+
+def why_lacking(config: ModelConfig, site: str, layer: int) -> str | None:
+    """Why ``layer`` (-1: outside layers) of this model has no such site; None if it has."""
+    row = next((s for s in SITES if s.name == site), None)
+    if row is None:
+        return f"there is no site of this name; known: {', '.join(s.name for s in SITES)}"
+    if row.in_layer != (layer >= 0):
+        return "this site belongs to layers" if row.in_layer else "this site is outside layers"
+    if layer >= config.n_layers:
+        return f"the model has {config.n_layers} layers, numbered from 0"
+    if not row.in_layer:
+        return None
+    kind = config.layers[layer]
+    if site in ("norm1.scale", "norm2.scale") and not config.pre_norm:
+        return f"{config.family} normalises only after the sub-layers"
+    if site in ("attn.proj", "post1.scale", "mlp.proj", "post2.scale") and not config.post_norm:
+        return f"{config.family} has no norm after the sub-layers"
+    if site.endswith(".rot") and kind.rope is None:
+        return "this layer has no rotary embedding: the site without .rot is what attends"
+    if site in ("mlp.gate", "mlp.up", "mlp.neuron") and kind.feedforward == "moe":
+        return "this layer is a mixture of experts: see the moe sites"
+    if site == "mlp.gate" and not config.gated_mlp:
+        return f"the MLP of {config.family} has no gate: see mlp.up"
+    if site.startswith("moe.") and kind.feedforward != "moe":
+        return "this layer has one MLP, not a mixture of experts"
+    if site == "moe.shared.out" and (config.moe is None or config.moe.d_shared == 0):
+        return f"{config.family} has no shared expert"
+    return None
+
+
+def sites_of(config: ModelConfig) -> dict[str, list[int]]:
+    """The sites that this model has, in forward order, each with its layers ([-1]: outside)."""
+    found = {}
+    for site in SITES:
+        layers = range(config.n_layers) if site.in_layer else [-1]
+        having = [i for i in layers if why_lacking(config, site.name, i) is None]
+        if having:
+            found[site.name] = having
+    return found
+
+
+def lacking_sites(config: ModelConfig) -> dict[str, str]:
+    """The sites that no layer of this model has, each with the reason (that of layer 0)."""
+    here = sites_of(config)
+    reasons = {s.name: why_lacking(config, s.name, 0) for s in SITES if s.name not in here}
+    return {name: reason for name, reason in reasons.items() if reason is not None}

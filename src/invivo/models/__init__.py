@@ -1,0 +1,1 @@
+"""What a model is: config, decoder, sites, loading and saving."""

@@ -1,0 +1,254 @@
+"""The one decoder: every supported family is a config of it.
+
+A layer hands its last sub-layer's output on without adding it to the residual stream; whoever
+comes next adds and normalises in one kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from invivo.errors import UnsupportedModel
+from invivo.kernels.linear import linear
+from invivo.kernels.paging import PagedLayout
+from invivo.models.bypass import Bypass
+from invivo.models.cache import KVCache
+from invivo.models.config import ModelConfig
+from invivo.models.feedforward.mlp import MLP
+from invivo.models.feedforward.moe import MoE
+from invivo.models.mixers.attention import Attention
+from invivo.models.norm import Norm
+from invivo.models.rope import rope_table
+from invivo.models.sites import Taps, offer
+
+Table = tuple[torch.Tensor, torch.Tensor]
+
+
+class Layer(nn.Module):
+    """One layer: attention and a feed-forward around the residual stream."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, *, device: torch.device | str, dtype: torch.dtype
+    ):
+        super().__init__()
+        kind = config.layers[index]
+        if kind.mixer != "attention":
+            raise UnsupportedModel(
+                "this kind of mixer is not built yet", field="config.layers", given=kind.mixer
+            )
+        self.index = index
+
+        def norm() -> Norm:
+            return Norm(config, device=device, dtype=dtype)
+
+        self.norm1 = norm() if config.pre_norm else None
+        self.post1 = norm() if config.post_norm else None
+        self.norm2 = norm() if config.pre_norm else None
+        self.post2 = norm() if config.post_norm else None
+        self.mixer = Attention(config, index, device=device, dtype=dtype)
+        self.feedforward: MLP | MoE
+        if kind.feedforward == "moe":
+            assert config.moe is not None
+            self.feedforward = MoE(config, config.moe, index, device=device, dtype=dtype)
+        else:
+            self.feedforward = MLP(config, index, config.d_ff, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        pending: torch.Tensor | None,
+        residual: torch.Tensor,
+        layout: PagedLayout,
+        kv: Table,
+        rope: Table | None,
+        bypass: Bypass | None,
+        taps: Taps | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer over T rows.
+
+        Args:
+            pending: [T, d] still to be added to ``residual``; None in the first layer.
+            residual: [T, d].
+
+        Returns:
+            The feed-forward's output, still to be added, and the residual stream before it.
+        """
+        if taps is not None:
+            return self._tapped(pending, residual, layout, kv, rope, bypass, taps)
+        h, residual = _join(pending, residual, self.norm1)
+        out = self.mixer.forward(h, layout, kv, rope, bypass, None)
+        if self.post1 is not None:
+            out = self.post1.forward(out)
+        h, residual = _join(out, residual, self.norm2)
+        out = self._feed(h, bypass, None)
+        if self.post2 is not None:
+            out = self.post2.forward(out)
+        return out, residual
+
+    def _feed(self, h: torch.Tensor, bypass: Bypass | None, taps: Taps | None) -> torch.Tensor:
+        if isinstance(self.feedforward, MLP):
+            return self.feedforward.forward(h, bypass, taps)
+        return self.feedforward.forward(h, taps)
+
+    def _tapped(
+        self,
+        pending: torch.Tensor | None,
+        residual: torch.Tensor,
+        layout: PagedLayout,
+        kv: Table,
+        rope: Table | None,
+        bypass: Bypass | None,
+        taps: Taps,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`forward` with every site offered; the same kernels where nothing is changed."""
+        i = self.index
+        sites = [("resid.pre", i)] if pending is None else [("resid.post", i - 1), ("resid.pre", i)]
+        h, residual = _join_tapped(pending, residual, self.norm1, taps, sites, ("norm1.scale", i))
+        out = self.mixer.forward(h, layout, kv, rope, bypass, taps)
+        if self.post1 is not None:
+            out = offer(taps, "attn.proj", i, out)
+            out = self.post1.retap(out, self.post1.forward(out), taps, "post1.scale", i)
+        out = offer(taps, "attn.out", i, out)
+        sites = [("resid.mid", i)]
+        h, residual = _join_tapped(out, residual, self.norm2, taps, sites, ("norm2.scale", i))
+        h = offer(taps, "mlp.in", i, h)
+        out = self._feed(h, bypass, taps)
+        if self.post2 is not None:
+            out = offer(taps, "mlp.proj", i, out)
+            out = self.post2.retap(out, self.post2.forward(out), taps, "post2.scale", i)
+        return offer(taps, "mlp.out", i, out), residual
+
+
+def _join(
+    pending: torch.Tensor | None, residual: torch.Tensor, norm: Norm | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add ``pending`` to the residual stream; return what the next sub-layer reads, and the sum."""
+    if norm is None:
+        residual = residual if pending is None else residual + pending
+        return residual, residual
+    if pending is None:
+        return norm.forward(residual), residual
+    return norm.add(pending, residual)
+
+
+def _join_tapped(
+    pending: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm: Norm | None,
+    taps: Taps,
+    sites: list[tuple[str, int]],
+    scale_site: tuple[str, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`_join` with the sum and the norm's scale offered."""
+    h, total = _join(pending, residual, norm)
+    answer = total
+    for site, layer in sites:
+        answer = offer(taps, site, layer, answer)
+    if answer is not total:
+        h, total = _join(None, answer, norm)
+    if norm is not None:
+        h = norm.retap(total, h, taps, *scale_site)
+    return h, total
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model over a flat batch of token rows.
+
+    Parameters are frozen (``requires_grad`` False) and uninitialised: ``load_model`` and
+    ``random_model`` fill them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.config = config
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+        self.embed = parameter(config.vocab_size, config.d_model)
+        self.positions = (
+            parameter(config.max_positions, config.d_model) if config.learned_positions else None
+        )
+        self.layers = nn.ModuleList(
+            Layer(config, i, device=device, dtype=dtype) for i in range(config.n_layers)
+        )
+        self.final_norm = Norm(config, device=device, dtype=dtype)
+        self.head = None if config.tie_embeddings else parameter(config.vocab_size, config.d_model)
+        # The Hub rounds the factor to the weights' dtype, by way of float32.
+        self._embed_scale = (
+            None
+            if config.embed_scale is None
+            else float(torch.tensor(config.embed_scale, dtype=torch.float32).to(dtype))
+        )
+        self._tables: list[Table] = []
+        self._tables_for: tuple[torch.device, torch.dtype] | None = None
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        layout: PagedLayout,
+        cache: KVCache,
+        *,
+        bypass: Bypass | None = None,
+        taps: Taps | None = None,
+    ) -> torch.Tensor:
+        """Run T token rows; their keys and values go to ``cache``.
+
+        Args:
+            tokens: [T] int64 ids.
+            layout: where the rows live.
+            cache: paged keys and values, holding what the spans have seen before.
+            bypass: called after each linear map of each layer.
+            taps: asked at each site; None runs nothing extra.
+
+        Returns:
+            [T, d], the normalised final state (``final.norm.out``).
+        """
+        embed = self.embed
+        if self._tables_for != (embed.device, embed.dtype):
+            self._build_tables()
+        residual = F.embedding(tokens, embed)
+        if self._embed_scale is not None:
+            residual = residual * self._embed_scale
+        if self.positions is not None:
+            residual = residual + F.embedding(layout.positions, self.positions)
+        if taps is not None:
+            residual = offer(taps, "embed.out", -1, residual)
+        pending: torch.Tensor | None = None
+        tables, kinds, memory = self._tables, self.config.layers, cache.layers
+        for i, layer in enumerate(self.layers):
+            which = kinds[i].rope
+            rope = None if which is None else tables[which]
+            pending, residual = layer(pending, residual, layout, memory[i], rope, bypass, taps)
+        if taps is None:
+            return _join(pending, residual, self.final_norm)[0]
+        last = [("resid.post", self.config.n_layers - 1)]
+        scale_site = ("final.norm.scale", -1)
+        h, _ = _join_tapped(pending, residual, self.final_norm, taps, last, scale_site)
+        return offer(taps, "final.norm.out", -1, h)
+
+    def logits(self, hidden: torch.Tensor, *, taps: Taps | None = None) -> torch.Tensor:
+        """Scores of the next token, soft cap included: [R, d] -> [R, V]."""
+        out = linear(hidden, self.embed if self.head is None else self.head)
+        cap = self.config.logit_softcap
+        if cap is not None:
+            out = torch.tanh(out / cap) * cap
+        if taps is not None:
+            out = offer(taps, "logits", -1, out)
+        return out
+
+    def _build_tables(self) -> None:
+        device, dtype = self.embed.device, self.embed.dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        self._tables = [
+            rope_table(rope, max_positions=self.config.max_positions, device=device, dtype=exact)
+            for rope in self.config.ropes
+        ]
+        self._tables_for = (device, dtype)

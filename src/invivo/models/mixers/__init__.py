@@ -1,0 +1,1 @@
+"""How rows of one sequence exchange information: attention."""
