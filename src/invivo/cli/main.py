@@ -39,6 +39,10 @@ app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 
+# What only the server needs.
+SERVE_MODULES = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "sqlalchemy", "multipart")
+
+
 def show_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -66,6 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except InvivoError as error:
         fail(str(error))
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in SERVE_MODULES:
+            raise
+        fail(f"{error.name} is not installed. Run: pip install 'invivo[serve]'")
         sys.exit(1)
 
 

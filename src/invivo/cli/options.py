@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,13 +153,10 @@ def adapter_paths(given: list[str] | None) -> dict[str, str]:
 
 
 def parse_bytes(text: str, field: str) -> int:
-    """``2GiB``, ``512M`` or a plain number of bytes."""
-    units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-    cleaned = text.strip().lower().removesuffix("b").removesuffix("i")
-    number, unit = cleaned.rstrip("kmgt"), cleaned[len(cleaned.rstrip("kmgt")) :]
-    try:
-        return int(float(number) * units[unit])
-    except (KeyError, ValueError) as error:
+    """``2GiB``, ``512M`` or a plain number of bytes; units are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None:
         raise InvalidRequest(
             "is not a size", field=field, given=text, remedy="Write 512MiB or 2GiB"
-        ) from error
+        )
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))

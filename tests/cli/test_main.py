@@ -1,0 +1,85 @@
+"""The command as a whole: help, version, errors in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Invivo
+
+COMMANDS = (
+    ["serve"], ["chat"], ["generate"], ["score"], ["bench"], ["demo"],
+    ["models"], ["models", "list"], ["models", "pull"], ["models", "info"], ["models", "convert"],
+    ["keys"], ["keys", "add"], ["keys", "list"], ["keys", "revoke"],
+)  # fmt: skip
+
+
+def test_version_is_the_package_s(invivo: Invivo) -> None:
+    ran = invivo("--version")
+    assert (ran.code, ran.out.strip()) == (0, f"invivo {version('invivo')}")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_helps_with_examples(invivo: Invivo, command: list[str]) -> None:
+    ran = invivo(*command, "--help")
+    assert ran.code == 0
+    assert "Examples" in ran.out
+    assert f"invivo {command[0]}" in ran.out
+
+
+def test_help_answers_within_a_second_and_without_torch() -> None:
+    code = (
+        "import sys\nfrom invivo.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'sqlalchemy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+        took.append(time.perf_counter() - began)
+        assert done.returncode == 0, done.stderr.decode()
+    assert min(took) < 1.0
+
+
+def test_unknown_command_is_a_usage_error(invivo: Invivo) -> None:
+    ran = invivo("sing")
+    assert ran.code == 2
+    assert "sing" in ran.err
+
+
+def test_unknown_option_is_a_usage_error(invivo: Invivo) -> None:
+    assert invivo("score", "text", "--loud").code == 2
+
+
+def test_typed_errors_are_one_line_with_field_value_and_remedy(invivo: Invivo) -> None:
+    ran = invivo("bench", "--concurrency", "1,none")
+    assert ran.code == 2
+    assert ran.err == (
+        "error: --concurrency: is not a list of positive numbers (given '1,none'). Write 1,8,32\n"
+    )
+    assert "Traceback" not in ran.err
+
+
+def test_a_model_that_does_not_exist_fails_with_a_remedy(invivo: Invivo) -> None:
+    ran = invivo("generate", "x", "--model", "./no-such-folder")
+    assert ran.code in (1, 2)
+    assert ran.err.startswith("error: ")
+    assert "no-such-folder" in ran.err
+
+
+def test_an_extra_that_is_not_installed_is_named(
+    invivo: Invivo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+    monkeypatch.delitem(sys.modules, "invivo.server.keys", raising=False)
+    ran = invivo("keys", "list")
+    assert ran.code == 1
+    assert "invivo[serve]" in ran.err
