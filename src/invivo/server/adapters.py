@@ -1,0 +1,160 @@
+"""/v1/adapters: list, load (from the server's disk or by upload) and unload LoRA adapters.
+
+Only a JSON configuration and a safetensors file are ever taken; nothing that could hold code.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, File, Form, Request, UploadFile
+
+from invivo.errors import Forbidden, InvalidRequest, InvivoError, TooLarge
+from invivo.lm import AdapterInfo
+from invivo.server.answers import Adapter, AdapterList, Deleted
+from invivo.server.auth import Principal, needs
+from invivo.server.documents import failures
+from invivo.server.schemas import AdapterName, AdapterRequest
+from invivo.server.services import Services, services_of
+
+router = APIRouter(tags=["adapters"])
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 100 << 20  # the safetensors format's own bound
+
+Manager = Annotated[Principal, Depends(needs("adapters"))]
+
+# Plain functions: loading takes a while, FastAPI runs them in its thread pool.
+
+
+@router.get("/v1/adapters", response_model=AdapterList, responses=failures())
+def list_adapters(
+    request: Request, _principal: Annotated[Principal, Depends(needs("generate"))]
+) -> AdapterList:
+    """The loaded adapters."""
+    services = services_of(request)
+    loaded = services.lm.adapters()
+    return AdapterList(object="list", data=[_adapter(services, one) for one in loaded])
+
+
+@router.post("/v1/adapters", response_model=Adapter, responses=failures(409))
+def load_adapter(body: AdapterRequest, request: Request, principal: Manager) -> Adapter:
+    """Loads a folder of the server's disk (an administrator's, or on an open loopback server)."""
+    services = services_of(request)
+    if not principal.may("admin"):
+        raise Forbidden(
+            "paths on the server are for administrators",
+            field="path",
+            remedy="Upload the two files to /v1/adapters/upload instead",
+        )
+    folder = Path(body.path).expanduser()
+    try:
+        complete = all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
+    except (OSError, ValueError):
+        complete = False
+    if not complete:
+        raise InvalidRequest(
+            f"not a folder with {CONFIG_FILE} and {WEIGHTS_FILE}",
+            field="path",
+            given=body.path,
+            remedy="Give the folder that peft's save_pretrained wrote",
+        )
+    return _adapter(services, _load(services, body.name, folder))
+
+
+@router.post("/v1/adapters/upload", response_model=Adapter, responses=failures(409))
+def upload_adapter(
+    request: Request,
+    principal: Manager,
+    name: Annotated[AdapterName, Form()],
+    config: Annotated[UploadFile, File(description=CONFIG_FILE)],
+    weights: Annotated[UploadFile, File(description=WEIGHTS_FILE)],
+) -> Adapter:
+    """Loads an adapter from its two files."""
+    services = services_of(request)
+    settings = _config(config)
+    _check_safetensors(weights)
+    folder = services.uploads / f"{name}-{secrets.token_hex(6)}"
+    folder.mkdir()
+    try:
+        (folder / CONFIG_FILE).write_text(json.dumps(settings))
+        with (folder / WEIGHTS_FILE).open("wb") as file:
+            shutil.copyfileobj(weights.file, file)
+        return _adapter(services, _load(services, name, folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@router.delete("/v1/adapters/{name}", response_model=Deleted, responses=failures())
+def unload_adapter(name: str, request: Request, _principal: Manager) -> Deleted:
+    """Forgets an adapter; requests that run with it finish first."""
+    services_of(request).lm.unload_adapter(name)
+    return Deleted(name=name, object="adapter", deleted=True)
+
+
+def _load(services: Services, name: str, folder: Path) -> AdapterInfo:
+    try:
+        return services.lm.load_adapter(name, folder)
+    except InvivoError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidRequest(
+            f"the adapter cannot be read: {error}",
+            field="weights",
+            remedy="Check that both files are as peft's save_pretrained wrote them",
+        ) from error
+
+
+def _config(upload: UploadFile) -> dict[str, Any]:
+    text = upload.file.read(_MAX_CONFIG_BYTES + 1)
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise TooLarge(
+            f"{CONFIG_FILE} is larger than {_MAX_CONFIG_BYTES} bytes",
+            field="config",
+            remedy="Send the file that peft's save_pretrained wrote",
+        )
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InvalidRequest(
+            "not a JSON object",
+            field="config",
+            given=upload.filename,
+            remedy=f"Send {CONFIG_FILE} as peft's save_pretrained wrote it",
+        )
+    return settings
+
+
+def _check_safetensors(upload: UploadFile) -> None:
+    """The format begins with the length of a JSON header; a pickle or a zip does not."""
+    head = upload.file.read(9)
+    length = int.from_bytes(head[:8], "little")
+    size = upload.size or 0
+    if len(head) < 9 or head[8:] != b"{" or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+        raise InvalidRequest(
+            "not a safetensors file",
+            field="weights",
+            given=upload.filename,
+            remedy=f"Send {WEIGHTS_FILE}; other formats are never read",
+        )
+    upload.file.seek(0)
+
+
+def _adapter(services: Services, info: AdapterInfo) -> Adapter:
+    return Adapter(
+        name=info.name,
+        object="adapter",
+        model=f"{services.model_name}:{info.name}",
+        version=info.version,
+        rank=info.rank,
+        running=info.running,
+        n_parameters=info.n_parameters,
+    )

@@ -1,0 +1,111 @@
+"""Running the application: in the foreground, or in a thread beside other work."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from invivo.errors import Unavailable
+from invivo.lm import LM
+from invivo.server.app import create_app
+from invivo.server.settings import Settings
+
+_START_SECONDS = 30.0
+
+
+def serve(lm: LM, settings: Settings | None = None) -> None:
+    """Serves until a stop signal; running requests get ``shutdown_seconds`` to finish.
+
+    Raises:
+        InvalidRequest: the settings would expose the server without any key.
+    """
+    settings = settings or Settings()
+    _server(create_app(lm, settings), settings).run()
+
+
+class ServerThread:
+    """A server in a thread of its own, for demos, notebooks and tests; a context manager.
+
+    Args:
+        settings: ``port = 0`` takes a free one; ``url`` has it.
+    """
+
+    def __init__(self, lm: LM, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings(port=0)
+        self.app = create_app(lm, self.settings)
+        self._server = _server(self.app, self.settings)
+        self._socket = _bound(self.settings.host, self.settings.port)
+        self.port: int = self._socket.getsockname()[1]
+        host = self.settings.host
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="invivo-http", daemon=True
+        )
+
+    def start(self) -> ServerThread:
+        """Returns when requests are answered. Raises Unavailable when that does not happen."""
+        self._thread.start()
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise Unavailable("the server did not start", remedy="See the log")
+            time.sleep(0.01)
+        return self
+
+    def stop(self) -> None:
+        """Ends the server after its running requests, at most ``shutdown_seconds`` later."""
+        self.app.state.services.draining = True
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+    def __enter__(self) -> ServerThread:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+class _Server(uvicorn.Server):
+    """Tells the application of a stop signal at once, so that endless streams end."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._app.state.services.draining = True
+        super().handle_exit(sig, frame)
+
+
+def _server(app: FastAPI, settings: Settings) -> _Server:
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        access_log=False,  # context.py writes one with the request's id
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,  # who asks is who connects
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
+    )
+    return _Server(config, app)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind((host, port))
+    return made

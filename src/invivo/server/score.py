@@ -1,0 +1,96 @@
+"""POST /v1/score: log-probabilities of given texts (not in OpenAI's API)."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.concurrency import run_in_threadpool
+
+from invivo.lm import LM, Score, Token
+from invivo.server.admission import admit
+from invivo.server.answers import ScoreAnswer, ScoredToken, ScoreList, Usage
+from invivo.server.auth import Principal, needs
+from invivo.server.documents import failures
+from invivo.server.sampling import finite
+from invivo.server.schemas import ScoreItem, ScoreRequest
+from invivo.server.services import Services, services_of
+from invivo.server.streaming import until_disconnect
+
+router = APIRouter(tags=["measure"])
+
+_LARGEST = 1e300  # written for a perplexity that is beyond a JSON number
+
+
+@router.post(
+    "/v1/score",
+    response_model=ScoreList,
+    response_model_exclude_unset=True,
+    responses=failures(),
+)
+async def create_scores(
+    body: ScoreRequest,
+    request: Request,
+    principal: Annotated[Principal, Depends(needs("score"))],
+) -> ScoreList:
+    """Log-probability of each text, or of each text after its context."""
+    return await until_disconnect(request, _score(body, services_of(request), principal))
+
+
+async def _score(body: ScoreRequest, services: Services, principal: Principal) -> ScoreList:
+    adapter = services.adapter_of(body.model)
+    async with admit(services, principal) as ticket:
+        sizes = await run_in_threadpool(_sizes, services.lm, body.items)
+        await ticket.prompt(sizes)
+        ticket.ran(sum(sizes))
+        scores: list[Score] = await services.lm.ascore(
+            [_item(item) for item in body.items],
+            adapter=adapter,
+            salt=principal.salt,
+            top=body.top,
+        )
+    total = sum(sizes)
+    return ScoreList(
+        object="list",
+        data=[_answer(i, score) for i, score in enumerate(scores)],
+        model=body.model or services.model_name,
+        usage=Usage(prompt_tokens=total, total_tokens=total),
+    )
+
+
+def _item(item: ScoreItem) -> Any:
+    return item.text if item.context is None else (item.context, item.text)
+
+
+def _sizes(lm: LM, items: list[ScoreItem]) -> list[int]:
+    """Tokens of each item, for the account."""
+    sizes = []
+    for item in items:
+        size = 0
+        for part in (item.context or "", item.text):
+            size += len(lm.tokenize(part)) if isinstance(part, str) else len(part)
+        sizes.append(size)
+    return sizes
+
+
+def _answer(index: int, score: Score) -> ScoreAnswer:
+    perplexity = score.perplexity
+    return ScoreAnswer(
+        index=index,
+        object="score",
+        tokens=[_token(token) for token in score.tokens],
+        logprob=finite(score.logprob) if math.isinf(score.logprob) else score.logprob,
+        greedy=score.greedy,
+        perplexity=perplexity if math.isfinite(perplexity) else _LARGEST,
+    )
+
+
+def _token(token: Token) -> ScoredToken:
+    return ScoredToken(
+        id=token.id,
+        token=token.text,
+        logprob=finite(token.logprob),
+        rank=token.rank,
+        top=[_token(other) for other in token.top],
+    )

@@ -1,0 +1,73 @@
+"""What the routes share: one object on the application, no globals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from fastapi import Request
+
+from invivo.errors import NotFound
+from invivo.lm import LM, ModelInfo
+from invivo.server.admission import Gate
+from invivo.server.budgets import Ledger
+from invivo.server.keys import KeyStore
+from invivo.server.settings import Settings
+
+
+@dataclass(slots=True)
+class Services:
+    """The model, the settings and the bookkeeping of one application.
+
+    Attributes:
+        keys: None on an open loopback server.
+        uploads: folder for uploaded adapters, for as long as the application lives.
+        draining: set when the server stops; it is then no longer ready.
+    """
+
+    lm: LM
+    info: ModelInfo
+    settings: Settings
+    gate: Gate
+    keys: KeyStore | None
+    ledger: Ledger | None
+    uploads: Path
+    draining: bool = False
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.served_name or self.info.name
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The adapter that a request's ``model`` ("base" or "base:adapter") asks for.
+
+        Raises:
+            NotFound: another model, or an adapter that is not loaded.
+        """
+        base = self.model_name
+        if model is None or model == base:
+            return None
+        name = model.removeprefix(f"{base}:")
+        if name == model:
+            raise NotFound(
+                "this model is not served here",
+                field="model",
+                given=model,
+                remedy=f"Use {base!r}, or see /v1/models",
+            )
+        loaded = [adapter.name for adapter in self.lm.adapters()]
+        if name not in loaded:
+            raise NotFound(
+                "no such adapter is loaded",
+                field="model",
+                given=model,
+                remedy=f"Loaded adapters: {', '.join(loaded) or 'none'}; "
+                "POST /v1/adapters loads one",
+            )
+        return name
+
+
+def services_of(request: Request) -> Services:
+    """The services of the application that serves ``request``."""
+    return cast(Services, request.app.state.services)
