@@ -1,0 +1,447 @@
+"""Who gets tokens, rows and memory in the next iteration. Pure policy: no torch here.
+
+One rule without phases: every running sequence is given tokens until what is computed catches up
+with what is known. In order: sequences that lack one token (decodes), then chunks of running
+prefills, then admissions; each in order of rank (priority, arrival, order of queueing).
+
+Why every sequence of the best priority ends:
+
+- A sequence is admitted only with memory for all its known tokens, and refused when queued if it
+  could not fit an empty cache. Only decodes ask for more memory later.
+- When memory runs out the newest (worst-ranked) running sequence gives up all of its own and is
+  computed again later, output tokens kept. The oldest is never the victim of another, so it ends,
+  and then the next one is the oldest.
+- ``max_batch_tokens > max_running``: decodes can never use up the token budget, and what they leave
+  goes to the oldest prefill first: a long prompt moves in every iteration.
+- Admission is strictly in order: a large request at the head of the queue is not overtaken by small
+  ones behind it (only the followers of a request with n > 1 step aside while their prompt is being
+  computed by the first of them).
+
+Priorities are strict: a smaller one may hold back a larger one as long as it has work.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+from invivo.engine.blocks import BlockPool, PrefixIndex, prefix_namespace
+from invivo.engine.types import Plan, Purpose, Sequence, Span, Status
+from invivo.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Budgets of one iteration and sizes of the memory that the scheduler hands out.
+
+    Attributes:
+        n_blocks: physical blocks of the cache, the scratch block 0 included.
+        block_size: tokens a block.
+        max_batch_tokens: token rows of one plan; more than ``max_running``.
+        max_running: sequences that hold memory at the same time.
+        max_length: prompt and output tokens of one sequence, by the model's context.
+        max_adapters: different adapters among the running sequences, None = any number.
+        prefix_cache: whether prefixes are shared between sequences.
+    """
+
+    n_blocks: int
+    block_size: int = 16
+    max_batch_tokens: int = 2048
+    max_running: int = 256
+    max_length: int = 2048
+    max_adapters: int | None = None
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens <= self.max_running:
+            raise InvalidRequest(
+                f"must be more than max_running ({self.max_running}), "
+                "so that prefills move while all rows decode",
+                field="max_batch_tokens",
+                given=self.max_batch_tokens,
+                remedy="Raise max_batch_tokens or lower max_running",
+            )
+        if self.n_blocks < 2:
+            raise InvalidRequest(
+                "the cache has no room for a single block",
+                field="kv_bytes",
+                given=self.n_blocks,
+                remedy="Give the cache more memory",
+            )
+
+
+def _rank(seq: Sequence) -> tuple[int, float, int]:
+    return seq.rank
+
+
+class Scheduler:
+    """Queues, admission, preemption; hands out rows and blocks. Used from one thread.
+
+    Attributes:
+        max_length: most tokens a sequence can have: the context or what the cache can hold.
+        waiting, running: sequences in order of rank.
+        prefix_queries, prefix_hits: prompt tokens looked up and found in the prefix cache.
+        n_preemptions: sequences that lost their memory so far.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.index = PrefixIndex(limits.n_blocks, limits.block_size)
+        self.pool = BlockPool(limits.n_blocks, self.index)
+        # The last token of a sequence is never fed back, so it needs no place in the cache.
+        self.max_length = min(limits.max_length, self.pool.n_total * limits.block_size + 1)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.n_preemptions = 0
+        self._free_rows = list(range(limits.max_running - 1, -1, -1))
+        self._adapter_users: dict[int, int] = {}
+        self._live: dict[str, list[Sequence]] = {}
+        self._n_queued = 0
+        # The head of the queue that did not fit, and the pool's n_released at that time.
+        self._blocked: tuple[Sequence, int] | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def n_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self.waiting)
+
+    @property
+    def blocks_used(self) -> int:
+        return self.pool.n_used
+
+    @property
+    def blocks_total(self) -> int:
+        return self.pool.n_total
+
+    # What the engine calls.
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            InvalidRequest: it can never fit: the prompt, or prompt and ``max_tokens``, are longer
+                than ``max_length``.
+        """
+        seq.limit = self._limit_of(seq)
+        seq.namespace = prefix_namespace(seq.request, seq.adapter_version)
+        seq.rank = (seq.request.priority, seq.request.arrival, self._n_queued)
+        self._n_queued += 1
+        seq.status = Status.WAITING
+        self._live.setdefault(seq.request.id, []).append(seq)
+        insort(self.waiting, seq, key=_rank)
+
+    def schedule(self, now: float) -> Plan | None:
+        """Decide the next iteration and commit it: the plan must be run, or given to ``failed``.
+
+        Args:
+            now: seconds on the engine's clock (reserved for deadlines).
+
+        Returns:
+            None when nothing can run: idle, or everything waits for a token still in flight.
+        """
+        plan = Plan(spans=[])
+        prefills = self._plan_decodes(plan)
+        budget = self.limits.max_batch_tokens - len(plan.spans)
+        chunks, budget = self._plan_prefills(plan, prefills, budget)
+        if self.waiting and not plan.preempted:
+            chunks += self._admit(plan, budget)
+        plan.n_decode = plan.n_tokens = len(plan.spans)
+        for span in chunks:
+            plan.n_tokens += span.stop - span.start
+        plan.spans += chunks
+        return plan if plan.spans else None
+
+    def record(self, seq: Sequence, token: int) -> bool:
+        """A sampled token is now known on the host; False when the sequence has ended meanwhile."""
+        assert seq.n_pending > 0
+        seq.n_pending -= 1
+        if seq.status is Status.FINISHED:
+            return False
+        seq.tokens.append(token)
+        return True
+
+    def finish(self, seq: Sequence) -> None:
+        """End a sequence and free what it holds, at once and at any moment.
+
+        A launched plan may still contain it: whatever reuses its blocks runs after that plan.
+        """
+        if seq.status is Status.FINISHED:
+            return
+        if seq.status is Status.RUNNING:
+            self._index_blocks(seq)
+            self._stop_running(seq)
+        else:
+            del self.waiting[bisect_left(self.waiting, seq.rank, key=_rank)]
+        seq.status = Status.FINISHED
+        siblings = self._live[seq.request.id]
+        siblings.remove(seq)
+        if not siblings:
+            del self._live[seq.request.id]
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Finish all live sequences of a request; returns them."""
+        ended = list(self._live.get(request_id, ()))
+        for seq in ended:
+            self.finish(seq)
+        return ended
+
+    def failed(self, plan: Plan) -> list[Sequence]:
+        """The plan did not run: finish its live sequences and return them.
+
+        What its spans should have written is not there, so all cached prefixes are dropped.
+        """
+        ended = [span.seq for span in plan.spans if span.seq.status is not Status.FINISHED]
+        for seq in ended:
+            self.finish(seq)
+        self.pool.forget_all()
+        for seq in self.running:
+            seq.prefix_parent = None  # its own blocks are good, but the chain is gone
+        for span in plan.spans:
+            if span.samples:
+                span.seq.n_pending -= 1
+        return ended
+
+    # One iteration, in order.
+
+    def _plan_decodes(self, plan: Plan) -> list[Sequence]:
+        """Spans of one token for all that lack one; returns those that lack more, in order."""
+        block_size = self.limits.block_size
+        spans = plan.spans
+        prefills: list[Sequence] = []
+        # Preemption takes from the end of the list, always behind the sequence at hand.
+        for seq in self.running:
+            start = seq.n_computed
+            n_pending = seq.n_pending
+            known = len(seq.tokens)
+            missing = known + n_pending - start
+            if missing != 1:
+                if missing > 1:
+                    prefills.append(seq)
+                continue
+            if start + 1 >= seq.limit or (n_pending and seq.needs_host_token):
+                continue
+            if start == len(seq.blocks) * block_size and not self._grow(seq, plan):
+                break
+            seq.n_computed = start + 1
+            if seq.request.kind == "generate":
+                seq.n_pending = n_pending + 1
+                purpose = Purpose.DECODE if start >= seq.n_prompt else Purpose.PREFILL
+                spans.append(Span(seq, start, start + 1, purpose, True))
+            else:
+                spans.append(Span(seq, start, start + 1, Purpose.SCORE, False))
+        return prefills
+
+    def _plan_prefills(
+        self, plan: Plan, prefills: list[Sequence], budget: int
+    ) -> tuple[list[Span], int]:
+        """Chunks of running prefills, oldest first; returns them and the budget left."""
+        chunks: list[Span] = []
+        for seq in prefills:
+            if budget == 0:
+                break
+            if seq.status is Status.RUNNING:  # not preempted by a decode of this plan
+                budget -= self._add_chunk(plan, chunks, seq, budget)
+        return chunks, budget
+
+    def _admit(self, plan: Plan, budget: int) -> list[Span]:
+        """First chunks of waiting sequences, strictly in order."""
+        chunks: list[Span] = []
+        held_back = 0
+        while budget > 0 and held_back < len(self.waiting) and self._free_rows:
+            seq = self.waiting[held_back]
+            if self._follows(seq):
+                held_back += 1
+                continue
+            if seq.n_pending or not self._adapter_fits(seq) or not self._take_memory(seq, plan):
+                break
+            del self.waiting[held_back]
+            self._start_running(seq, plan)
+            budget -= self._add_chunk(plan, chunks, seq, budget)
+        return chunks
+
+    # The parts of it.
+
+    def _limit_of(self, seq: Sequence) -> int:
+        request = seq.request
+        if request.kind != "generate":
+            # Every token is fed, none is drawn; the last one needs a place in the cache too.
+            longest = min(self.max_length, self.pool.n_total * self.limits.block_size)
+            if seq.n_prompt > longest:
+                raise InvalidRequest(
+                    f"the text has {seq.n_prompt} tokens, at most {longest} fit",
+                    field="prompt",
+                    remedy="Shorten the text or give the engine a longer max_model_len or more "
+                    "cache",
+                )
+            return seq.n_prompt + 1
+        if seq.n_prompt >= self.max_length:
+            raise InvalidRequest(
+                f"the prompt has {seq.n_prompt} tokens, at most {self.max_length - 1} fit "
+                "with one token of output",
+                field="prompt",
+                remedy="Shorten the prompt or give the engine a longer max_model_len or more cache",
+            )
+        max_tokens = request.params.max_tokens
+        if max_tokens is None:
+            return self.max_length
+        if seq.n_prompt + max_tokens > self.max_length:
+            raise InvalidRequest(
+                f"the prompt has {seq.n_prompt} tokens, so at most "
+                f"{self.max_length - seq.n_prompt} can follow",
+                field="max_tokens",
+                given=max_tokens,
+                remedy="Lower max_tokens, or leave it out to go on until the context is full",
+            )
+        return seq.n_prompt + max_tokens
+
+    def _follows(self, seq: Sequence) -> bool:
+        """Whether a sibling is still computing the prompt that this sequence will share."""
+        first = self._live[seq.request.id][0]
+        return self.limits.prefix_cache and first is not seq and first.n_computed < seq.n_prompt
+
+    def _adapter_fits(self, seq: Sequence) -> bool:
+        most = self.limits.max_adapters
+        slot = seq.adapter_slot
+        users = self._adapter_users
+        return most is None or slot == 0 or slot in users or len(users) < most
+
+    def _take_memory(self, seq: Sequence, plan: Plan) -> bool:
+        """Blocks for all known tokens of a waiting sequence, shared where they are known."""
+        pool = self.pool
+        if self._blocked == (seq, pool.n_released) and self.running:
+            return False  # nothing has become free since it did not fit
+        size = self.limits.block_size
+        n_tokens = len(seq.tokens)
+        shared: list[int] = []
+        parent: object = None
+        readable = 0
+        if self.limits.prefix_cache:
+            readable = _readable(seq)
+            shared, parent = self.index.match(seq.tokens, seq.namespace, readable)
+        n_new = -(-n_tokens // size) - len(shared)
+        n_revived = sum(1 for block in shared if pool.is_free(block))
+        # Some blocks stay free for the decodes that run, or the newcomer would be preempted at once.
+        reserve = 1 + pool.n_total // 100 if self.running else 0
+        if n_new + n_revived + reserve > pool.n_free:
+            self._blocked = (seq, pool.n_released)
+            return False
+        self._blocked = None
+        pool.share(shared)
+        n_growth = -(-(seq.limit - 1) // size) - len(shared)
+        seq.blocks = shared + pool.allocate(n_new, after=shared[-1] if shared else 0, room=n_growth)
+        seq.n_computed = len(shared) * size
+        seq.n_indexed, seq.prefix_parent = len(shared), parent
+        if readable and seq.n_preempted == 0:
+            seq.n_cached = seq.n_computed
+            self.prefix_queries += seq.n_prompt
+            self.prefix_hits += seq.n_cached
+        plan.grown.append((seq, 0))
+        return True
+
+    def _start_running(self, seq: Sequence, plan: Plan) -> None:
+        seq.row = self._free_rows.pop()
+        seq.status = Status.RUNNING
+        insort(self.running, seq, key=_rank)
+        if seq.adapter_slot:
+            self._adapter_users[seq.adapter_slot] = self._adapter_users.get(seq.adapter_slot, 0) + 1
+        plan.admitted.append(seq)
+
+    def _stop_running(self, seq: Sequence) -> None:
+        """Take row, blocks and adapter place from a running sequence."""
+        del self.running[bisect_left(self.running, seq.rank, key=_rank)]
+        self.pool.release(seq.blocks)
+        seq.blocks = []
+        seq.n_indexed, seq.prefix_parent = 0, None
+        self._free_rows.append(seq.row)
+        seq.row = -1
+        if seq.adapter_slot:
+            self._adapter_users[seq.adapter_slot] -= 1
+            if self._adapter_users[seq.adapter_slot] == 0:
+                del self._adapter_users[seq.adapter_slot]
+
+    def _add_chunk(self, plan: Plan, chunks: list[Span], seq: Sequence, budget: int) -> int:
+        """Plan as many missing tokens as the budget allows; returns how many."""
+        start = seq.n_computed
+        n_tokens = len(seq.tokens)
+        stop = min(n_tokens, start + budget)
+        if seq.request.kind == "generate":
+            samples = stop == n_tokens
+            span = Span(seq, start, stop, Purpose.PREFILL, samples)
+            seq.n_pending += samples
+        else:
+            span = Span(seq, start, stop, Purpose.SCORE, False)
+        (plan.spans if stop - start == 1 else chunks).append(span)
+        seq.n_computed = stop
+        self._index_blocks(seq)
+        return stop - start
+
+    def _grow(self, seq: Sequence, plan: Plan) -> bool:
+        """One more block for a decode; False when it had to give up its own memory instead."""
+        pool = self.pool
+        while pool.n_free == 0:
+            victim = self.running[-1]
+            self._preempt(victim, plan)
+            if victim is seq:
+                return False
+        self._index_blocks(seq)
+        plan.grown.append((seq, len(seq.blocks)))
+        seq.blocks += pool.allocate(1, after=seq.blocks[-1])
+        return True
+
+    def _preempt(self, seq: Sequence, plan: Plan) -> None:
+        """Free a running sequence's memory; it waits to be computed again, tokens kept."""
+        self._index_blocks(seq)
+        self._stop_running(seq)
+        seq.n_computed = 0
+        seq.n_preempted += 1
+        seq.status = Status.WAITING
+        insort(self.waiting, seq, key=_rank)
+        plan.preempted.append(seq)
+        self.n_preemptions += 1
+
+    def _index_blocks(self, seq: Sequence) -> None:
+        """Make the full blocks findable whose tokens are known and computed (or planned).
+
+        A plan's spans are indexed with it: all keys of a layer are stored before any attention
+        reads them, so a later span of the same plan may already share these blocks.
+        """
+        if seq.prefix_parent is None:  # no prefix cache, or the chain was dropped
+            return
+        size = self.limits.block_size
+        full = min(seq.n_computed, len(seq.tokens)) // size
+        while seq.n_indexed < full:
+            start = seq.n_indexed * size
+            seq.prefix_parent = self.index.insert(
+                seq.prefix_parent,
+                tuple(seq.tokens[start : start + size]),
+                seq.blocks[seq.n_indexed],
+            )
+            seq.n_indexed += 1
+
+
+def _readable(seq: Sequence) -> int:
+    """How many leading tokens may come from the prefix cache instead of being computed.
+
+    The last token is always computed, for its logits; so is every token whose final state the
+    request asks for: from ``score_from - 1`` on for scores, all for prompt log-probabilities and
+    mean embeddings.
+    """
+    request = seq.request
+    last = len(seq.tokens) - 1
+    if request.kind == "score":
+        return max(0, min(last, request.score_from - 1))
+    if request.kind == "embed":
+        return last if request.pooling == "last" else 0
+    wants_prompt = request.params.prompt_logprobs is not None and seq.index == 0
+    if wants_prompt and len(seq.tokens) == seq.n_prompt:
+        return 0
+    return last
