@@ -40,4 +40,7 @@ def gated_activation_reference(gate_up: torch.Tensor, kind: str) -> torch.Tensor
 
 def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     """:func:`gated_activation_reference`, by the fastest way: [T, 2 f] -> [T, f]."""
+    if gate_up.device.type == "cpu" and not (torch.is_grad_enabled() and gate_up.requires_grad):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activation(gate, kind).mul_(up)
     return gated_activation_reference(gate_up, kind)

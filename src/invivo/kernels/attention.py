@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from invivo.kernels.cpu_attention import paged_attention_cpu
 from invivo.kernels.paging import PagedLayout
 
 
@@ -83,7 +84,17 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """:func:`paged_attention_reference`, by the fastest way for the device."""
+    """:func:`paged_attention_reference`, by the fastest way for the device.
+
+    Differentiable, by way of the reference, where gradients are asked for.
+    """
+    wants_grad = torch.is_grad_enabled() and (
+        q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+    )
+    if not wants_grad and q.device.type == "cpu":
+        return paged_attention_cpu(
+            q, k_cache, v_cache, layout, scale=scale, window=window, softcap=softcap
+        )
     return paged_attention_reference(
         q, k_cache, v_cache, layout, scale=scale, window=window, softcap=softcap
     )

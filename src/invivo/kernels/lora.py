@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# Up to this many rows the CPU gathers a matrix for every row; above, it goes adapter by adapter.
+ROWS_EACH = 16
+
 
 def lora_add_reference(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor
@@ -13,7 +16,7 @@ def lora_add_reference(
     Args:
         y: [T, d_out]; not changed.
         x: [T, d_in].
-        a: [slots, R, d_in].
+        a: [slots, R, d_in]; slot 0 must be zeros, in ``b`` too.
         b: [slots, d_out, R], the scale folded in.
         index: [T] integers.
     """
@@ -25,8 +28,28 @@ def lora_add_reference(
     return y
 
 
+def _lora_add_cpu(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    if x.shape[0] <= ROWS_EACH:
+        # A few rows: gather every row's matrices, whichever adapters they are; slot 0 adds zeros.
+        shrunk = torch.bmm(a.index_select(0, index), x.unsqueeze(2))
+        return y.add_(torch.bmm(b.index_select(0, index), shrunk).squeeze(2))
+    for slot in torch.unique(index).tolist():
+        if slot == 0:
+            continue
+        rows = torch.nonzero(index == slot).squeeze(1)
+        if rows.shape[0] == x.shape[0]:
+            return y.addmm_(x @ a[slot].T, b[slot].T)
+        y.index_add_(0, rows, (x[rows] @ a[slot].T) @ b[slot].T)
+    return y
+
+
 def lora_add(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
     """:func:`lora_add_reference`, by the fastest way; ``y`` may be changed in place."""
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    if not wants_grad and y.device.type == "cpu":
+        return _lora_add_cpu(y, x, a, b, index)
     return lora_add_reference(y, x, a, b, index)

@@ -8,7 +8,8 @@ nothing else, so that kernels and models agree on it without knowing requests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -36,6 +37,8 @@ class PagedLayout:
         max_kv: largest ``kv_len``.
         span_start_host, kv_len_host: the same numbers as Python lists, so that a CPU path
             needs no device read; empty inside a CUDA graph.
+        prepared: what a kernel derives from this layout alone (masks, groups) and reuses in
+            every layer; it lives as long as the layout, which must not change once used.
     """
 
     positions: torch.Tensor
@@ -49,6 +52,7 @@ class PagedLayout:
     max_kv: int
     span_start_host: list[int]
     kv_len_host: list[int]
+    prepared: dict[object, Any] = field(default_factory=dict)
 
     @property
     def n_rows(self) -> int:

@@ -34,6 +34,30 @@ def apply_rotary_reference(
     return _turn(q, c, s), _turn(k, c, s)
 
 
+def _turn_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    crossed = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(crossed)
+
+
+def _side_by_side(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """One view [T, H + G, D] of q and k where they are neighbours in one tensor."""
+    width = q.shape[1] * q.shape[2]
+    adjacent = (
+        q.stride() == k.stride()
+        and q.stride(1) == q.shape[2]
+        and q.stride(2) == 1
+        and k.data_ptr() == q.data_ptr() + width * q.element_size()
+        and q.stride(0) >= width + k.shape[1] * k.shape[2]
+    )
+    if not adjacent:
+        return None
+    shape = (q.shape[0], q.shape[1] + k.shape[1], q.shape[2])
+    return q.as_strided(shape, q.stride(), q.storage_offset())
+
+
 def apply_rotary(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -42,4 +66,15 @@ def apply_rotary(
     positions: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`apply_rotary_reference`, by the fastest way; may overwrite and return q and k."""
+    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if not wants_grad and q.device.type == "cpu" and q.dtype == k.dtype == cos.dtype:
+        c = cos.index_select(0, positions).unsqueeze(1)
+        s = sin.index_select(0, positions).unsqueeze(1)
+        both = _side_by_side(q, k)
+        if both is not None:
+            _turn_in_place(both, c, s)
+        else:
+            _turn_in_place(q, c, s)
+            _turn_in_place(k, c, s)
+        return q, k
     return apply_rotary_reference(q, k, cos, sin, positions)

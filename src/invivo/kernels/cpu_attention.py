@@ -1,0 +1,261 @@
+"""Paged attention on CPUs from torch operations, for inference.
+
+Decode spans are sorted by length and cut into groups whose gathered keys and values stay in the
+cache of the processor: copying pages first and attending with one batched call is twice as fast
+on two cores as one call a sequence on views of the pages (8 sequences of 500 tokens, SmolLM2: 15
+against 26 ms). A lone sequence in consecutive blocks is read in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from invivo.kernels.paging import PagedLayout
+
+# Gathered keys and values of a group, in bytes: above this they fall out of the processor's cache.
+GROUP_BYTES = 6 << 20
+# Query rows of one masked call: bounds the mask and skips keys no row of the piece sees.
+ROWS = 512
+
+
+@dataclass(slots=True)
+class _Group:
+    """Decode spans attended by one call.
+
+    Attributes:
+        rows: their rows of the flat batch.
+        n: how many.
+        first: first physical row of the keys where one span is read in place, else -1.
+        blocks: [n * width] physical blocks to gather, spans one after the other.
+        n_keys: keys of each span, masked ones included.
+        mask: [n, 1, 1, n_keys] additive, None where every key is visible.
+    """
+
+    rows: slice | torch.Tensor
+    n: int
+    first: int
+    blocks: torch.Tensor
+    n_keys: int
+    mask: torch.Tensor | None
+
+
+def paged_attention_cpu(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    layout: PagedLayout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The function of ``paged_attention_reference``; not differentiable."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    if layout.n_decode:
+        token_bytes = 2 * k_cache[0, 0].numel() * k_cache.element_size()
+        key = ("cpu_attention.decode", window, token_bytes, q.dtype)
+        groups = layout.prepared.get(key)
+        if groups is None:
+            groups = _group_decodes(layout, window, token_bytes, q.dtype)
+            layout.prepared[key] = groups
+        for group in groups:
+            _decode(out, q, k_cache, v_cache, group, scale, softcap)
+    starts = layout.span_start_host or layout.span_start.tolist()
+    lengths = layout.kv_len_host or layout.kv_len.tolist()
+    for span in range(layout.n_decode, layout.n_spans):
+        rows = slice(starts[span], starts[span + 1])
+        n_keys = lengths[span]
+        keys, values = _keys_of_span(k_cache, v_cache, layout, span, n_keys)
+        _attend_span(out[rows], q[rows], keys, values, scale, window, softcap)
+    return out
+
+
+def _group_decodes(
+    layout: PagedLayout, window: int | None, token_bytes: int, dtype: torch.dtype
+) -> list[_Group]:
+    block_size = layout.block_size
+    lengths = (layout.kv_len_host or layout.kv_len.tolist())[: layout.n_decode]
+    firsts = [0 if window is None else max(0, n - window) // block_size for n in lengths]
+    widths = [-(-n // block_size) - first for n, first in zip(lengths, firsts, strict=True)]
+    order = sorted(range(layout.n_decode), key=lambda span: -widths[span])
+    groups = []
+    at = 0
+    while at < len(order):
+        width = widths[order[at]]
+        most = max(1, GROUP_BYTES // (width * block_size * token_bytes))
+        least = width - max(4, width // 4)  # shorter spans would mostly read padding
+        stop = at + 1
+        while stop < len(order) and stop - at < most and widths[order[stop]] >= least:
+            stop += 1
+        groups.append(
+            _make_group(layout, sorted(order[at:stop]), lengths, firsts, width, window, dtype)
+        )
+        at = stop
+    return groups
+
+
+def _make_group(
+    layout: PagedLayout,
+    spans: list[int],
+    lengths: list[int],
+    firsts: list[int],
+    width: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> _Group:
+    n, block_size = len(spans), layout.block_size
+    together = spans[-1] - spans[0] == n - 1
+    rows = slice(spans[0], spans[-1] + 1) if together else torch.tensor(spans)
+    if n == 1:
+        span, first = spans[0], firsts[spans[0]]
+        blocks = layout.block_table[span, first : first + width]
+        n_keys = lengths[span] - first * block_size
+        skip = 0 if window is None else max(0, lengths[span] - window - first * block_size)
+        physical = blocks.tolist()
+        if physical == list(range(physical[0], physical[0] + width)):
+            return _Group(rows, 1, physical[0] * block_size + skip, blocks, n_keys - skip, None)
+        mask = None
+        if skip:
+            mask = torch.zeros(1, 1, 1, n_keys, dtype=dtype)
+            mask[..., :skip] = -torch.inf
+        return _Group(rows, 1, -1, blocks, n_keys, mask)
+    first_block = torch.tensor([firsts[span] for span in spans])
+    logical = first_block[:, None] + torch.arange(width)
+    # Blocks past a span's end are masked: any block that exists will do.
+    logical.clamp_(max=layout.block_table.shape[1] - 1)
+    last = torch.tensor([-(-lengths[span] // block_size) - 1 for span in spans])
+    logical = torch.minimum(logical, last[:, None])
+    blocks = layout.block_table[rows].gather(1, logical).flatten()
+    index = first_block[:, None] * block_size + torch.arange(width * block_size)
+    length = torch.tensor([lengths[span] for span in spans])[:, None]
+    hidden = index >= length
+    if window is not None:
+        hidden |= index < length - window
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return _Group(rows, n, -1, blocks, width * block_size, mask[:, None, None, :])
+
+
+def _decode(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    group: _Group,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    n_heads, head_dim = q.shape[1:]
+    n_groups = k_cache.shape[2]
+    n, n_keys = group.n, group.n_keys
+    if group.first >= 0:
+        place = slice(group.first, group.first + n_keys)
+        keys = k_cache.view(1, -1, n_groups, head_dim)[:, place].transpose(1, 2)
+        values = v_cache.view(1, -1, n_groups, head_dim)[:, place].transpose(1, 2)
+    else:
+        shape = (n, -1, n_groups, head_dim)
+        keys = k_cache.index_select(0, group.blocks).view(shape)[:, :n_keys].transpose(1, 2)
+        values = v_cache.index_select(0, group.blocks).view(shape)[:, :n_keys].transpose(1, 2)
+    queries = q[group.rows]
+    if softcap is not None:
+        queries = queries.reshape(n, n_groups, -1, head_dim)
+        mixed = _attend_capped(queries, keys, values, group.mask, scale, softcap)
+    elif n == 1:
+        # Heads as heads: more of them than groups to share between threads.
+        mixed = F.scaled_dot_product_attention(
+            queries.unsqueeze(2), keys, values, group.mask, scale=scale, enable_gqa=True
+        )
+    else:
+        queries = queries.reshape(n, n_groups, -1, head_dim)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, group.mask, scale=scale)
+    out[group.rows] = mixed.reshape(n, n_heads, head_dim)
+
+
+def _keys_of_span(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, layout: PagedLayout, span: int, n_keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one span, [G, n_keys, D] each; gathered once a layer."""
+    blocks = layout.block_table[span, : -(-n_keys // layout.block_size)]
+    keys = k_cache.index_select(0, blocks).flatten(0, 1)[:n_keys].transpose(0, 1)
+    values = v_cache.index_select(0, blocks).flatten(0, 1)[:n_keys].transpose(0, 1)
+    return keys, values
+
+
+def _attend_span(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Causal attention of the last rows of one sequence: q [R, H, D] over keys [G, L, D]."""
+    n_rows, n_heads, head_dim = q.shape
+    n_groups, n_keys, _ = keys.shape
+    before = n_keys - n_rows
+    narrow = window is not None and window < n_keys
+    if before == 0 and not narrow and softcap is None:
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(0, 1).unsqueeze(0),
+            keys.unsqueeze(0),
+            values.unsqueeze(0),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=True,
+        )
+        out.copy_(mixed[0].transpose(0, 1))
+        return
+    for start in range(0, n_rows, ROWS):
+        stop = min(start + ROWS, n_rows)
+        seen = slice(0, before + stop)
+        if window is not None:
+            seen = slice(max(0, before + start - window + 1), before + stop)
+        distance = torch.arange(before + start, before + stop)[:, None] - torch.arange(
+            seen.start, seen.stop
+        )
+        hidden = distance < 0
+        if window is not None:
+            hidden |= distance >= window
+        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+        queries = q[start:stop].transpose(0, 1)
+        k, v = keys[:, seen], values[:, seen]
+        if softcap is None:
+            mixed = F.scaled_dot_product_attention(
+                queries.unsqueeze(0),
+                k.unsqueeze(0),
+                v.unsqueeze(0),
+                mask,
+                scale=scale,
+                enable_gqa=True,
+            )[0]
+        else:
+            repeat = n_heads // n_groups
+            mixed = _attend_capped(
+                queries.reshape(n_groups, repeat * (stop - start), head_dim),
+                k,
+                v,
+                mask.repeat(repeat, 1),
+                scale,
+                softcap,
+            ).view(n_heads, stop - start, head_dim)
+        out[start:stop] = mixed.transpose(0, 1)
+
+
+def _attend_capped(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention with soft-capped scores: q [..., M, D] over keys [..., L, D], mask [..., M, L]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q.to(wide), keys.to(wide).transpose(-1, -2))
+    scores = scores.mul_(scale / softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores += mask
+    return torch.matmul(torch.softmax(scores, dim=-1), values.to(wide)).to(q.dtype)
