@@ -11,7 +11,9 @@ ROWS_EACH = 16
 def lora_add_reference(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
-    """``y[t] + b[index[t]] @ (a[index[t]] @ x[t])``, rows with index 0 untouched; differentiable.
+    """``y[t] + b[index[t]] @ (a[index[t]] @ x[t])``; differentiable.
+
+    Rows whose index is 0 or beyond the slots (an adapter without this map) stay untouched.
 
     Args:
         y: [T, d_out]; not changed.
@@ -21,7 +23,7 @@ def lora_add_reference(
         index: [T] integers.
     """
     for slot in torch.unique(index).tolist():
-        if slot == 0:
+        if slot == 0 or slot >= a.shape[0]:
             continue
         rows = torch.nonzero(index == slot).squeeze(1)
         y = y.index_add(0, rows, (x[rows] @ a[slot].T) @ b[slot].T)
@@ -33,10 +35,11 @@ def _lora_add_cpu(
 ) -> torch.Tensor:
     if x.shape[0] <= ROWS_EACH:
         # A few rows: gather every row's matrices, whichever adapters they are; slot 0 adds zeros.
+        index = index.where(index < a.shape[0], 0)
         shrunk = torch.bmm(a.index_select(0, index), x.unsqueeze(2))
         return y.add_(torch.bmm(b.index_select(0, index), shrunk).squeeze(2))
     for slot in torch.unique(index).tolist():
-        if slot == 0:
+        if slot == 0 or slot >= a.shape[0]:
             continue
         rows = torch.nonzero(index == slot).squeeze(1)
         if rows.shape[0] == x.shape[0]:

@@ -1,0 +1,1 @@
+"""Arithmetic on tensors: one file an operation, a plain reference and fast paths behind it."""
