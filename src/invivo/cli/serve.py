@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import logging
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from invivo.cli import options
-from invivo.cli.output import examples
+from invivo.cli.output import examples, note
+
+if TYPE_CHECKING:
+    from invivo.server.settings import Settings
 
 SERVER, LIMITS = "Server", "Limits"
 EXAMPLES = examples(
@@ -118,9 +122,8 @@ def serve(
     ] = "4MiB",
 ) -> None:
     """Serve a model over HTTP: OpenAI's endpoints and more, with a live page at /."""
-    from invivo.server.run import run
-
     from invivo.cli.opening import opened
+    from invivo.server.run import run
     from invivo.server.settings import Settings
 
     settings = Settings(
@@ -135,6 +138,12 @@ def serve(
         allowed_origins=tuple(origin or ()),
     )
     paths = options.adapter_paths(adapter)
+    # Asked before a large model is loaded; the server asks again.
+    refuse_exposure(settings)
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
     with opened(
         model,
         device=device,
@@ -145,4 +154,20 @@ def serve(
         max_running=max_running,
         max_batch_tokens=max_batch_tokens,
     ) as lm:
+        info = lm.info()
+        shown = f"[{host}]" if ":" in host else host
+        note(f"{info.name} ({info.dtype} on {info.device}) at http://{shown}:{port}")
         run(lm, settings)
+
+
+def refuse_exposure(settings: Settings) -> None:
+    """Raises InvalidRequest where the settings would expose the server without any key."""
+    from invivo.server.auth import check_exposure
+    from invivo.server.keys import KeyStore
+
+    if settings.keyed:
+        keys = KeyStore(settings.database_url)
+        try:
+            check_exposure(settings, keys)
+        finally:
+            keys.close()
