@@ -25,7 +25,6 @@ class Principal:
     Attributes:
         key_id: id of the key, None = this machine's user on an open loopback server.
         budget: tokens the key may spend in all, None = unlimited.
-        salt: keeps the cached prefixes of one key apart from all others'.
     """
 
     key_id: str | None
@@ -33,9 +32,11 @@ class Principal:
     scopes: frozenset[str]
     budget: int | None = None
 
-    @property
-    def salt(self) -> str:
-        return self.key_id or ""
+    def salt(self, wanted: str | None) -> str:
+        """Keeps the cached prefixes of one key (and one wish of its holder) apart from others'."""
+        if self.key_id is None:
+            return wanted or ""
+        return f"{self.key_id}/{wanted or ''}"
 
     def may(self, scope: str) -> bool:
         return scope in self.scopes or "admin" in self.scopes

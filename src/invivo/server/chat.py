@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from invivo.lm import Choice, Completion, Delta, Sampling
-from invivo.server.admission import admit
+from invivo.server.admission import Ticket, admit
 from invivo.server.answers import (
     AnswerMessage,
     ChatChoice,
@@ -64,7 +64,6 @@ class _Chat:
     body: ChatRequest
     services: Services
     principal: Principal
-    adapter: str | None
     tools: ToolPlan
     sampling: Sampling
     messages: list[dict[str, Any]]
@@ -82,7 +81,6 @@ class _Chat:
 
 
 def _plan(body: ChatRequest, services: Services, principal: Principal) -> _Chat:
-    adapter = services.adapter_of(body.model)
     choice = body.tool_choice
     tools = plan_tools(
         template_tools(body.tools),
@@ -91,11 +89,12 @@ def _plan(body: ChatRequest, services: Services, principal: Principal) -> _Chat:
     sampling = sampling_of(body, body.response_format, tools.json_schema)
     if body.logprobs:
         sampling["logprobs"] = body.top_logprobs or 0
+    sampling["adapter"] = services.adapter_of(body.model)
+    sampling["salt"] = principal.salt(body.cache_salt)
     return _Chat(
         body=body,
         services=services,
         principal=principal,
-        adapter=adapter,
         tools=tools,
         sampling=sampling,
         messages=template_messages(body.messages),
@@ -115,20 +114,21 @@ def _max_tokens(body: ChatRequest) -> int | None:
     return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
+async def _prompt(chat: _Chat, ticket: Ticket) -> tuple[list[int], Sampling]:
+    """The conversation as tokens, and the keywords to answer it with."""
+    prompt = await run_in_threadpool(_tokens, chat)
+    sampling = chat.sampling.copy()
+    sampling["max_tokens"] = await ticket.prompt(
+        [len(prompt)], max_tokens=_max_tokens(chat.body), n=chat.body.n or 1
+    )
+    ticket.ran(len(prompt))
+    return prompt, sampling
+
+
 async def _answer(chat: _Chat) -> ChatCompletion:
     async with admit(chat.services, chat.principal) as ticket:
-        prompt = await run_in_threadpool(_tokens, chat)
-        max_tokens = await ticket.prompt(
-            [len(prompt)], max_tokens=_max_tokens(chat.body), n=chat.body.n or 1
-        )
-        ticket.ran(len(prompt))
-        completion: Completion = await chat.services.lm.agenerate(
-            prompt,
-            max_tokens=max_tokens,
-            adapter=chat.adapter,
-            salt=chat.principal.salt,
-            **chat.sampling,
-        )
+        prompt, sampling = await _prompt(chat, ticket)
+        completion: Completion = await chat.services.lm.agenerate(prompt, **sampling)
         ticket.wrote(completion.completion_tokens)
     answer = ChatCompletion(
         id=chat.id,
@@ -147,7 +147,8 @@ async def _answer(chat: _Chat) -> ChatCompletion:
 
 
 def _choice(chat: _Chat, choice: Choice) -> ChatChoice:
-    content, calls = choice.text, []
+    content = choice.text
+    calls: list[ToolCall] = []
     if chat.tools.names:
         content, calls = parse_tool_calls(choice.text, chat.tools.names)
     message = AnswerMessage(
@@ -182,18 +183,8 @@ async def _events(chat: _Chat) -> AsyncGenerator[bytes, None]:
     choices: dict[int, _StreamedChoice] = {}
     cached = written = 0
     async with admit(chat.services, chat.principal) as ticket:
-        prompt = await run_in_threadpool(_tokens, chat)
-        max_tokens = await ticket.prompt(
-            [len(prompt)], max_tokens=_max_tokens(chat.body), n=chat.body.n or 1
-        )
-        ticket.ran(len(prompt))
-        stream = chat.services.lm.astream(
-            prompt,
-            max_tokens=max_tokens,
-            adapter=chat.adapter,
-            salt=chat.principal.salt,
-            **chat.sampling,
-        )
+        prompt, sampling = await _prompt(chat, ticket)
+        stream = chat.services.lm.astream(prompt, **sampling)
         async with aclosing(stream):
             async for delta in stream:
                 ticket.wrote(len(delta.tokens))

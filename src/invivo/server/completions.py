@@ -51,7 +51,6 @@ class _Run:
     body: CompletionRequest
     services: Services
     principal: Principal
-    adapter: str | None
     sampling: Sampling
     id: str
     model: str
@@ -79,11 +78,12 @@ def _plan(body: CompletionRequest, services: Services, principal: Principal) -> 
         sampling["logprobs"] = body.logprobs
         if body.echo:
             sampling["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+    sampling["adapter"] = services.adapter_of(body.model)
+    sampling["salt"] = principal.salt(body.cache_salt)
     return _Run(
         body=body,
         services=services,
         principal=principal,
-        adapter=services.adapter_of(body.model),
         sampling=sampling,
         id=f"cmpl-{request_id()}",
         model=body.model or services.model_name,
@@ -100,8 +100,6 @@ async def _prompts(run: _Run, ticket: Ticket) -> tuple[Prompts, Sampling]:
     ticket.ran(sum(prompts.sizes))
     sampling = run.sampling.copy()
     sampling["max_tokens"] = max_tokens
-    sampling["adapter"] = run.adapter
-    sampling["salt"] = run.principal.salt
     return prompts, sampling
 
 

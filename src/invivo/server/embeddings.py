@@ -58,7 +58,7 @@ async def _embed(body: EmbeddingRequest, services: Services, principal: Principa
             pooling=body.pooling,
             normalize=body.normalize,
             adapter=adapter,
-            salt=principal.salt,
+            salt=principal.salt(body.cache_salt),
         )
     written = _base64 if body.encoding_format == "base64" else list[float]
     return EmbeddingList(

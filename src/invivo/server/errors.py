@@ -12,36 +12,18 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from invivo.errors import (
-    Conflict,
     Forbidden,
     InvalidRequest,
     InvivoError,
-    MissingDependency,
     NotFound,
-    Overloaded,
     TooLarge,
     Unauthorized,
-    Unavailable,
-    UnsupportedModel,
 )
 from invivo.server.context import request_id
+from invivo.wire import error_code
 
 log = logging.getLogger("invivo.server")
 
-# The code tells a client which class of invivo/errors.py to raise again.
-CODES: dict[type[InvivoError], str] = {
-    InvalidRequest: "invalid_request",
-    Unauthorized: "invalid_api_key",
-    Forbidden: "permission_denied",
-    NotFound: "not_found",
-    Conflict: "conflict",
-    TooLarge: "too_large",
-    Overloaded: "overloaded",
-    Unavailable: "unavailable",
-    UnsupportedModel: "unsupported_model",
-    MissingDependency: "missing_dependency",
-    InvivoError: "internal_error",
-}
 RETRY_SECONDS = 1
 
 _REMEDY = "The accepted values are described in /openapi.json"
@@ -64,13 +46,12 @@ def error_body(error: InvivoError) -> dict[str, Any]:
     if error.given is not None:
         shown = repr(error.given)
         message += f" (given {shown if len(shown) <= 120 else shown[:117] + '...'})"
-    code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
     return {
         "error": {
             "message": _clean(message),
             "type": error.kind,
             "param": _clean(error.field),
-            "code": code,
+            "code": error_code(type(error)),
             "remedy": _clean(error.remedy or _REMEDY),
             "request_id": request_id(),
         }

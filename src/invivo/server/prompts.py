@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,12 +23,11 @@ class Prompts:
 
 def prompts_of(lm: LM, given: str | list[str] | list[int] | list[list[int]]) -> Prompts:
     """Tokenises as the LM itself does: what the tokenizer adds to a text by default is added."""
-    if isinstance(given, str):
-        several: list[str] | list[list[int]] = [given]
-    elif isinstance(given[0], int):
-        several = [cast(list[int], given)]
+    several: Sequence[str | list[int]]
+    if isinstance(given, str) or isinstance(given[0], int):
+        several = [given]
     else:
-        several = cast(list[str] | list[list[int]], given)
+        several = cast(Sequence[str | list[int]], given)
     texts = [one if isinstance(one, str) else None for one in several]
     ids = [lm.tokenize(one, special=True) if isinstance(one, str) else one for one in several]
     return Prompts(ids, texts)

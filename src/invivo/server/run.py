@@ -19,7 +19,7 @@ from invivo.server.settings import Settings
 _START_SECONDS = 30.0
 
 
-def serve(lm: LM, settings: Settings | None = None) -> None:
+def run(lm: LM, settings: Settings | None = None) -> None:
     """Serves until a stop signal; running requests get ``shutdown_seconds`` to finish.
 
     Raises:

@@ -50,6 +50,7 @@ JsonObject = Annotated[dict[str, Any], AfterValidator(_plain_json)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 ModelName = Annotated[str, Field(max_length=512)]
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+CacheSalt = Annotated[str, Field(max_length=128)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=2048)]
@@ -222,6 +223,9 @@ class Generation(Strict):
     priority: int | None = Field(
         None, ge=-(2**31), le=2**31 - 1, description="Extension: smaller runs earlier"
     )
+    cache_salt: CacheSalt | None = Field(
+        None, description="Extension: prefixes are shared only within one salt (and key)"
+    )
     return_token_ids: bool | None = Field(
         None, description="Extension: choices also have token_ids and the unparsed text"
     )
@@ -296,6 +300,9 @@ class EmbeddingRequest(Strict):
     user: str | None = Field(None, max_length=512, description="Accepted, not used")
     pooling: Literal["mean", "last"] = Field("mean", description="Extension")
     normalize: bool = Field(True, description="Extension")
+    cache_salt: CacheSalt | None = Field(
+        None, description="Extension: prefixes are shared only within one salt (and key)"
+    )
 
 
 class ScoreItem(Strict):
@@ -311,6 +318,9 @@ class ScoreRequest(Strict):
     model: ModelName | None = None
     items: Annotated[list[ScoreItem], Field(min_length=1, max_length=2048)]
     top: int = Field(0, ge=0, le=20, description="Alternatives beside each token")
+    cache_salt: CacheSalt | None = Field(
+        None, description="Prefixes are shared only within one salt (and key)"
+    )
 
 
 class TokenizeRequest(Strict):

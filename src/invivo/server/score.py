@@ -47,7 +47,7 @@ async def _score(body: ScoreRequest, services: Services, principal: Principal) -
         scores: list[Score] = await services.lm.ascore(
             [_item(item) for item in body.items],
             adapter=adapter,
-            salt=principal.salt,
+            salt=principal.salt(body.cache_salt),
             top=body.top,
         )
     total = sum(sizes)

@@ -21,6 +21,8 @@ from invivo.server.errors import ClientGone, error_body, internal_error
 log = logging.getLogger("invivo.server")
 
 DONE = "[DONE]"
+# JSON leaves these as they are, and some clients end a line at them.
+_LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 T = TypeVar("T")
 
 
@@ -32,7 +34,7 @@ def event(data: BaseModel | dict[str, Any] | str) -> bytes:
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     else:
         text = data
-    return b"data: " + text.encode() + b"\n\n"
+    return b"data: " + text.translate(_LINE_ENDS).encode() + b"\n\n"
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:

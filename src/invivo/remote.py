@@ -1,0 +1,338 @@
+"""A model behind HTTP with the methods of one in this process.
+
+The plain and the ``async`` methods share their connections and may be used from any thread or
+event loop. The server's errors come back as the classes of :mod:`invivo.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing, closing
+from pathlib import Path
+from typing import Any, Literal, Unpack, cast
+from urllib.parse import quote
+
+from invivo.engine.types import AdapterInfo
+from invivo.errors import InvalidRequest
+from invivo.lm import LM, Delta, Message, ModelInfo, Prompt, Sampling, ScoreItem
+from invivo.transport import Transport
+from invivo.wire import (
+    JsonBody,
+    adapter_of,
+    chat_body,
+    completion_body,
+    completion_of,
+    delta_of,
+    message_body,
+    model_of,
+    score_of,
+)
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+_ITEMS_AT_ONCE = 256  # texts in one scoring or embedding request
+
+
+def connect(url: str, *, key: str | None = None, timeout: float = 600.0) -> RemoteLM:
+    """The model served at ``url`` (with or without ``/v1``).
+
+    Args:
+        key: bearer key, where the server asks for one.
+        timeout: seconds that the server may be silent during a request.
+
+    Raises:
+        Unavailable: nothing answers there.
+        Unauthorized: the server wants another key.
+    """
+    return RemoteLM(url, key=key, timeout=timeout)
+
+
+class RemoteLM(LM):
+    """See :func:`connect`; the methods are those of :class:`invivo.lm.LM`."""
+
+    def __init__(self, url: str, *, key: str | None = None, timeout: float = 600.0) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._http = Transport(self.url, key=key, timeout=timeout)
+        try:
+            listed = self._http.wait(self._http.request("GET", "/v1/models"))
+        except BaseException:
+            self._http.close()
+            raise
+        self._info = model_of(listed["data"][0])
+
+    # --- generation -------------------------------------------------------------------------
+
+    def generate(self, prompt: Any, *, progress: bool = False, **sampling: Unpack[Sampling]) -> Any:
+        return self._http.wait(self._generate(prompt, sampling, progress))
+
+    async def agenerate(self, prompt: Any, **sampling: Unpack[Sampling]) -> Any:
+        return await self._http.hop(self._generate(prompt, sampling))
+
+    def chat(
+        self,
+        messages: Any,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        progress: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Any:
+        return self._http.wait(self._chat(messages, tools, tool_choice, sampling, progress))
+
+    async def achat(
+        self,
+        messages: Any,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Any:
+        return await self._http.hop(self._chat(messages, tools, tool_choice, sampling))
+
+    def stream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Generator[Delta, None, None]:
+        return self._deltas(COMPLETIONS, completion_body(self._info.name, prompt, sampling))
+
+    def astream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> AsyncGenerator[Delta, None]:
+        return self._adeltas(COMPLETIONS, completion_body(self._info.name, prompt, sampling))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Generator[Delta, None, None]:
+        body = chat_body(self._info.name, messages, tools, tool_choice, sampling)
+        return self._deltas(CHAT, body)
+
+    def astream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncGenerator[Delta, None]:
+        body = chat_body(self._info.name, messages, tools, tool_choice, sampling)
+        return self._adeltas(CHAT, body)
+
+    # --- measuring --------------------------------------------------------------------------
+
+    def score(
+        self,
+        text: ScoreItem | list[Any],
+        *,
+        adapter: str | None = None,
+        salt: str = "",
+        top: int = 0,
+        progress: bool = False,
+    ) -> Any:
+        return self._http.wait(self._score(text, adapter, salt, top, progress))
+
+    async def ascore(
+        self,
+        text: ScoreItem | list[Any],
+        *,
+        adapter: str | None = None,
+        salt: str = "",
+        top: int = 0,
+    ) -> Any:
+        return await self._http.hop(self._score(text, adapter, salt, top))
+
+    def embed(
+        self,
+        text: Any,
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = True,
+        adapter: str | None = None,
+        salt: str = "",
+        progress: bool = False,
+    ) -> Any:
+        return self._http.wait(self._embed(text, pooling, normalize, adapter, salt, progress))
+
+    async def aembed(
+        self,
+        text: Any,
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = True,
+        adapter: str | None = None,
+        salt: str = "",
+    ) -> Any:
+        return await self._http.hop(self._embed(text, pooling, normalize, adapter, salt))
+
+    # --- tokens -----------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        return cast(list[int], self._post("/tokenize", text=text, special=special)["tokens"])
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return str(self._post("/detokenize", tokens=list(ids))["text"])
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        answer = self._post(
+            "/tokenize",
+            messages=[message_body(message) for message in messages],
+            tools=list(tools or ()),
+            add_generation_prompt=add_generation_prompt,
+        )
+        return str(answer["text"])
+
+    # --- housekeeping -----------------------------------------------------------------------
+
+    def info(self) -> ModelInfo:
+        return self._info
+
+    def adapters(self) -> list[AdapterInfo]:
+        listed = self._http.wait(self._http.request("GET", "/v1/adapters"))
+        return [adapter_of(one) for one in listed["data"]]
+
+    def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
+        """Uploads the two files of the local folder ``path``."""
+        folder = Path(path)
+        try:
+            config = (folder / "adapter_config.json").read_bytes()
+            weights = (folder / "adapter_model.safetensors").read_bytes()
+        except OSError as error:
+            raise InvalidRequest(
+                "not a folder with adapter_config.json and adapter_model.safetensors",
+                field="path",
+                given=str(path),
+                remedy="Give the folder that peft's save_pretrained wrote",
+            ) from error
+        upload = self._http.request(
+            "POST",
+            "/v1/adapters/upload",
+            data={"name": name},
+            files={
+                "config": ("adapter_config.json", config),
+                "weights": ("adapter_model.safetensors", weights),
+            },
+        )
+        return adapter_of(self._http.wait(upload))
+
+    def unload_adapter(self, name: str) -> None:
+        self._http.wait(self._http.request("DELETE", f"/v1/adapters/{quote(name, safe='')}"))
+
+    def stats(self) -> dict[str, Any]:
+        """The live snapshot, without the histograms (Prometheus has them at /metrics)."""
+        return self._http.wait(self._http.request("GET", "/v1/live"))
+
+    def close(self) -> None:
+        """Cancels what runs and closes the connections; the server lives on."""
+        self._http.close()
+
+    # --- the work, on the transport's loop --------------------------------------------------
+
+    async def _generate(self, prompt: Any, sampling: Sampling, progress: bool = False) -> Any:
+        single = isinstance(prompt, str) or _is_tokens(prompt)
+        prompts = [prompt] if single else prompt
+        bodies = [completion_body(self._info.name, one, sampling) for one in prompts]
+        answers = await self._http.post_all(COMPLETIONS, bodies, progress=progress)
+        made = [completion_of(answer) for answer in answers]
+        return made[0] if single else made
+
+    async def _chat(
+        self,
+        messages: Any,
+        tools: Sequence[Mapping[str, Any]] | None,
+        tool_choice: str | Mapping[str, Any] | None,
+        sampling: Sampling,
+        progress: bool = False,
+    ) -> Any:
+        single = not messages or isinstance(messages[0], Mapping)
+        several = [messages] if single else messages
+        name = self._info.name
+        bodies = [chat_body(name, one, tools, tool_choice, sampling) for one in several]
+        answers = await self._http.post_all(CHAT, bodies, progress=progress)
+        made = [completion_of(answer) for answer in answers]
+        return made[0] if single else made
+
+    async def _score(
+        self, text: Any, adapter: str | None, salt: str, top: int, progress: bool = False
+    ) -> Any:
+        single = isinstance(text, str | tuple) or _is_tokens(text)
+        items = [_item(one) for one in ([text] if single else text)]
+        shared: JsonBody = {"model": self._model(adapter), "top": top}
+        answers = await self._in_parts("/v1/score", "items", items, shared, salt, progress)
+        scores = [score_of(answer) for answer in answers]
+        return scores[0] if single else scores
+
+    async def _embed(
+        self,
+        text: Any,
+        pooling: str,
+        normalize: bool,
+        adapter: str | None,
+        salt: str,
+        progress: bool = False,
+    ) -> Any:
+        single = isinstance(text, str) or _is_tokens(text)
+        inputs = [text] if single else list(text)
+        shared: JsonBody = {
+            "model": self._model(adapter),
+            "pooling": pooling,
+            "normalize": normalize,
+        }
+        answers = await self._in_parts("/v1/embeddings", "input", inputs, shared, salt, progress)
+        vectors = [answer["embedding"] for answer in answers]
+        return vectors[0] if single else vectors
+
+    async def _in_parts(
+        self,
+        path: str,
+        name: str,
+        items: list[Any],
+        shared: JsonBody,
+        salt: str,
+        progress: bool,
+    ) -> list[JsonBody]:
+        """One request for every so many items; their answers in the items' order."""
+        if salt:
+            shared = shared | {"cache_salt": salt}
+        starts = range(0, len(items), _ITEMS_AT_ONCE)
+        bodies = [shared | {name: items[at : at + _ITEMS_AT_ONCE]} for at in starts]
+        answers = await self._http.post_all(path, bodies, progress=progress)
+        return [one for answer in answers for one in answer["data"]]
+
+    def _deltas(self, path: str, body: JsonBody) -> Generator[Delta, None, None]:
+        with closing(self._http.stream(path, body)) as events:
+            for item in events:
+                delta = delta_of(item)
+                if delta is not None:
+                    yield delta
+
+    async def _adeltas(self, path: str, body: JsonBody) -> AsyncGenerator[Delta, None]:
+        async with aclosing(self._http.astream(path, body)) as events:
+            async for item in events:
+                delta = delta_of(item)
+                if delta is not None:
+                    yield delta
+
+    def _post(self, path: str, **body: Any) -> JsonBody:
+        return self._http.wait(self._http.post(path, body))
+
+    def _model(self, adapter: str | None) -> str:
+        return self._info.name if adapter is None else f"{self._info.name}:{adapter}"
+
+
+def _is_tokens(prompt: Any) -> bool:
+    return not isinstance(prompt, str | tuple) and len(prompt) > 0 and isinstance(prompt[0], int)
+
+
+def _item(one: Any) -> JsonBody:
+    if isinstance(one, tuple):
+        return {"context": _part(one[0]), "text": _part(one[1])}
+    return {"text": _part(one)}
+
+
+def _part(part: Any) -> Any:
+    return part if isinstance(part, str) else list(part)
