@@ -7,6 +7,7 @@ studies, the server's pages) is written against :class:`LM` alone.
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -372,6 +373,45 @@ class LM(ABC):
     @abstractmethod
     def close(self) -> None:
         """Cancel what runs and give everything back; calling it twice is harmless."""
+
+    # --- asynchronous twins of what is quick here and a round trip elsewhere ------------------
+    async def ainfo(self) -> ModelInfo:
+        return await asyncio.to_thread(self.info)
+
+    async def aadapters(self) -> list[AdapterInfo]:
+        return await asyncio.to_thread(self.adapters)
+
+    async def aload_adapter(self, name: str, path: str | Path) -> AdapterInfo:
+        return await asyncio.to_thread(self.load_adapter, name, path)
+
+    async def aunload_adapter(self, name: str) -> None:
+        await asyncio.to_thread(self.unload_adapter, name)
+
+    async def astats(self) -> dict[str, Any]:
+        return await asyncio.to_thread(self.stats)
+
+    async def atokenize(self, text: str, *, special: bool = False) -> list[int]:
+        return await asyncio.to_thread(self.tokenize, text, special=special)
+
+    async def adetokenize(self, ids: Sequence[int]) -> str:
+        return await asyncio.to_thread(self.detokenize, ids)
+
+    async def aapply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        return await asyncio.to_thread(
+            self.apply_chat_template,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    async def aclose(self) -> None:
+        await asyncio.to_thread(self.close)
 
     def __enter__(self) -> Self:
         return self

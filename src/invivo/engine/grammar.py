@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from invivo.engine.types import Grammar
 from invivo.errors import InvalidRequest, MissingDependency
 
+# Between the parts of a JSON value: nothing, one blank, or a line break with an indent. Without a
+# bound a small model can go on with blanks for ever.
+_JSON_BLANKS = r"(\n[ ]{0,16}|[ ])?"
 KEEP_COMPILED = 64  # grammars kept ready, oldest out first
 
 
@@ -127,7 +130,8 @@ def _llguidance_source(matcher: Any, grammar: Grammar) -> str:
             "must be a JSON schema object", field="json_schema", given=grammar.source
         )
     try:
-        return str(matcher.grammar_from_json_schema(json.dumps(value)))
+        options = {"whitespace_pattern": _JSON_BLANKS}
+        return str(matcher.grammar_from_json_schema(json.dumps(value), defaults=options))
     except ValueError as error:
         raise InvalidRequest(
             f"cannot be read: {_first_line(str(error))}",

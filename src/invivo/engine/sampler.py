@@ -96,7 +96,12 @@ class RowState:
 
 
 def row_state(
-    params: SamplingParams, *, seed: int, index: int, eos_ids: Sequence[int], matcher: Matcher | None
+    params: SamplingParams,
+    *,
+    seed: int,
+    index: int,
+    eos_ids: Sequence[int],
+    matcher: Matcher | None,
 ) -> RowState:
     """State of continuation ``index`` of a request with this ``seed``."""
     penalised = (
@@ -198,9 +203,7 @@ class Draw:
     logprobs: LogprobRows | None
 
 
-def sample(
-    logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[int]
-) -> Draw:
+def sample(logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[int]) -> Draw:
     """Draw one token a row.
 
     Args:
@@ -236,9 +239,7 @@ def _index(rows: list[int], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=like.device)
 
 
-def _adjust(
-    logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[int]
-) -> None:
+def _adjust(logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[int]) -> None:
     """Penalties, bias and the tokens forbidden before ``min_tokens``, in place.
 
     Works on the listed (row, token) entries only, never on a whole row.
@@ -283,9 +284,7 @@ def _mask(logits: torch.Tensor, rows: Sequence[RowState]) -> None:
     logits[where] = logits[where].masked_fill(refused, -torch.inf)
 
 
-def _draw(
-    logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[int]
-) -> torch.Tensor:
+def _draw(logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[int]) -> torch.Tensor:
     """Temperature, filters and the inverse of the cumulative distribution; [R] tokens."""
     numbers = np.array([row.numbers for row in rows], dtype=np.float32)
     u = uniforms(

@@ -32,7 +32,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A constraint on the output: exactly one kind of source, kept as text so that it can be hashed.
+    """A constraint on the output, kept as text so that it can be hashed.
 
     ``json_schema`` holds a JSON schema as text ("{}" admits any JSON), ``regex`` a regular
     expression, ``choice`` the allowed strings as a JSON list.
@@ -254,10 +254,18 @@ class Plan:
 
 @dataclass(slots=True)
 class StepResult:
-    """What came out of one plan: for each sampling span its token, and log-probabilities if asked."""
+    """What came out of one plan; dictionaries are by span index and hold what was asked for.
+
+    Attributes:
+        tokens: one a span; -1 where the span does not sample.
+        logprobs: of the drawn token.
+        scored: of the prompt's tokens, in order, as far as the span's rows predict them.
+        embeddings: pooled final states, of spans that complete their prompt.
+    """
 
     plan: Plan
-    tokens: list[int]  # one a span; -1 where the span does not sample
-    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)  # by span index
+    tokens: list[int]
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    scored: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     embeddings: dict[int, list[float]] = field(default_factory=dict)
     seconds: float = 0.0

@@ -1,9 +1,8 @@
-"""All checks of what a caller asks, in one place; every complaint names the field and the remedy."""
+"""All checks of what a caller asks, in one place; every complaint names the field."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from invivo.engine.types import Request, SamplingParams
 from invivo.errors import InvalidRequest, TooLarge
@@ -37,9 +36,7 @@ def validate_request(request: Request, *, vocab_size: int, max_model_len: int) -
     _check(
         request.kind == "generate" or request.n == 1, "n", "only generation takes n > 1", request.n
     )
-    _check(
-        request.pooling in ("mean", "last"), "pooling", "must be mean or last", request.pooling
-    )
+    _check(request.pooling in ("mean", "last"), "pooling", "must be mean or last", request.pooling)
     if request.kind == "score":
         _whole(request.score_from, "score_from", 1, len(request.tokens) - 1)
     validate_sampling(request.params, vocab_size=vocab_size)
@@ -151,9 +148,7 @@ def _check(holds: bool, field: str, rule: str, given: object) -> None:
 def _number(value: object, field: str, low: float, high: float) -> None:
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or not low <= value <= high:  # type: ignore[operator]
-        raise InvalidRequest(
-            f"must be a number from {low:g} to {high:g}", field=field, given=value
-        )
+        raise InvalidRequest(f"must be a number from {low:g} to {high:g}", field=field, given=value)
 
 
 def _whole(value: object, field: str, low: int, high: int) -> None:
@@ -161,9 +156,3 @@ def _whole(value: object, field: str, low: int, high: int) -> None:
         raise InvalidRequest(
             f"must be a whole number from {low} to {high}", field=field, given=value
         )
-
-
-def check_tokens(tokens: Sequence[int], *, vocab_size: int, field: str = "tokens") -> None:
-    """Raise InvalidRequest unless every token id is in the vocabulary."""
-    for token in tokens:
-        _whole(token, field, 0, vocab_size - 1)

@@ -1,0 +1,754 @@
+"""The engine: takes requests from any thread, runs iterations in one, hands outputs back.
+
+One iteration: take in what has arrived, let the scheduler make a plan, launch it, and fold in the
+step before (on a GPU; on a CPU the same one): record drawn tokens, settle text, end what has ended.
+An exception in a step ends the requests of that plan with an error and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from invivo.engine.adapters import Adapter, AdapterStore
+from invivo.engine.batch import BatchBuilder
+from invivo.engine.detokenize import StopText, TextStream, backend
+from invivo.engine.grammar import GrammarCompiler, Matcher
+from invivo.engine.memory import limits_of
+from invivo.engine.sampler import RowState, row_state
+from invivo.engine.scheduler import Scheduler
+from invivo.engine.stats import Counters, EngineStats, RequestRecord
+from invivo.engine.step import Launched, ScoredRows, Stepper, Work
+from invivo.engine.types import (
+    FinishReason,
+    Output,
+    Plan,
+    Purpose,
+    Request,
+    Sequence,
+    Span,
+    StepResult,
+    TokenLogprob,
+)
+from invivo.engine.validate import validate_request
+from invivo.errors import Conflict, InvalidRequest, InvivoError, Overloaded, Unavailable
+from invivo.models.cache import allocate_kv_cache
+from invivo.models.load import LoadedModel
+
+log = logging.getLogger(__name__)
+
+OnOutput = Callable[[Output], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes and switches of an engine.
+
+    Attributes:
+        max_batch_tokens: token rows of one iteration; None = 2048 on a GPU, 512 on a CPU.
+        max_running: sequences that hold memory at the same time.
+        block_size: tokens a block of the KV cache.
+        kv_bytes: size of the KV cache; None = what ``memory_fraction`` of a GPU leaves, on a CPU
+            2 GiB or a quarter of free memory.
+        max_model_len: longest prompt + output; None = the model's.
+        max_waiting: sequences that may queue before requests are refused.
+        prefix_cache: whether prompts with the same beginning share its computation.
+        max_adapters: different adapters at once in the device tables; more may be loaded.
+        max_lora_rank: largest rank taken.
+        memory_fraction: share of a GPU's memory to use.
+        overlap: prepare the next step while one runs; None = on a GPU.
+        cuda_graphs: replay decode steps as CUDA graphs; None = on a GPU.
+    """
+
+    max_batch_tokens: int | None = None
+    max_running: int = 256
+    block_size: int = 16
+    kv_bytes: int | None = None
+    max_model_len: int | None = None
+    max_waiting: int = 1024
+    prefix_cache: bool = True
+    max_adapters: int = 8
+    max_lora_rank: int = 64
+    memory_fraction: float = 0.9
+    overlap: bool | None = None
+    cuda_graphs: bool | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One request on its way through the engine."""
+
+    request: Request
+    on_output: OnOutput
+    adapter: Adapter | None
+    record: RequestRecord
+    tracks: list[_Track]
+    unfinished: int
+    first_token: float = 0.0
+    placed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Track:
+    """What the engine keeps of one sequence beside the scheduler's view."""
+
+    job: _Job
+    seq: Sequence
+    state: RowState
+    text: TextStream | None
+    stops: StopText
+    scored: list[TokenLogprob | None]  # by prompt token from scored_from on
+    scored_from: int
+    prompt_sent: bool
+    last_token: float = 0.0  # time.monotonic() of the last token, 0 before the first
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class _Inbox:
+    """What other threads ask of the engine, in order."""
+
+    wake: threading.Condition = field(default_factory=threading.Condition)
+    submitted: deque[_Job] = field(default_factory=deque)
+    aborted: deque[str] = field(default_factory=deque)
+    live: dict[str, int] = field(default_factory=dict)  # request id -> sequences
+    n_sequences: int = 0
+    closed: bool = False
+    failure: str | None = None
+
+
+class Engine:
+    """Serves one model.
+
+    ``submit``, ``abort``, ``stats`` and the loading of adapters may be called from any thread.
+    Either ``start`` a thread that runs iterations, or call ``step`` yourself from one thread.
+
+    Args:
+        model: what to serve; ``model.tokenizer`` may be None, then outputs have no text.
+        config: sizes and switches.
+
+    Raises:
+        InvalidRequest: the sizes do not fit together or the cache has no room.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
+        self.model = model
+        self.config = config or EngineConfig()
+        weight = next(model.decoder.parameters())
+        self.device = weight.device
+        on_gpu = self.device.type == "cuda"
+        c = self.config
+        self.max_model_len = _model_length(c.max_model_len, model.config.max_positions)
+        limits = limits_of(
+            model.decoder,
+            block_size=c.block_size,
+            max_batch_tokens=c.max_batch_tokens or (2048 if on_gpu else 512),
+            max_running=c.max_running,
+            max_length=self.max_model_len,
+            prefix_cache=c.prefix_cache,
+            kv_bytes=c.kv_bytes,
+            memory_fraction=c.memory_fraction,
+        )
+        self.scheduler = Scheduler(limits)
+        self.adapters = AdapterStore(
+            model.config,
+            device=self.device,
+            dtype=weight.dtype,
+            max_slots=c.max_adapters,
+            max_rank=c.max_lora_rank,
+        )
+        cache = allocate_kv_cache(
+            model.config,
+            n_blocks=limits.n_blocks,
+            block_size=c.block_size,
+            device=self.device,
+            dtype=weight.dtype,
+        )
+        self._builder = BatchBuilder(limits, self.device)
+        self._stepper = Stepper(model.decoder, cache, self.adapters, max_running=c.max_running)
+        self._grammars = GrammarCompiler(
+            model.tokenizer,
+            vocab_size=model.config.vocab_size,
+            eos_ids=model.config.eos_token_ids,
+        )
+        self._tokenizer = None if model.tokenizer is None else backend(model.tokenizer)
+        self._eos = frozenset(model.config.eos_token_ids)
+        self._overlap = on_gpu if c.overlap is None else c.overlap
+        self._tracks: dict[Sequence, _Track] = {}
+        self._parked: deque[_Job] = deque()  # their adapter waits for a slot
+        self._in_flight: Launched | None = None
+        self._inbox = _Inbox()
+        self._counters = Counters()
+        self._thread: threading.Thread | None = None
+
+    # --- any thread -------------------------------------------------------------------------
+    def submit(self, request: Request, on_output: OnOutput) -> None:
+        """Queue a request; ``on_output`` is called from the engine's thread and must be quick.
+
+        Raises:
+            InvalidRequest, TooLarge: a field is out of range.
+            NotFound: the adapter is not loaded.
+            Conflict: a live request has the same id.
+            Overloaded: too much is waiting.
+            Unavailable: the engine is closed or has failed.
+        """
+        self._check_open()
+        validate_request(
+            request, vocab_size=self.model.config.vocab_size, max_model_len=self.longest(request)
+        )
+        self._check_room(request)
+        grammar = request.params.grammar
+        matchers: list[Matcher | None] = [
+            self._grammars.matcher(grammar) if grammar is not None else None
+            for _ in range(request.n)
+        ]
+        adapter = self.adapters.hold(request.adapter) if request.adapter is not None else None
+        try:
+            job = self._job(request, on_output, adapter, matchers)
+            inbox = self._inbox
+            with inbox.wake:
+                self._check_open()
+                if request.id in inbox.live:
+                    raise Conflict(
+                        "a request with this id is running", field="id", given=request.id
+                    )
+                most = self.config.max_running + self.config.max_waiting
+                if inbox.n_sequences + request.n > most:
+                    raise Overloaded(
+                        f"{inbox.n_sequences} sequences are running or waiting, at most {most} may",
+                        remedy="Try again in a moment",
+                    )
+                inbox.live[request.id] = request.n
+                inbox.n_sequences += request.n
+                inbox.submitted.append(job)
+                inbox.wake.notify()
+        except BaseException:
+            if adapter is not None:
+                self.adapters.drop(adapter)
+            raise
+
+    def abort(self, request_id: str) -> None:
+        """End a request at once; unknown and finished ids are ignored."""
+        with self._inbox.wake:
+            if request_id in self._inbox.live:
+                self._inbox.aborted.append(request_id)
+                self._inbox.wake.notify()
+
+    def longest(self, request: Request) -> int:
+        """Most tokens that prompt and output of such a request can have together."""
+        if request.kind == "generate":
+            return self.scheduler.max_length
+        held = self.scheduler.blocks_total * self.config.block_size
+        return min(self.scheduler.max_length, held)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of counters and times."""
+        now = time.time()
+        c, s = self._counters, self.scheduler
+        running = s.n_running
+        step = c.step.percentiles(int(now))
+        return EngineStats(
+            time=now,
+            uptime=now - c.started,
+            adapters=self.adapters.list(),
+            running=running,
+            waiting=max(0, self._inbox.n_sequences - running),
+            max_running=self.config.max_running,
+            preemptions=s.n_preemptions,
+            kv={
+                "used": s.blocks_used,
+                "total": s.blocks_total,
+                "block_size": self.config.block_size,
+            },
+            prefix={"hits": s.prefix_hits, "queries": s.prefix_queries},
+            totals=c.totals(),
+            tokens=c.history(now),
+            latency=c.latency(now),
+            step=step,
+            recent=[_listed(record) for record in reversed(list(c.recent))],
+            histograms=c.histograms(),
+        )
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine can serve no more, if so."""
+        return self._inbox.failure
+
+    def start(self) -> None:
+        """Run iterations in a thread of its own until ``close``."""
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._run, name="invivo-engine", daemon=True)
+        self._thread.start()
+
+    def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
+        """Refuse new requests and stop.
+
+        Args:
+            drain: let running and waiting requests finish first; otherwise they are cancelled.
+            timeout: seconds to drain at most; what is left then is cancelled.
+        """
+        inbox = self._inbox
+        with inbox.wake:
+            inbox.closed = True
+            if drain and self._thread is not None:
+                inbox.wake.wait_for(lambda: not inbox.live, timeout)
+            inbox.aborted.extend(inbox.live)
+            inbox.wake.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+            self._thread = None
+        elif self._thread is None:
+            while self.step():
+                pass
+
+    # --- the engine's thread ----------------------------------------------------------------
+    def step(self) -> bool:
+        """One iteration; False when there was nothing to do."""
+        took = self._take_in()
+        self._unpark()
+        previous, self._in_flight = self._in_flight, None
+        launched = self._launch()
+        if previous is not None:
+            self._fold(previous)
+        if launched is not None:
+            if self._overlap:
+                self._in_flight = launched
+            else:
+                self._fold(launched)
+        return took or launched is not None or previous is not None
+
+    def _run(self) -> None:
+        inbox = self._inbox
+        while True:
+            with inbox.wake:
+                inbox.wake.wait_for(
+                    lambda: inbox.submitted or inbox.aborted or inbox.live or inbox.closed
+                )
+                if inbox.closed and not inbox.live and self._in_flight is None:
+                    return
+            try:
+                moved = self.step()
+            except Exception as error:  # a bug of ours: say so to everyone rather than hang
+                log.exception("the engine has failed")
+                self._inbox.failure = f"the engine has failed: {type(error).__name__}"
+                self._fail_all(Unavailable(self._inbox.failure, remedy="Restart the server"))
+                return
+            assert moved or not self.scheduler.has_work, "nothing can run though work is left"
+
+    def _take_in(self) -> bool:
+        """Move what other threads asked for into the scheduler."""
+        inbox = self._inbox
+        if not inbox.submitted and not inbox.aborted:
+            return False
+        with inbox.wake:
+            jobs = list(inbox.submitted)
+            aborted = list(inbox.aborted)
+            inbox.submitted.clear()
+            inbox.aborted.clear()
+        for job in jobs:
+            self._counters.requests += 1
+            self._counters.prompt_tokens += job.record.prompt_tokens
+            self._counters.recent.append(job.record)
+            # First come, first served: nobody overtakes those who wait for an adapter slot.
+            if (self._parked and job.adapter is not None) or not self._enter(job):
+                self._parked.append(job)
+        for request_id in aborted:
+            self._abort(request_id)
+        return True
+
+    def _unpark(self) -> None:
+        while self._parked and self._enter(self._parked[0]):
+            self._parked.popleft()
+
+    def _enter(self, job: _Job) -> bool:
+        """Give a request to the scheduler; False when its adapter has to wait for a slot."""
+        slot = version = 0
+        if job.adapter is not None:
+            slot = self.adapters.place(job.adapter)
+            if slot == 0:
+                return False
+            job.placed = True
+            version = job.adapter.version
+        try:
+            for track in job.tracks:
+                track.seq.adapter_slot = slot
+                track.seq.adapter_version = version
+                self.scheduler.add(track.seq)
+                self._tracks[track.seq] = track
+        except InvivoError as error:
+            self._end_job(job, error)
+        return True
+
+    def _abort(self, request_id: str) -> None:
+        for job in self._parked:
+            if job.request.id == request_id:
+                self._parked.remove(job)
+                for track in job.tracks:
+                    self._finish(track, Output(request_id, track.seq.index), "cancelled")
+                return
+        for seq in self.scheduler.abort(request_id):
+            track = self._tracks[seq]
+            self._finish(track, Output(request_id, seq.index), "cancelled")
+
+    def _launch(self) -> Launched | None:
+        plan: Plan | None = None
+        try:
+            plan = self.scheduler.schedule(time.monotonic())
+            if plan is None:
+                return None
+            batch = self._builder.build(plan)
+            return self._stepper.launch(batch, self._work(plan, batch.sample_spans))
+        except Exception as error:
+            self._step_failed(plan, error)
+            return None
+
+    def _work(self, plan: Plan, sample_spans: list[int]) -> Work:
+        """What the plan's sequences want beyond their forward pass."""
+        for seq in plan.admitted:
+            if seq.n_preempted == 0:
+                self._admitted(self._tracks[seq])
+        rows: list[RowState] = []
+        positions: list[int] = []
+        for i in sample_spans:
+            span = plan.spans[i]
+            rows.append(self._tracks[span.seq].state)
+            positions.append(span.stop - span.seq.n_prompt)
+        work = Work(rows, positions)
+        for i in range(len(plan.spans)):
+            span = plan.spans[i]
+            if span.purpose is Purpose.DECODE:
+                continue
+            if span.seq.request.kind == "embed":
+                work.pooled.append((i, span.seq.request.pooling))
+            elif (wanted := self._scored_rows(i, span)) is not None:
+                work.scored.append(wanted)
+        return work
+
+    def _scored_rows(self, index: int, span: Span) -> ScoredRows | None:
+        """The prompt tokens that this span's rows predict, where they are asked for."""
+        track = self._tracks[span.seq]
+        if not track.scored:
+            return None
+        first = max(span.start + 1, track.scored_from)
+        last = min(span.stop, span.seq.n_prompt - 1)
+        if first > last:
+            return None
+        wanted = span.seq.request.params.prompt_logprobs or 0
+        return ScoredRows(index, first, span.seq.tokens[first : last + 1], wanted)
+
+    def _fold(self, launched: Launched) -> None:
+        plan = launched.plan
+        try:
+            result = self._stepper.collect(launched)
+        except Exception as error:
+            self._step_failed(plan, error)
+            return
+        now = time.monotonic()
+        second = int(time.time())
+        by_purpose = [0, 0, 0, 0]
+        gaps: list[float] = []
+        for i, span in enumerate(plan.spans):
+            by_purpose[span.purpose] += span.stop - span.start
+            try:
+                self._fold_span(i, span, result, now, gaps)
+            except Exception as error:
+                log.exception("an output could not be handled")
+                track = self._tracks.get(span.seq)
+                if track is not None:
+                    self._end_job(track.job, _as_typed(error))
+        counters = self._counters
+        counters.count_tokens(by_purpose, second)
+        counters.step.add([result.seconds], second)
+        if gaps:
+            counters.itl.add(gaps, second)
+
+    def _fold_span(
+        self, i: int, span: Span, result: StepResult, now: float, gaps: list[float]
+    ) -> None:
+        seq = span.seq
+        if span.samples and not self.scheduler.record(seq, result.tokens[i]):
+            return
+        track = self._tracks.get(seq)
+        if track is None:  # ended while the step ran
+            return
+        for offset, record in enumerate(result.scored.get(i, ())):
+            at = max(span.start + 1, track.scored_from) - track.scored_from + offset
+            track.scored[at] = record
+        if span.samples:
+            self._token(track, result.tokens[i], result.logprobs.get(i), now, gaps)
+        elif seq.request.kind != "generate" and span.stop == seq.n_prompt:
+            output = Output(seq.request.id, embedding=result.embeddings.get(i))
+            if seq.request.kind == "score":
+                output.prompt_logprobs = [r for r in track.scored if r is not None]
+            self._first_output(track, now)
+            self._finish(track, output, "stop")
+
+    def _token(
+        self,
+        track: _Track,
+        token: int,
+        logprob: TokenLogprob | None,
+        now: float,
+        gaps: list[float],
+    ) -> None:
+        """One more token of a generation: settle its text, see whether it ends."""
+        seq = track.seq
+        if track.last_token:
+            gaps.append(now - track.last_token)
+        else:
+            self._first_output(track, now)
+        track.last_token = now
+        track.job.record.output_tokens += 1
+        if track.state.counts is not None:
+            track.state.counts.update(seq.tokens, seq.n_prompt)
+        output = Output(seq.request.id, seq.index, [token], cached_tokens=seq.n_cached)
+        if logprob is not None:
+            output.logprobs = [logprob]
+        if not track.prompt_sent:
+            track.prompt_sent = True
+            output.prompt_logprobs = [r for r in track.scored if r is not None]
+        reason = self._advance(track, token, output)
+        if reason is not None:
+            self._finish(track, output, reason)
+        else:
+            self._send(track.job, output)
+
+    def _advance(self, track: _Track, token: int, output: Output) -> FinishReason | None:
+        """Text and end of a sequence after ``token``."""
+        seq, params, matcher = track.seq, track.state.params, track.state.matcher
+        n_output = len(seq.tokens) - seq.n_prompt
+        ends = token in self._eos and not params.ignore_eos
+        if ends or token in params.stop_token_ids:
+            output.text = track.stops.flush()
+            output.stop_match = token
+            return "stop"
+        if matcher is not None and not matcher.accept(token):
+            raise InvivoError("the grammar refused the token that it had admitted")
+        piece = track.text.push(token) if track.text is not None else ""
+        if n_output < params.min_tokens:
+            output.text = piece
+        else:
+            output.text, match = track.stops.push(piece)
+            if match is not None:
+                output.stop_match = match
+                return "stop"
+        if matcher is not None and matcher.complete:
+            output.text += track.stops.flush()
+            return "stop"
+        if len(seq.tokens) >= seq.limit:
+            output.text += track.stops.flush()
+            return "length"
+        return None
+
+    # --- beginnings and ends ----------------------------------------------------------------
+    def _job(
+        self,
+        request: Request,
+        on_output: OnOutput,
+        adapter: Adapter | None,
+        matchers: list[Matcher | None],
+    ) -> _Job:
+        params = request.params
+        record = RequestRecord(
+            id=request.id,
+            kind=request.kind,
+            adapter=request.adapter,
+            started=time.time(),
+            prompt_tokens=len(request.tokens),
+        )
+        job = _Job(request, on_output, adapter, record, [], request.n)
+        seed = random.SystemRandom().getrandbits(63) if params.seed is None else params.seed
+        for index, matcher in enumerate(matchers):
+            scored_from, n_scored = self._scoring(request, index)
+            state = row_state(
+                params, seed=seed, index=index, eos_ids=tuple(self._eos), matcher=matcher
+            )
+            seq = Sequence(
+                request=request,
+                index=index,
+                tokens=list(request.tokens),
+                n_prompt=len(request.tokens),
+                needs_host_token=state.needs_host_token,
+            )
+            if state.counts is not None:
+                state.counts.update(seq.tokens, seq.n_prompt)
+            text = None
+            if self._tokenizer is not None and request.kind == "generate":
+                text = TextStream(self._tokenizer, request.tokens)
+            job.tracks.append(
+                _Track(
+                    job=job,
+                    seq=seq,
+                    state=state,
+                    text=text,
+                    stops=StopText(params.stop),
+                    scored=[None] * n_scored,
+                    scored_from=scored_from,
+                    prompt_sent=index > 0 or params.prompt_logprobs is None,
+                )
+            )
+        return job
+
+    def _scoring(self, request: Request, index: int) -> tuple[int, int]:
+        """First scored prompt token and how many there are."""
+        n = len(request.tokens)
+        if request.kind == "score":
+            return request.score_from, n - request.score_from
+        if request.kind == "generate" and request.params.prompt_logprobs is not None and not index:
+            return 1, n - 1
+        return 1, 0
+
+    def _admitted(self, track: _Track) -> None:
+        record = track.job.record
+        if record.state == "waiting":
+            record.state = "running"
+            record.cached_tokens = track.seq.n_cached
+            now = time.time()
+            self._counters.queue.add([max(0.0, now - record.started)], int(now))
+
+    def _first_output(self, track: _Track, now: float) -> None:
+        job = track.job
+        if job.first_token:
+            return
+        job.first_token = now
+        wall = time.time()
+        job.record.ttft = wall - job.record.started
+        if job.request.kind == "generate":
+            self._counters.ttft.add([job.record.ttft], int(wall))
+
+    def _finish(self, track: _Track, output: Output, reason: FinishReason) -> None:
+        """End a sequence, with its last output."""
+        job, seq = track.job, track.seq
+        assert not track.ended
+        track.ended = True
+        output.finish_reason = reason
+        output.cached_tokens = seq.n_cached
+        if self._tracks.pop(seq, None) is not None:
+            self.scheduler.finish(seq)
+        self._stepper.forget(seq)
+        job.unfinished -= 1
+        if job.unfinished == 0:
+            output.final = True
+            self._job_ended(job, reason)
+        with self._inbox.wake:
+            self._inbox.n_sequences -= 1
+            if job.unfinished == 0:
+                self._inbox.live.pop(job.request.id, None)
+                self._inbox.wake.notify_all()
+        self._send(job, output)
+
+    def _job_ended(self, job: _Job, reason: FinishReason) -> None:
+        if job.adapter is not None:
+            if job.placed:
+                self.adapters.release(job.adapter)
+            self.adapters.drop(job.adapter)
+        now = time.time()
+        record = job.record
+        record.state = reason
+        record.e2e = now - record.started
+        later = record.output_tokens - job.request.n
+        if record.ttft is not None and later > 0:
+            record.tpot = (record.e2e - record.ttft) * job.request.n / later
+        self._counters.ends[reason] += 1
+        if reason in ("stop", "length"):
+            self._counters.e2e.add([record.e2e], int(now))
+
+    def _send(self, job: _Job, output: Output) -> None:
+        try:
+            job.on_output(output)
+        except Exception:
+            log.exception("the receiver of request %s failed; it is cancelled", job.request.id)
+            self.abort(job.request.id)
+
+    # --- failures ---------------------------------------------------------------------------
+    def _end_job(self, job: _Job, error: InvivoError) -> None:
+        """End all sequences of a request with an error."""
+        for track in job.tracks:
+            if not track.ended:
+                output = Output(job.request.id, track.seq.index, error=error)
+                self._finish(track, output, "error")
+
+    def _step_failed(self, plan: Plan | None, error: Exception) -> None:
+        """A step raised: end the requests of its plan, keep the others."""
+        log.error("a step failed", exc_info=error)
+        typed = _as_typed(error)
+        if plan is None:
+            self._fail_all(typed)
+            return
+        jobs = {id(t.job): t.job for s in self.scheduler.failed(plan) if (t := self._tracks.get(s))}
+        for job in jobs.values():
+            self._end_job(job, typed)
+        if self.device.type == "cuda" and not _device_lives(self.device):
+            self._inbox.failure = f"the device has failed: {error}"
+            self._fail_all(Unavailable(self._inbox.failure, remedy="Restart the server"))
+
+    def _fail_all(self, error: InvivoError) -> None:
+        jobs = {id(track.job): track.job for track in self._tracks.values()}
+        jobs |= {id(job): job for job in self._parked}
+        self._parked.clear()
+        for job in jobs.values():
+            self._end_job(job, error)
+        # Requests that arrive just now meet the same end.
+        with self._inbox.wake:
+            late = list(self._inbox.submitted)
+            self._inbox.submitted.clear()
+        for job in late:
+            self._end_job(job, error)
+
+    def _check_open(self) -> None:
+        if self._inbox.failure is not None:
+            raise Unavailable(self._inbox.failure, remedy="Restart the server")
+        if self._inbox.closed:
+            raise Unavailable("the engine is closed", remedy="Open a new one")
+
+    def _check_room(self, request: Request) -> None:
+        """max_tokens must fit behind the prompt."""
+        most = self.longest(request) - len(request.tokens)
+        asked = request.params.max_tokens
+        if request.kind == "generate" and asked is not None and asked > most:
+            raise InvalidRequest(
+                f"the prompt has {len(request.tokens)} tokens, so at most {most} can follow",
+                field="max_tokens",
+                given=asked,
+                remedy="Lower max_tokens, or give None to go on until the context is full",
+            )
+
+
+def _model_length(asked: int | None, trained: int) -> int:
+    if asked is None:
+        return trained
+    if not 2 <= asked <= trained:
+        raise InvalidRequest(
+            f"must lie between 2 and the model's own {trained}",
+            field="max_model_len",
+            given=asked,
+        )
+    return asked
+
+
+def _as_typed(error: Exception) -> InvivoError:
+    if isinstance(error, InvivoError):
+        return error
+    typed = InvivoError(f"the engine could not run this request: {type(error).__name__}")
+    typed.__cause__ = error
+    return typed
+
+
+def _device_lives(device: torch.device) -> bool:
+    """Whether the device still answers; after some errors it never does."""
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return False
+    return True
+
+
+def _listed(record: RequestRecord) -> dict[str, object]:
+    return {name: getattr(record, name) for name in RequestRecord.__slots__}

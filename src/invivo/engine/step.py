@@ -1,0 +1,246 @@
+"""Running one plan: flat batch -> decoder -> epilogues. Decides nothing.
+
+A step is *launched* and later *collected*. On a CPU it is over when launched; on a GPU the host
+goes on while it runs: drawn tokens stay in ``last_token`` (by row) for the next step, and their
+copy to the host is waited for only when the step is collected.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+
+from invivo.engine.adapters import AdapterStore
+from invivo.engine.batch import FlatBatch
+from invivo.engine.sampler import LogprobRows, RowState, sample, token_logprobs
+from invivo.engine.types import Plan, Sequence, StepResult, TokenLogprob
+from invivo.models.cache import KVCache
+from invivo.models.decoder import Decoder
+
+LOGITS_BYTES = 64 << 20  # prompt log-probabilities are computed in pieces of at most this size
+
+
+@dataclass(slots=True)
+class ScoredRows:
+    """Tokens of one span's sequence whose log-probabilities are wanted.
+
+    Attributes:
+        span: index of the span in the plan.
+        first: index in the sequence of the first such token; its logits are those of the row of
+            token ``first - 1``, which lies in the span.
+        tokens: the tokens from there on.
+        top: how many alternatives.
+    """
+
+    span: int
+    first: int
+    tokens: list[int]
+    top: int
+
+
+@dataclass(slots=True)
+class Work:
+    """What a plan needs besides its batch, gathered by the engine.
+
+    Attributes:
+        rows: state of each sampled row, in the order of ``batch.sample_spans``.
+        positions: their output positions.
+        scored: prompt tokens to score.
+        pooled: spans whose final states are pooled, with the way ("mean", "last").
+    """
+
+    rows: list[RowState]
+    positions: list[int]
+    scored: list[ScoredRows] = field(default_factory=list)
+    pooled: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step on its way; the tensors are on the host once ``done`` has passed."""
+
+    plan: Plan
+    work: Work
+    sample_spans: list[int]
+    tokens: torch.Tensor
+    logprob_rows: list[int]
+    logprobs: LogprobRows | None
+    scored: LogprobRows | None
+    embeddings: dict[int, torch.Tensor]
+    done: torch.cuda.Event | None
+    started: float
+
+
+class Stepper:
+    """Runs plans on one decoder with one cache.
+
+    Args:
+        adapters: whose tables the batches' slots refer to.
+        max_running: rows of ``last_token``.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, adapters: AdapterStore, *, max_running: int
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._adapters = adapters
+        self._device = cache.k.device
+        self._last_token = torch.zeros(max_running, dtype=torch.int64, device=self._device)
+        # Sums of final states of half-computed prompts, by sequence: mean embeddings.
+        self._sums: dict[Sequence, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def launch(self, batch: FlatBatch, work: Work) -> Launched:
+        """Put one step on the device."""
+        started = time.perf_counter()
+        hidden = self._forward(batch)
+        tokens = torch.empty(0, dtype=torch.int64)
+        logprobs, logprob_rows = None, []
+        if batch.sample_spans:
+            rows = hidden if len(batch.sample_spans) == len(hidden) else hidden[batch.sample_index]
+            draw = sample(self._decoder.logits(rows), work.rows, work.positions)
+            self._last_token[batch.sample_rows] = draw.tokens
+            tokens = self._to_host(draw.tokens)
+            logprob_rows = draw.logprob_rows
+            logprobs = self._rows_to_host(draw.logprobs)
+        launched = Launched(
+            plan=batch.plan,
+            work=work,
+            sample_spans=batch.sample_spans,
+            tokens=tokens,
+            logprob_rows=logprob_rows,
+            logprobs=logprobs,
+            scored=self._rows_to_host(self._score(hidden, batch, work.scored)),
+            embeddings={
+                span: self._to_host(vector)
+                for span, vector in self._pool(hidden, batch, work.pooled).items()
+            },
+            done=None,
+            started=started,
+        )
+        if self._device.type == "cuda":
+            launched.done = torch.cuda.Event()
+            launched.done.record()
+        return launched
+
+    def collect(self, launched: Launched) -> StepResult:
+        """Wait for a step and read what came out."""
+        if launched.done is not None:
+            launched.done.synchronize()
+        plan, work = launched.plan, launched.work
+        result = StepResult(plan=plan, tokens=[-1] * len(plan.spans))
+        drawn = launched.tokens.tolist()
+        for span, token in zip(launched.sample_spans, drawn, strict=True):
+            result.tokens[span] = token
+        if launched.logprobs is not None:
+            rows = launched.logprob_rows
+            records = launched.logprobs.to_host(
+                [drawn[i] for i in rows], [work.rows[i].params.logprobs or 0 for i in rows]
+            )
+            for i, record in zip(rows, records, strict=True):
+                result.logprobs[launched.sample_spans[i]] = record
+        if launched.scored is not None:
+            tokens = [token for s in work.scored for token in s.tokens]
+            tops = [s.top for s in work.scored for _ in s.tokens]
+            result.scored = _split(launched.scored.to_host(tokens, tops), work.scored)
+        for span, vector in launched.embeddings.items():
+            result.embeddings[span] = vector.tolist()
+        result.seconds = time.perf_counter() - launched.started
+        return result
+
+    def forget(self, seq: Sequence) -> None:
+        """Drop what is kept for an unfinished sequence."""
+        self._sums.pop(seq, None)
+
+    # --- parts ------------------------------------------------------------------------------
+    def _forward(self, batch: FlatBatch) -> torch.Tensor:
+        tokens = batch.tokens
+        if len(batch.pending_index):
+            tokens[batch.pending_index] = self._last_token[batch.pending_rows]
+        bypass = self._adapters.bypass(batch.adapters) if batch.adapter_slots else None
+        return self._decoder.forward(tokens, batch.layout, self._cache, bypass=bypass)
+
+    def _score(
+        self, hidden: torch.Tensor, batch: FlatBatch, scored: list[ScoredRows]
+    ) -> LogprobRows | None:
+        """Log-probabilities of given tokens, in pieces: [rows, V] is never whole."""
+        if not scored:
+            return None
+        rows: list[int] = []
+        targets: list[int] = []
+        for s in scored:
+            row = (
+                batch.layout.span_start_host[s.span] + s.first - 1 - batch.plan.spans[s.span].start
+            )
+            rows.extend(range(row, row + len(s.tokens)))
+            targets.extend(s.tokens)
+        top = max(s.top for s in scored)
+        at = torch.tensor(rows, device=self._device)
+        wanted = torch.tensor(targets, device=self._device)
+        step = max(16, LOGITS_BYTES // (4 * self._decoder.config.vocab_size))
+        pieces = [
+            token_logprobs(
+                self._decoder.logits(hidden[at[i : i + step]]), wanted[i : i + step], top
+            )
+            for i in range(0, len(rows), step)
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        return LogprobRows(
+            chosen=torch.cat([p.chosen for p in pieces]),
+            rank=torch.cat([p.rank for p in pieces]),
+            top_values=torch.cat([p.top_values for p in pieces]),
+            top_ids=torch.cat([p.top_ids for p in pieces]),
+        )
+
+    def _pool(
+        self, hidden: torch.Tensor, batch: FlatBatch, pooled: list[tuple[int, str]]
+    ) -> dict[int, torch.Tensor]:
+        """Pooled states of the spans that complete their prompt; sums of the others are kept."""
+        out: dict[int, torch.Tensor] = {}
+        starts = batch.layout.span_start_host
+        for i, way in pooled:
+            span = batch.plan.spans[i]
+            last = span.stop == span.seq.n_prompt
+            if way == "last":
+                if last:
+                    out[i] = hidden[starts[i + 1] - 1].float()
+                continue
+            total = hidden[starts[i] : starts[i + 1]].sum(dim=0, dtype=torch.float32)
+            if span.start > 0:
+                total += self._sums[span.seq]
+            if last:
+                out[i] = total / span.seq.n_prompt
+                self._sums.pop(span.seq, None)
+            else:
+                self._sums[span.seq] = total
+        return out
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    def _rows_to_host(self, rows: LogprobRows | None) -> LogprobRows | None:
+        if rows is None:
+            return None
+        return LogprobRows(
+            chosen=self._to_host(rows.chosen),
+            rank=self._to_host(rows.rank),
+            top_values=self._to_host(rows.top_values),
+            top_ids=self._to_host(rows.top_ids),
+        )
+
+
+def _split(records: list[TokenLogprob], scored: Seq[ScoredRows]) -> dict[int, list[TokenLogprob]]:
+    out: dict[int, list[TokenLogprob]] = {}
+    at = 0
+    for s in scored:
+        out[s.span] = records[at : at + len(s.tokens)]
+        at += len(s.tokens)
+    return out

@@ -1,0 +1,631 @@
+"""The LM interface over an engine in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal, Unpack
+
+import torch
+
+from invivo.engine.adapters import Source
+from invivo.engine.detokenize import backend
+from invivo.engine.engine import Engine, EngineConfig
+from invivo.engine.types import AdapterInfo, Output, Request, SamplingParams, TokenLogprob
+from invivo.errors import InvalidRequest
+from invivo.gather import Gathered, Gathering, failure_of
+from invivo.lm import (
+    LM,
+    Choice,
+    Completion,
+    Delta,
+    Message,
+    ModelInfo,
+    Prompt,
+    Sampling,
+    Score,
+    ScoreItem,
+    Token,
+)
+from invivo.models.load import LoadedModel, load_model
+from invivo.sampling import Asked, asked_of
+from invivo.tools import plan_tools
+
+GENERATE_TOKENS = 128  # max_tokens where nothing is said
+CHAT_TOKENS = 512
+
+
+class LocalLM(LM):
+    """A model served by an engine in this process.
+
+    Args:
+        model: what :func:`invivo.models.load.load_model` gave.
+        config: sizes and switches of the engine.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
+        self.model = model
+        self.engine = Engine(model, config)
+        self._tokenizer = backend(model.tokenizer)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._texts: dict[int, str] = {}
+        self._created = int(time.time())
+        self._closed = False
+        self.engine.start()
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
+        **engine_options: Any,
+    ) -> LocalLM:
+        """Load a model by name and serve it; see :func:`invivo.load`."""
+        try:
+            config = EngineConfig(**engine_options)
+        except TypeError as error:
+            raise InvalidRequest(
+                f"unknown engine option: {error}",
+                remedy=f"Known: {', '.join(EngineConfig.__slots__)}",
+            ) from error
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        lm = cls(load_model(name, device=where, dtype=dtype), config)
+        try:
+            for adapter, path in (adapters or {}).items():
+                lm.load_adapter(adapter, path)
+        except BaseException:
+            lm.close()
+            raise
+        return lm
+
+    # --- generation -------------------------------------------------------------------------
+    def generate(
+        self,
+        prompt: str | list[int] | list[str] | list[list[int]],
+        *,
+        progress: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Any:
+        prompts, single = _batch_of(prompt)
+        requests = self._generation(prompts, sampling)
+        done = [self._completion(g) for g in self._run(requests, progress)]
+        return done[0] if single else done
+
+    async def agenerate(
+        self,
+        prompt: str | list[int] | list[str] | list[list[int]],
+        **sampling: Unpack[Sampling],
+    ) -> Any:
+        prompts, single = _batch_of(prompt)
+        requests = self._generation(prompts, sampling)
+        done = [self._completion(g) for g in await self._arun(requests)]
+        return done[0] if single else done
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        progress: bool = False,
+        **sampling: Unpack[Sampling],
+    ) -> Any:
+        conversations, single = _conversations_of(messages)
+        requests = self._conversation(conversations, tools, tool_choice, sampling)
+        done = [self._completion(g) for g in self._run(requests, progress)]
+        return done[0] if single else done
+
+    async def achat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Any:
+        conversations, single = _conversations_of(messages)
+        requests = self._conversation(conversations, tools, tool_choice, sampling)
+        done = [self._completion(g) for g in await self._arun(requests)]
+        return done[0] if single else done
+
+    def stream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Generator[Delta, None, None]:
+        return self._stream(lambda: self._generation([prompt], sampling)[0])
+
+    def astream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> AsyncGenerator[Delta, None]:
+        return self._astream(lambda: self._generation([prompt], sampling)[0])
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Generator[Delta, None, None]:
+        return self._stream(lambda: self._conversation([messages], tools, tool_choice, sampling)[0])
+
+    def astream_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncGenerator[Delta, None]:
+        return self._astream(
+            lambda: self._conversation([messages], tools, tool_choice, sampling)[0]
+        )
+
+    # --- measuring --------------------------------------------------------------------------
+    def score(
+        self,
+        text: ScoreItem | list[Any],
+        *,
+        adapter: str | None = None,
+        salt: str = "",
+        top: int = 0,
+        progress: bool = False,
+    ) -> Any:
+        items, single = _score_items_of(text)
+        requests = [self._scoring(item, adapter, salt, top) for item in items]
+        done = [self._score_of(g) for g in self._run(requests, progress)]
+        return done[0] if single else done
+
+    async def ascore(
+        self,
+        text: ScoreItem | list[Any],
+        *,
+        adapter: str | None = None,
+        salt: str = "",
+        top: int = 0,
+    ) -> Any:
+        items, single = _score_items_of(text)
+        requests = [self._scoring(item, adapter, salt, top) for item in items]
+        done = [self._score_of(g) for g in await self._arun(requests)]
+        return done[0] if single else done
+
+    def embed(
+        self,
+        text: str | list[int] | list[str] | list[list[int]],
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = True,
+        adapter: str | None = None,
+        salt: str = "",
+        progress: bool = False,
+    ) -> Any:
+        texts, single = _batch_of(text)
+        requests = [self._embedding(t, pooling, adapter, salt) for t in texts]
+        done = [_vector(g, normalize) for g in self._run(requests, progress)]
+        return done[0] if single else done
+
+    async def aembed(
+        self,
+        text: str | list[int] | list[str] | list[list[int]],
+        *,
+        pooling: Literal["mean", "last"] = "mean",
+        normalize: bool = True,
+        adapter: str | None = None,
+        salt: str = "",
+    ) -> Any:
+        texts, single = _batch_of(text)
+        requests = [self._embedding(t, pooling, adapter, salt) for t in texts]
+        done = [_vector(g, normalize) for g in await self._arun(requests)]
+        return done[0] if single else done
+
+    # --- tokens -----------------------------------------------------------------------------
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        if not isinstance(text, str):
+            raise InvalidRequest("must be a text", field="text", given=text)
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        most = self.model.config.vocab_size
+        for token in ids:
+            if not isinstance(token, int) or not 0 <= token < most:
+                raise InvalidRequest(
+                    f"must be token ids from 0 to {most - 1}", field="tokens", given=token
+                )
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        from jinja2.exceptions import TemplateError
+
+        if not self._has_chat_template:
+            raise InvalidRequest(
+                "the model has no chat template",
+                field="messages",
+                remedy="Use generate with a prompt, or a chat model",
+            )
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InvalidRequest(
+                    "must be mappings with a role", field="messages", given=message
+                )
+        try:
+            return str(
+                self.model.tokenizer.apply_chat_template(
+                    [dict(m) for m in messages],
+                    tools=[dict(t) for t in tools] if tools else None,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                )
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise InvalidRequest(
+                f"the model's chat template refuses them: {error}",
+                field="messages",
+                remedy="Check roles and their order",
+            ) from error
+
+    # --- housekeeping -----------------------------------------------------------------------
+    def info(self) -> ModelInfo:
+        config = self.model.config
+        weight = next(self.model.decoder.parameters())
+        return ModelInfo(
+            name=self.model.name,
+            family=config.family,
+            n_parameters=sum(p.numel() for p in self.model.decoder.parameters()),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            device=str(weight.device),
+            max_model_len=self.engine.scheduler.max_length,
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            fingerprint=self.model.fingerprint,
+            created=self._created,
+            has_chat_template=self._has_chat_template,
+        )
+
+    def adapters(self) -> list[AdapterInfo]:
+        return self.engine.adapters.list()
+
+    def load_adapter(self, name: str, path: Source) -> AdapterInfo:
+        """Also takes (config mapping, tensors by key) in place of a folder."""
+        return self.engine.adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        self.engine.adapters.unload(name)
+
+    def stats(self) -> dict[str, Any]:
+        info = self.info()
+        state = "failed" if self.engine.failure else "draining" if self._closed else "ready"
+        model = {
+            "name": info.name,
+            "parameters": info.n_parameters,
+            "dtype": info.dtype,
+            "device": info.device,
+            "max_model_len": info.max_model_len,
+        }
+        return {**self.engine.stats().as_dict(), "state": state, "model": model}
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
+
+    # --- running requests -------------------------------------------------------------------
+    def _run(self, requests: Sequence[Request], progress: bool) -> list[Gathered]:
+        with _bar(len(requests), progress) as on_done:
+            gathering = Gathering(self.engine, requests, on_done)
+            gathering.start()
+            try:
+                return gathering.future.result()
+            except BaseException:
+                gathering.cancel()
+                raise
+
+    async def _arun(self, requests: Sequence[Request]) -> list[Gathered]:
+        gathering = Gathering(self.engine, requests)
+        if any(r.params.grammar is not None for r in requests):
+            await asyncio.to_thread(gathering.start)  # compiling a grammar takes a while
+        else:
+            gathering.start()
+        try:
+            return await asyncio.wrap_future(gathering.future)
+        except BaseException:
+            gathering.cancel()
+            raise
+
+    def _stream(self, make: Callable[[], Request]) -> Generator[Delta, None, None]:
+        request = make()
+        queue: SimpleQueue[Output] = SimpleQueue()
+        self.engine.submit(request, queue.put)
+        try:
+            while True:
+                output = queue.get()
+                yield self._delta(output)
+                if output.final:
+                    return
+        finally:
+            self.engine.abort(request.id)
+
+    async def _astream(self, make: Callable[[], Request]) -> AsyncGenerator[Delta, None]:
+        request = make()
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Output] = asyncio.Queue()
+
+        def put(output: Output) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, output)
+
+        try:
+            if request.params.grammar is not None:
+                await asyncio.to_thread(self.engine.submit, request, put)
+            else:
+                self.engine.submit(request, put)
+            while True:
+                output = await queue.get()
+                yield self._delta(output)
+                if output.final:
+                    return
+        finally:
+            self.engine.abort(request.id)
+
+    # --- requests ---------------------------------------------------------------------------
+    def _generation(self, prompts: Sequence[Prompt], sampling: Mapping[str, Any]) -> list[Request]:
+        asked = asked_of(sampling, default_max_tokens=GENERATE_TOKENS)
+        return [self._request(self._ids(p, special=True), asked, "cmpl") for p in prompts]
+
+    def _conversation(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        tool_choice: str | Mapping[str, Any] | None,
+        sampling: Mapping[str, Any],
+    ) -> list[Request]:
+        plan = plan_tools(
+            [dict(t) for t in tools] if tools else None,
+            dict(tool_choice) if isinstance(tool_choice, Mapping) else tool_choice,
+        )
+        if plan.json_schema is not None:
+            sampling = {**sampling, "json_schema": plan.json_schema}
+        asked = asked_of(sampling, default_max_tokens=CHAT_TOKENS)
+        texts = [self.apply_chat_template(c, tools=plan.render) for c in conversations]
+        return [self._request(self.tokenize(text), asked, "chatcmpl") for text in texts]
+
+    def _request(self, ids: Sequence[int], asked: Asked, prefix: str) -> Request:
+        params = asked.params
+        if asked.default_length and params.max_tokens is not None:
+            room = self.engine.scheduler.max_length - len(ids)
+            params = replace(params, max_tokens=max(1, min(params.max_tokens, room)))
+        return Request(
+            id=_new_id(prefix),
+            tokens=tuple(ids),
+            params=params,
+            n=asked.n,
+            adapter=asked.adapter,
+            salt=asked.salt,
+            priority=asked.priority,
+            arrival=time.monotonic(),
+        )
+
+    def _scoring(self, item: ScoreItem, adapter: str | None, salt: str, top: int) -> Request:
+        if isinstance(item, tuple):
+            ids, start = self._pair(*item)
+        else:
+            ids, start = self._ids(item, special=True), 1
+        return Request(
+            id=_new_id("score"),
+            tokens=tuple(ids),
+            kind="score",
+            params=SamplingParams(prompt_logprobs=top),
+            adapter=adapter,
+            salt=salt,
+            score_from=start,
+            arrival=time.monotonic(),
+        )
+
+    def _pair(self, context: Prompt, continuation: Prompt) -> tuple[list[int], int]:
+        """Tokens of context and continuation together, and where the continuation begins.
+
+        The rule of the lm-evaluation harness: blanks at the end of the context move to the
+        continuation, both are tokenised as one text, and the context's own tokens are cut off.
+        """
+        if isinstance(context, str) and isinstance(continuation, str):
+            bare = context.rstrip()
+            whole = self.tokenize(context + continuation, special=True)
+            start = len(self.tokenize(bare, special=True)) if bare else 0
+        else:
+            before = self._ids(context, special=True)
+            whole = before + self._ids(continuation, special=False)
+            start = len(before)
+        if start == 0 and not self._adds_beginning(whole):
+            whole, start = [self._beginning(), *whole], 1
+        # A continuation that melts into the last word of the context is scored with that word.
+        return whole, max(1, min(start, len(whole) - 1))
+
+    def _adds_beginning(self, ids: Sequence[int]) -> bool:
+        return bool(ids) and ids[0] == self.model.config.bos_token_id
+
+    def _beginning(self) -> int:
+        """The token that stands for the beginning of a text."""
+        config = self.model.config
+        if config.bos_token_id is not None:
+            return config.bos_token_id
+        if config.eos_token_ids:
+            return config.eos_token_ids[0]
+        raise InvalidRequest(
+            "the model has no token for the beginning of a text",
+            field="context",
+            remedy="Give a context",
+        )
+
+    def _embedding(
+        self, text: Prompt, pooling: Literal["mean", "last"], adapter: str | None, salt: str
+    ) -> Request:
+        return Request(
+            id=_new_id("embd"),
+            tokens=tuple(self._ids(text, special=True)),
+            kind="embed",
+            adapter=adapter,
+            salt=salt,
+            pooling=pooling,
+            arrival=time.monotonic(),
+        )
+
+    def _ids(self, prompt: Prompt, *, special: bool) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenize(prompt, special=special)
+        if isinstance(prompt, Sequence):
+            ids = [t for t in prompt if isinstance(t, int) and not isinstance(t, bool)]
+            if len(ids) == len(prompt):
+                return ids
+        raise InvalidRequest("must be a text or token ids", field="prompt", given=prompt)
+
+    # --- answers ----------------------------------------------------------------------------
+    @property
+    def _has_chat_template(self) -> bool:
+        return bool(getattr(self.model.tokenizer, "chat_template", None))
+
+    def _completion(self, gathered: Gathered) -> Completion:
+        request = gathered.request
+        choices = [
+            Choice(
+                index=i,
+                text="".join(strand.text),
+                tokens=strand.tokens,
+                finish_reason=strand.finish_reason or "error",
+                logprobs=None if request.params.logprobs is None else self._tokens(strand.logprobs),
+            )
+            for i, strand in enumerate(gathered.strands)
+        ]
+        return Completion(
+            id=request.id,
+            model=self.model.name,
+            choices=choices,
+            prompt_tokens=len(request.tokens),
+            completion_tokens=sum(len(c.tokens) for c in choices),
+            cached_tokens=gathered.cached_tokens,
+            prompt_logprobs=None
+            if gathered.prompt_logprobs is None
+            else self._tokens(gathered.prompt_logprobs),
+        )
+
+    def _delta(self, output: Output) -> Delta:
+        error = failure_of(output)
+        if error is not None:
+            raise error
+        return Delta(
+            index=output.index,
+            text=output.text,
+            tokens=output.tokens,
+            logprobs=None if output.logprobs is None else self._tokens(output.logprobs),
+            finish_reason=output.finish_reason,
+            cached_tokens=output.cached_tokens,
+            prompt_logprobs=None
+            if output.prompt_logprobs is None
+            else self._tokens(output.prompt_logprobs),
+        )
+
+    def _score_of(self, gathered: Gathered) -> Score:
+        records = gathered.prompt_logprobs or []
+        total = math.fsum(r.logprob for r in records)
+        return Score(
+            tokens=self._tokens(records),
+            logprob=total,
+            greedy=all(r.rank == 1 for r in records),
+            perplexity=_exp(-total / len(records)),
+        )
+
+    def _tokens(self, records: Sequence[TokenLogprob]) -> list[Token]:
+        return [
+            Token(
+                id=r.token,
+                text=self._text(r.token),
+                logprob=r.logprob,
+                rank=r.rank,
+                top=[
+                    Token(id=t, text=self._text(t), logprob=lp, rank=place)
+                    for place, (t, lp) in enumerate(r.top, start=1)
+                ],
+            )
+            for r in records
+        ]
+
+    def _text(self, token: int) -> str:
+        """Text of one token alone, its blank in front included."""
+        text = self._texts.get(token)
+        if text is None:
+            text = str(self._tokenizer.decode([token], skip_special_tokens=False))
+            piece = self._tokenizer.id_to_token(token) or ""
+            if piece.startswith("\u2581") and not text.startswith(" "):
+                text = " " + text
+            self._texts[token] = text
+        return text
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+def _batch_of(prompt: Any) -> tuple[list[Any], bool]:
+    """Prompts as a list, and whether there was one alone."""
+    if isinstance(prompt, str):
+        return [prompt], True
+    if not isinstance(prompt, Sequence):
+        raise InvalidRequest("must be a text, token ids or a list of them", field="prompt")
+    if prompt and isinstance(prompt[0], int):
+        return [prompt], True
+    return list(prompt), False
+
+
+def _score_items_of(text: Any) -> tuple[list[Any], bool]:
+    if isinstance(text, tuple):
+        if len(text) != 2:
+            raise InvalidRequest("a pair is (context, continuation)", field="text", given=text)
+        return [text], True
+    return _batch_of(text)
+
+
+def _conversations_of(messages: Any) -> tuple[list[Any], bool]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise InvalidRequest("must be a list of messages", field="messages", given=messages)
+    if not messages:
+        raise InvalidRequest("must not be empty", field="messages", given=messages)
+    if isinstance(messages[0], Mapping):
+        return [messages], True
+    return list(messages), False
+
+
+def _vector(gathered: Gathered, normalize: bool) -> list[float]:
+    vector = gathered.embedding or []
+    length = math.sqrt(math.fsum(x * x for x in vector))
+    return [x / length for x in vector] if normalize and length > 0 else vector
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[], object] | None]:
+    """A progress bar on standard error; gives what to call when one is done."""
+    if not shown:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)
