@@ -1,75 +1,81 @@
 """Linear maps: ``x @ weight.T + bias``.
 
-On CPUs a matrix may be *packed*: reordered once into blocks of oneDNN. With few rows the plain
-layout runs far below the memory's speed there. All matrices of SmolLM2-135M in float32 on two
-Zen 4 cores, milliseconds by rows (538 MB; reading them once takes 17 ms):
+torch's own product of a few float32 rows with a plain matrix runs far below the memory's speed on
+a CPU: one row is read by one thread, and eight rows cost more than eight times the reading. Two
+other ways are used there:
 
-| rows   | 1  | 2  | 4  | 8  | 16 | 32  | 128 |
-|--------|----|----|----|----|----|-----|-----|
-| plain  | 46 | 80 | 78 | 69 | 95 | 121 | 251 |
-| packed | 24 | 27 | 23 | 25 | 34 | 53  | 184 |
+* up to two rows: a batched product over 16 pieces of the matrix, which all threads share;
+* more rows: oneDNN, best with a copy of the matrix *packed* into its blocks beforehand.
+
+All matrices of SmolLM2-135M (538 MB; reading them once takes 15 ms) on two Zen 4 cores,
+milliseconds by rows:
+
+| rows          | 1  | 2  | 4   | 8  | 16 | 32  | 128 | 512 |
+|---------------|----|----|-----|----|----|-----|-----|-----|
+| torch         | 46 | 81 | 78  | 66 | 76 | 109 | 286 | 820 |
+| pieces        | 13 | 15 | 31  | 38 | 52 | 75  | -   | -   |
+| oneDNN        | 25 | 30 | 31  | 37 | 48 | 71  | 198 | 699 |
+| oneDNN packed | 22 | 25 | 18  | 22 | 29 | 51  | 172 | 668 |
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 import torch.nn.functional as F
 
-# The blocks chosen for this many rows were the best or near it for 1 to 128 rows.
+ROWS_IN_PIECES = 2
+PIECES = 16
+# The blocks chosen for this many rows were the best or near it for 3 to 128 rows.
 PACKED_FOR_ROWS = 64
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, d_in], weight [d_out, d_in] (plain or packed), bias [d_out] -> [T, d_out]."""
-    if not weight.is_mkldnn:
-        return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and x.requires_grad:
-        y = _PackedLinear.apply(x, weight)
-        return y if bias is None else y + bias
-    return _packed(x, weight, bias)
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    packed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [T, d_in], weight [d_out, d_in], bias [d_out] -> [T, d_out].
 
-
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """A packed copy of ``weight`` [d_out, d_in], or ``weight`` itself where packing does not apply.
-
-    Packing applies to float32 matrices on CPUs whose torch has oneDNN. A packed matrix can only
-    be given to :func:`linear` and :func:`unpack`; it is frozen (no gradient reaches it).
+    Args:
+        packed: what :func:`pack` made of ``weight``; used where it is faster.
     """
-    packable = (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and weight.dim() == 2
-        and not weight.is_mkldnn
-        and torch.backends.mkldnn.is_available()
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.is_cuda or wants_grad or not _has_onednn(x):
+        return F.linear(x, weight, bias)
+    if x.shape[0] <= ROWS_IN_PIECES:
+        return _in_pieces(x, weight, bias)
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        x, weight if packed is None else packed, bias, "none", [], ""
     )
-    if not packable:
-        return weight
+    return y
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor | None:
+    """A copy of ``weight`` [d_out, d_in] for :func:`linear`; None where packing does not apply.
+
+    It applies to float32 matrices on CPUs whose torch has oneDNN, and takes their memory again.
+    """
+    if weight.dim() != 2 or not _has_onednn(weight):
+        return None
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(
         weight.detach().contiguous(), PACKED_FOR_ROWS
     )
     return packed
 
 
-def unpack(weight: torch.Tensor) -> torch.Tensor:
-    """The plain matrix of a packed one; a plain one is returned as it is."""
-    return weight.to_dense() if weight.is_mkldnn else weight
+def _has_onednn(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_cpu and torch.backends.mkldnn.is_available()
 
 
-def _packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
-
-
-class _PackedLinear(torch.autograd.Function):
-    """The packed product with a gradient for ``x`` alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.weight = weight
-        return _packed(x, weight, None)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return grad @ unpack(ctx.weight), None
+def _in_pieces(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """One or two rows by a batched product over pieces of the matrix's rows."""
+    n_rows, d_in = x.shape
+    d_out = weight.shape[0]
+    pieces = math.gcd(d_out, PIECES)
+    columns = x.t().expand(pieces, d_in, n_rows)
+    y = torch.bmm(weight.view(pieces, -1, d_in), columns).view(d_out, n_rows).t()
+    y = y.contiguous()
+    return y if bias is None else y.add_(bias)

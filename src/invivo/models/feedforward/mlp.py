@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from invivo.kernels.activation import activation, gated_activation
-from invivo.kernels.linear import linear
+from invivo.kernels.linear import linear, pack
 from invivo.models.bypass import Bypass
 from invivo.models.config import ModelConfig
 from invivo.models.sites import Taps, offer
@@ -44,6 +44,13 @@ class MLP(nn.Module):
             self.up_bias = parameter(width) if bias else None
         self.down = parameter(config.d_model, width)
         self.down_bias = parameter(config.d_model) if bias else None
+        self.up_packed: torch.Tensor | None = None  # of gate_up where the layer is gated
+        self.down_packed: torch.Tensor | None = None
+
+    def pack(self) -> None:
+        """Keep packed copies of the matrices; see :meth:`Decoder.pack`."""
+        self.up_packed = pack(self.gate_up if self.gated else self.up)
+        self.down_packed = pack(self.down)
 
     def forward(
         self, x: torch.Tensor, bypass: Bypass | None = None, taps: Taps | None = None
@@ -51,14 +58,14 @@ class MLP(nn.Module):
         """x [T, d] -> [T, d]."""
         layer = self.layer
         if self.gated:
-            gate_up = linear(x, self.gate_up, self.gate_up_bias)
+            gate_up = linear(x, self.gate_up, self.gate_up_bias, self.up_packed)
             if bypass is not None:
                 gate_up = bypass(layer, "gate_up", x, gate_up)
             if taps is not None:
                 gate_up = self._tap_gate_up(gate_up, taps)
             hidden = gated_activation(gate_up, self.kind)
         else:
-            up = linear(x, self.up, self.up_bias)
+            up = linear(x, self.up, self.up_bias, self.up_packed)
             if bypass is not None:
                 up = bypass(layer, "up", x, up)
             if taps is not None:
@@ -66,7 +73,7 @@ class MLP(nn.Module):
             hidden = activation(up, self.kind)
         if taps is not None:
             hidden = offer(taps, "mlp.neuron", layer, hidden)
-        out = linear(hidden, self.down, self.down_bias)
+        out = linear(hidden, self.down, self.down_bias, self.down_packed)
         if bypass is not None:
             out = bypass(layer, "down", hidden, out)
         return out

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from invivo.kernels.attention import paged_attention, store_kv
-from invivo.kernels.linear import linear
+from invivo.kernels.linear import linear, pack
 from invivo.kernels.norm import rms_norm
 from invivo.kernels.paging import PagedLayout
 from invivo.kernels.rotary import apply_rotary
@@ -47,10 +47,16 @@ class Attention(nn.Module):
         self.qkv_bias = parameter(width) if config.qkv_bias else None
         self.o = parameter(config.d_model, q_width)
         self.o_bias = parameter(config.d_model) if config.o_bias else None
+        self.qkv_packed: torch.Tensor | None = None
+        self.o_packed: torch.Tensor | None = None
         if config.qk_norm != "none":
             per_head = config.qk_norm == "head"
             self.q_norm = parameter(config.head_dim if per_head else q_width)
             self.k_norm = parameter(config.head_dim if per_head else kv_width)
+
+    def pack(self) -> None:
+        """Keep packed copies of the matrices; see :meth:`Decoder.pack`."""
+        self.qkv_packed, self.o_packed = pack(self.qkv), pack(self.o)
 
     def forward(
         self,
@@ -70,7 +76,7 @@ class Attention(nn.Module):
         layer = self.layer
         if taps is not None:
             x = offer(taps, "attn.in", layer, x)
-        qkv = linear(x, self.qkv, self.qkv_bias)
+        qkv = linear(x, self.qkv, self.qkv_bias, self.qkv_packed)
         if bypass is not None:
             qkv = bypass(layer, "qkv", x, qkv)
         n_rows = x.shape[0]
@@ -109,7 +115,7 @@ class Attention(nn.Module):
         if taps is not None and taps.wants("attn.head.out", layer):
             out = self._sum_of_heads(z, taps)
         else:
-            out = linear(mixed, self.o, self.o_bias)
+            out = linear(mixed, self.o, self.o_bias, self.o_packed)
         if bypass is not None:
             out = bypass(layer, "o", mixed, out)
         return out
