@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.cors import CORSMiddleware
 
+from invivo import __version__
 from invivo.lm import LM
 from invivo.server import (
     adapters,
@@ -76,7 +76,7 @@ def create_app(lm: LM, settings: Settings | None = None) -> FastAPI:
     )
     app = FastAPI(
         title="invivo",
-        version=_version(),
+        version=__version__,
         description="One living language model: OpenAI's API and more.",
         lifespan=lifespan,
         docs_url=None,  # it would load its scripts from elsewhere
@@ -129,10 +129,3 @@ def _add_page(app: FastAPI) -> None:
         return FileResponse(index, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     app.mount("/static", StaticFiles(directory=folder), name="static")
-
-
-def _version() -> str:
-    try:
-        return version("invivo")
-    except PackageNotFoundError:
-        return "0"

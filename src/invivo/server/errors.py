@@ -27,6 +27,7 @@ log = logging.getLogger("invivo.server")
 RETRY_SECONDS = 1
 
 _REMEDY = "The accepted values are described in /openapi.json"
+_ROLES = {"system", "developer", "user", "assistant", "tool"}
 _TYPE_TAGS = {"str", "int", "float", "bool", "dict", "list", "none"}
 _REMEDIES = {
     "missing": "Add the field",
@@ -122,7 +123,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     message = message.removeprefix("Value error, ")
     if len(errors) > 1 and kind in ("missing", "extra_forbidden"):
         message += f" (and {len(errors) - 1} more)"
-    field = _path(first["loc"])
+    field = None if kind == "json_invalid" else _path(first["loc"])
     if kind == "value_error" and field is None and ": " in message:
         field, message = message.split(": ", 1)  # from a check of several fields together
     remedy = _REMEDIES.get(kind, _REMEDY)
@@ -130,14 +131,23 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
 
 
 def _path(loc: Sequence[str | int]) -> str | None:
-    """("body", "messages", 0, "content", "str") -> messages[0].content"""
+    """("body", "messages", 0, "user", "content", "str") -> messages[0].content"""
     path = ""
+    before: str | int = ""
     for part in loc[1:]:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in _TYPE_TAGS and not any(mark in part for mark in "[(-"):
+        elif not _is_tag(part, before):
             path += f".{part}" if path else part
+        before = part
     return path or None
+
+
+def _is_tag(part: str, before: str | int) -> bool:
+    """Whether ``part`` names a member of a union and not a field."""
+    if isinstance(before, int) and part in _ROLES:
+        return True
+    return before == "response_format" or part in _TYPE_TAGS or any(c in part for c in "[(-")
 
 
 def _clean(text: str | None) -> str | None:

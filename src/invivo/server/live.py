@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 
 from invivo.server.answers import LiveSnapshot
 from invivo.server.auth import Principal, needs
@@ -31,7 +31,7 @@ async def live(request: Request, _principal: Watcher) -> dict[str, Any]:
 
 @router.get(
     "/v1/live/stream",
-    response_class=EventStream,
+    response_class=Response,
     responses=failures() | streamed("A snapshot a second, the first at once"),
 )
 async def live_stream(request: Request, _principal: Watcher) -> EventStream:
