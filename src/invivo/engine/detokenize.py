@@ -51,14 +51,14 @@ class StopText:
     def push(self, piece: str) -> tuple[str, str | None]:
         """Add text; return (text now settled, stop string found or None).
 
-        After a match the settled text ends where the match begins, and nothing is held.
+        The stop string that is complete first counts, of several the longest. After a match the settled text ends where the match begins, and nothing is held.
         """
         if not self.stops:
             return piece, None
         text = self.held + piece
-        found = [(at, s) for s in self.stops if (at := text.find(s)) >= 0]
+        found = [(at + len(s), at, s) for s in self.stops if (at := text.find(s)) >= 0]
         if found:
-            at, stop = min(found, key=lambda pair: (pair[0], -len(pair[1])))
+            _, at, stop = min(found)
             self.held = ""
             return text[:at], stop
         keep = self._possible_start(text)

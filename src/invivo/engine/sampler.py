@@ -143,7 +143,7 @@ def derive_seed(seed: int, index: int) -> int:
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
     """One number in [0, 1) a row, a function of (seed, position) only; both are [R]."""
     counter = (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN
-    bits = _mix(_mix(seeds + _GOLDEN) ^ _mix(counter))
+    bits = _mix(_mix(seeds) + counter)  # step ``position`` of the seed's own stream
     return ((bits >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
 
 
