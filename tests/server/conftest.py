@@ -22,7 +22,7 @@ from tests.tiny import tiny_model_folder
 
 @pytest.fixture(scope="session")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLM]:
-    folder = tiny_model_folder(tmp_path_factory.mktemp("model"))
+    folder = tiny_model_folder(tmp_path_factory.mktemp("model"), max_position_embeddings=1024)
     with invivo.load(str(folder), device="cpu", dtype="float32", kv_bytes=16 << 20) as made:
         yield made
 

@@ -53,7 +53,7 @@ REFUSED = [
     ),
     (
         "/v1/chat/completions",
-        CHAT | {"messages": [{"role": "user", "content": "word " * 500}]},
+        CHAT | {"messages": [{"role": "user", "content": "word " * 2000}]},
         413,
         "prompt",
     ),
@@ -139,7 +139,7 @@ def test_unknown_routes_and_methods_have_the_same_shape(http):
 
 
 def test_a_stream_that_cannot_start_gets_its_status(http):
-    body = CHAT | {"stream": True, "messages": [{"role": "user", "content": "word " * 500}]}
+    body = CHAT | {"stream": True, "messages": [{"role": "user", "content": "word " * 2000}]}
     check(http.post("/v1/chat/completions", json=body), 413, "prompt")
 
 

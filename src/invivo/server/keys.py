@@ -208,7 +208,7 @@ def _record(row: sql.Row) -> Key:
 
 
 def _hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _quick_sqlite(connection: object, _record: object) -> None:
