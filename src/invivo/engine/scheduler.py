@@ -329,7 +329,7 @@ class Scheduler:
             shared, parent = self.index.match(seq.tokens, seq.namespace, readable)
         n_new = -(-n_tokens // size) - len(shared)
         n_revived = sum(1 for block in shared if pool.is_free(block))
-        # Some blocks stay free for the decodes that run, or the newcomer would be preempted at once.
+        # Some blocks stay free for the decodes that run: without, a newcomer is preempted at once.
         reserve = 1 + pool.n_total // 100 if self.running else 0
         if n_new + n_revived + reserve > pool.n_free:
             self._blocked = (seq, pool.n_released)
@@ -375,7 +375,9 @@ class Scheduler:
         stop = min(n_tokens, start + budget)
         if seq.request.kind == "generate":
             samples = stop == n_tokens
-            span = Span(seq, start, stop, Purpose.PREFILL, samples)
+            # After a preemption everything but the last output token may come from the cache.
+            decodes = samples and start == n_tokens - 1 and start >= seq.n_prompt
+            span = Span(seq, start, stop, Purpose.DECODE if decodes else Purpose.PREFILL, samples)
             seq.n_pending += samples
         else:
             span = Span(seq, start, stop, Purpose.SCORE, False)
