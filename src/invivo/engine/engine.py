@@ -21,7 +21,7 @@ from invivo.engine.adapters import Adapter, AdapterStore
 from invivo.engine.batch import BatchBuilder
 from invivo.engine.detokenize import StopText, TextStream, backend
 from invivo.engine.grammar import GrammarCompiler, Matcher
-from invivo.engine.memory import limits_of
+from invivo.engine.memory import limits_of, room_to_pack
 from invivo.engine.sampler import RowState, row_state
 from invivo.engine.scheduler import Scheduler
 from invivo.engine.stats import Counters, EngineStats, RequestRecord
@@ -146,6 +146,8 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         c = self.config
         self.max_model_len = _model_length(c.max_model_len, model.config.max_positions)
+        if room_to_pack(model.decoder):
+            model.decoder.pack()
         limits = limits_of(
             model.decoder,
             block_size=c.block_size,

@@ -43,6 +43,13 @@ def kv_blocks(
     return min(kv_bytes // per_block, useful) + 1
 
 
+def room_to_pack(decoder: Decoder) -> bool:
+    """Whether packed copies of the linear maps would leave most of a CPU's free memory alone."""
+    weights = list(decoder.parameters())
+    n_bytes = sum(w.numel() * w.element_size() for w in weights)
+    return weights[0].device.type == "cpu" and n_bytes <= free_memory() // 3
+
+
 def free_memory() -> int:
     """Bytes of main memory that could be had without swapping."""
     meminfo = Path("/proc/meminfo")
