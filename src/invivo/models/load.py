@@ -17,7 +17,7 @@ from invivo.models.decoder import Decoder
 from invivo.models.fingerprint import fingerprint_of
 from invivo.models.hub_config import config_from_hf
 from invivo.models.resolve import resolve
-from invivo.models.tensor_names import Part, tensor_parts
+from invivo.models.tensor_names import Part, place_of, tensor_parts
 
 _DTYPES = {
     "float32": torch.float32,
@@ -246,24 +246,22 @@ def _copy(
     place_of(part, parameters).copy_(tensor.T if part.transposed else tensor)
 
 
-def place_of(part: Part, parameters: dict[str, torch.nn.Parameter]) -> torch.Tensor:
-    """The view of the parameter that ``part`` fills, in our orientation."""
-    place = parameters[part.parameter].data
-    if part.expert is not None:
-        place = place[part.expert]
-    return place[part.start : part.start + part.rows]
-
-
 def load_tokenizer(folder: Path) -> Any:
     """The folder's fast tokenizer, by transformers, without network.
 
     Raises:
         UnsupportedModel: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    path = folder / "tokenizer_config.json"
+    stated = read_json(path).get("tokenizer_class") if path.is_file() else None
+    # This class takes tokenizer.json as it is; the automatic choice goes by the model's family
+    # and may rebuild the tokenizer in that family's way.
+    plain = stated == "PreTrainedTokenizerFast" and (folder / "tokenizer.json").is_file()
+    chosen = PreTrainedTokenizerFast if plain else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return chosen.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModel(
             f"the tokenizer cannot be read: {error}",

@@ -6,8 +6,10 @@ places out again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from invivo.models.config import ModelConfig, MoEConfig
 
@@ -35,6 +37,14 @@ class Part:
     @property
     def rows(self) -> int:
         return self.shape[1] if self.transposed else self.shape[0]
+
+
+def place_of(part: Part, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The view of the parameter that ``part`` fills, in our orientation."""
+    place = parameters[part.parameter].detach()
+    if part.expert is not None:
+        place = place[part.expert]
+    return place[part.start : part.start + part.rows]
 
 
 def tensor_parts(config: ModelConfig) -> list[Part]:
