@@ -178,9 +178,12 @@ class FakeEngine:
                 assert alive == (seq.status is not Status.FINISHED)
                 if alive and len(seq.tokens) == seq.limit:
                     self._finish(seq)
-            elif span.purpose is Purpose.SCORE and span.stop == seq.n_prompt:
-                if seq.status is not Status.FINISHED and seq.n_computed == seq.n_prompt:
-                    self._finish(seq)
+            elif (
+                span.purpose is Purpose.SCORE
+                and span.stop == seq.n_prompt
+                and seq.status is not Status.FINISHED
+            ):
+                self._finish(seq)
 
     def _finish(self, seq: Sequence) -> None:
         self.scheduler.finish(seq)
