@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from invivo.errors import UnsupportedModel
+from invivo.kernels.device import runs_on_cpu, runs_triton
 
 GELU_TANH = ("gelu_tanh", "gelu_pytorch_tanh", "gelu_new")
 ACTIVATIONS = ("silu", "swish", "gelu", *GELU_TANH, "relu", "relu2")
@@ -40,7 +41,11 @@ def gated_activation_reference(gate_up: torch.Tensor, kind: str) -> torch.Tensor
 
 def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     """:func:`gated_activation_reference`, by the fastest way: [T, 2 f] -> [T, f]."""
-    if gate_up.device.type == "cpu" and not (torch.is_grad_enabled() and gate_up.requires_grad):
+    if runs_on_cpu(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate, kind).mul_(up)
+    if gate_up.dim() == 2 and kind in ACTIVATIONS and runs_triton(gate_up):
+        from invivo.kernels.triton_activation import gated_activation_triton
+
+        return gated_activation_triton(gate_up, kind)
     return gated_activation_reference(gate_up, kind)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from invivo.kernels.cpu_attention import paged_attention_cpu
+from invivo.kernels.device import runs_on_cpu, runs_triton
 from invivo.kernels.paging import PagedLayout
 
 
@@ -88,11 +89,14 @@ def paged_attention(
 
     Differentiable, by way of the reference, where gradients are asked for.
     """
-    wants_grad = torch.is_grad_enabled() and (
-        q.requires_grad or k_cache.requires_grad or v_cache.requires_grad
-    )
-    if not wants_grad and q.device.type == "cpu":
+    if runs_on_cpu(q, k_cache, v_cache):
         return paged_attention_cpu(
+            q, k_cache, v_cache, layout, scale=scale, window=window, softcap=softcap
+        )
+    if runs_triton(q, k_cache, v_cache):
+        from invivo.kernels.triton_attention import paged_attention_triton
+
+        return paged_attention_triton(
             q, k_cache, v_cache, layout, scale=scale, window=window, softcap=softcap
         )
     return paged_attention_reference(

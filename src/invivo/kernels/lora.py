@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from invivo.kernels.device import runs_on_cpu, runs_triton
+
 # Up to this many rows the CPU gathers a matrix for every row; above, it goes adapter by adapter.
 ROWS_EACH = 16
 
@@ -52,7 +54,10 @@ def lora_add(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
     """:func:`lora_add_reference`, by the fastest way; ``y`` may be changed in place."""
-    wants_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    if not wants_grad and y.device.type == "cpu":
+    if runs_on_cpu(y, x):
         return _lora_add_cpu(y, x, a, b, index)
+    if runs_triton(y, x):
+        from invivo.kernels.triton_lora import lora_add_triton
+
+        return lora_add_triton(y, x, a, b, index)
     return lora_add_reference(y, x, a, b, index)

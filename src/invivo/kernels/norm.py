@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from invivo.kernels.device import runs_triton
+
 
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, unit_offset: bool = False
@@ -45,6 +47,10 @@ def rms_norm(
     """:func:`rms_norm_reference`, by the fastest way for the device. x [..., d], weight [d]."""
     if _one_operation(x, weight, unit_offset):
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    if runs_triton(x):
+        from invivo.kernels.triton_norm import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps, unit_offset=unit_offset)[0]
     return rms_norm_reference(x, weight, eps, unit_offset=unit_offset)
 
 
@@ -60,6 +66,10 @@ def add_rms_norm(
     if _one_operation(x, weight, unit_offset):
         total = x + residual
         return F.rms_norm(total, (x.shape[-1],), weight, eps), total
+    if runs_triton(x, residual):
+        from invivo.kernels.triton_norm import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps, unit_offset=unit_offset, residual=residual)
     return add_rms_norm_reference(x, residual, weight, eps, unit_offset=unit_offset)
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from invivo.kernels.attention import store_kv
+from invivo.kernels.device import runs_on_cpu, runs_triton
+
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = cos.shape[-1]
@@ -66,8 +69,7 @@ def apply_rotary(
     positions: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`apply_rotary_reference`, by the fastest way; may overwrite and return q and k."""
-    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    if not wants_grad and q.device.type == "cpu" and q.dtype == k.dtype == cos.dtype:
+    if runs_on_cpu(q, k) and q.dtype == k.dtype == cos.dtype:
         c = cos.index_select(0, positions).unsqueeze(1)
         s = sin.index_select(0, positions).unsqueeze(1)
         both = _side_by_side(q, k)
@@ -78,3 +80,28 @@ def apply_rotary(
             _turn_in_place(k, c, s)
         return q, k
     return apply_rotary_reference(q, k, cos, sin, positions)
+
+
+def rotate_and_store(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """:func:`apply_rotary` and ``store_kv`` at once, one kernel on a GPU; returns the turned q.
+
+    q [T, H, D] and k [T, G, D] may be overwritten; v [T, G, D], caches
+    [n_blocks, block_size, G, D], slots [T].
+    """
+    if runs_triton(q, k, v):
+        from invivo.kernels.triton_rotary import rotate_and_store_triton
+
+        return rotate_and_store_triton(q, k, v, cos, sin, positions, k_cache, v_cache, slots)
+    q, k = apply_rotary(q, k, cos, sin, positions)
+    store_kv(k, v, k_cache, v_cache, slots)
+    return q

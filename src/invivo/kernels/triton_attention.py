@@ -1,0 +1,370 @@
+"""Paged attention on Hopper-class GPUs: one kernel for spans of many rows, one for decodes.
+
+Both read keys and values through the block table and take every length from device memory, so a
+captured graph replays for any lengths. The query heads that share a key head lie next to each
+other in the M dimension of the products, so keys are read once a group. The softmax runs online
+in float32 and base 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from invivo.kernels.paging import PagedLayout
+
+LOG2_E = 1.4426950408889634
+# Score of a hidden key. Finite, so that a row whose first blocks are all hidden stays a number;
+# what such a row collects there is scaled to nothing once it meets a visible key (its own).
+HIDDEN = tl.constexpr(-1.0e30)
+# Decode programs to aim at: a few for each of the 132 multiprocessors of an H200.
+PROGRAMS = 528
+MAX_SPLITS = 64
+
+
+class Tile(NamedTuple):
+    """Launch shape: rows of M, keys a step, warps, pipeline stages."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
+    """Tile of the span kernel; by head size because tiles live in registers and shared memory."""
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 2)
+    if head_dim <= 64:
+        return Tile(128, 64, 4, 3)
+    if head_dim <= 128:
+        return Tile(128, 64, 8, 3)
+    return Tile(64, 32, 4, 2)
+
+
+def decode_tile(head_dim: int, dtype: torch.dtype) -> Tile:
+    """Tile of the decode kernel; M is raised to the heads of a group where they are more."""
+    if dtype == torch.float32:
+        return Tile(16, 32, 4, 2)
+    if head_dim <= 128:
+        return Tile(16, 64, 4, 3)
+    return Tile(16, 32, 4, 3)
+
+
+def n_splits_for(n_rows: int, n_groups: int) -> int:
+    """Splits of the keys of one decode: enough programs to fill the device."""
+    return max(1, min(MAX_SPLITS, triton.cdiv(PROGRAMS, n_rows * n_groups)))
+
+
+@triton.jit
+def _capped(scores, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scaled scores in units of log 2, soft-capped if asked."""
+    if SOFTCAP:
+        scores = scores * (scale / softcap)
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
+        return scores * 1.4426950408889634
+    return scores * (scale * 1.4426950408889634)
+
+
+@triton.jit
+def _visit_keys(
+    acc, row_max, row_sum, q, index, first, stop, end,
+    k_cache, v_cache, table, group, scale, softcap,
+    N_GROUPS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Take keys [first, stop) into the running softmax; keys from ``end`` on do not exist.
+
+    index [M]: index of each row's token. CAUSAL: rows may not see all of these keys.
+    """
+    dims = tl.arange(0, D_PAD)
+    token_stride: tl.constexpr = N_GROUPS * D
+    for begin in range(first, stop, BLOCK_N):
+        keys = begin + tl.arange(0, BLOCK_N)
+        if CAUSAL:
+            exists = keys < end
+            blocks = tl.load(table + keys // BLOCK_SIZE, mask=exists, other=0)
+        else:
+            blocks = tl.load(table + keys // BLOCK_SIZE)
+        rows = blocks.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
+        place = rows[:, None] * token_stride + group * D + dims[None, :]
+        if CAUSAL:
+            k = tl.load(k_cache + place, mask=exists[:, None] & (dims < D)[None, :], other=0.0)
+        elif D == D_PAD:
+            k = tl.load(k_cache + place)
+        else:
+            k = tl.load(k_cache + place, mask=(dims < D)[None, :], other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = _capped(scores, scale, softcap, SOFTCAP)
+        if CAUSAL:
+            scores = tl.where(keys[None, :] <= index[:, None], scores, HIDDEN)
+        if WINDOW > 0:
+            scores = tl.where(index[:, None] - keys[None, :] < WINDOW, scores, HIDDEN)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        probs = tl.exp2(scores - new_max[:, None])
+        shrink = tl.exp2(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(probs, 1)
+        row_max = new_max
+        acc = acc * shrink[:, None]
+        if CAUSAL:
+            v = tl.load(v_cache + place, mask=exists[:, None] & (dims < D)[None, :], other=0.0)
+        elif D == D_PAD:
+            v = tl.load(v_cache + place)
+        else:
+            v = tl.load(v_cache + place, mask=(dims < D)[None, :], other=0.0)
+        if UPCAST:
+            v = v.to(tl.float32)
+        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _span_kernel(
+    q, k_cache, v_cache, out, span_start, kv_len, block_table, scale, softcap,
+    n_spans, first_row, q_stride, table_stride,
+    N_GROUPS: tl.constexpr, REPEAT: tl.constexpr, REPEAT_PAD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of one span, for the heads of one group.
+
+    Grid (rows // TILE_ROWS + n_spans, N_GROUPS), TILE_ROWS = BLOCK_M / REPEAT_PAD: span s owns
+    tiles from (rows before it) // TILE_ROWS + s on, at least as many as it needs, so that a
+    program finds its span by bisection and no host needs the lengths.
+    """
+    TILE_ROWS: tl.constexpr = BLOCK_M // REPEAT_PAD
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
+    group = tl.program_id(1)
+    span = 0
+    beyond = n_spans
+    while beyond - span > 1:
+        middle = (span + beyond) // 2
+        if (tl.load(span_start + middle) - first_row) // TILE_ROWS + middle <= tile:
+            span = middle
+        else:
+            beyond = middle
+    start = tl.load(span_start + span)
+    n_rows = tl.load(span_start + span + 1) - start
+    begin = (tile - (start - first_row) // TILE_ROWS - span) * TILE_ROWS
+    if begin >= n_rows:
+        return
+    length = tl.load(kv_len + span)
+    before = length - n_rows
+
+    m = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, D_PAD)
+    row = begin + m // REPEAT_PAD
+    head = group * REPEAT + m % REPEAT_PAD
+    real = (row < n_rows) & (m % REPEAT_PAD < REPEAT)
+    mask = real[:, None] & (dims < D)[None, :]
+    place = (start + row).to(tl.int64)
+    queries = tl.load(
+        q + place[:, None] * q_stride + head[:, None] * D + dims[None, :], mask=mask, other=0.0
+    )
+    if UPCAST:
+        queries = queries.to(tl.float32)
+    index = before + row
+    end = before + tl.minimum(begin + TILE_ROWS, n_rows)
+    seen_by_all = (before + begin + 1) // BLOCK_N * BLOCK_N
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(before + begin + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
+
+    table = block_table + span.to(tl.int64) * table_stride
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    row_max = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc, row_max, row_sum = _visit_keys(
+        acc, row_max, row_sum, queries, index, first, seen_by_all, end,
+        k_cache, v_cache, table, group, scale, softcap,
+        N_GROUPS, D, D_PAD, BLOCK_SIZE, BLOCK_N, False, WINDOW, SOFTCAP, UPCAST,
+    )  # fmt: skip
+    acc, row_max, row_sum = _visit_keys(
+        acc, row_max, row_sum, queries, index, seen_by_all, end, end,
+        k_cache, v_cache, table, group, scale, softcap,
+        N_GROUPS, D, D_PAD, BLOCK_SIZE, BLOCK_N, True, WINDOW, SOFTCAP, UPCAST,
+    )  # fmt: skip
+    acc = acc / row_sum[:, None]
+    out_stride: tl.constexpr = N_GROUPS * REPEAT * D
+    tl.store(
+        out + place[:, None] * out_stride + head[:, None] * D + dims[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=mask,
+    )
+
+
+@triton.jit
+def _decode_kernel(
+    q, k_cache, v_cache, out, partial, partial_lse, kv_len, block_table, scale, softcap,
+    q_stride, table_stride,
+    N_GROUPS: tl.constexpr, REPEAT: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    N_SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One row, the heads of one group, one split of the keys. Grid (rows, N_GROUPS, N_SPLITS)."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    split = tl.program_id(2)
+    N_HEADS: tl.constexpr = N_GROUPS * REPEAT
+    length = tl.load(kv_len + row)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0) // BLOCK_N * BLOCK_N
+    share = tl.cdiv(tl.cdiv(length - first, N_SPLITS), BLOCK_N) * BLOCK_N
+    begin = first + split * share
+    end = tl.minimum(begin + share, length)
+
+    m = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, D_PAD)
+    head = group * REPEAT + m
+    real = m < REPEAT
+    mask = real[:, None] & (dims < D)[None, :]
+    if N_SPLITS > 1:
+        lse_place = partial_lse + (row * N_HEADS + head) * N_SPLITS + split
+        if begin >= length:
+            tl.store(lse_place, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=real)
+            return
+    queries = tl.load(q + row * q_stride + head[:, None] * D + dims[None, :], mask=mask, other=0.0)
+    if UPCAST:
+        queries = queries.to(tl.float32)
+    index = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
+    table = block_table + row * table_stride
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    row_max = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    whole = begin + (end - begin) // BLOCK_N * BLOCK_N
+    acc, row_max, row_sum = _visit_keys(
+        acc, row_max, row_sum, queries, index, begin, whole, end,
+        k_cache, v_cache, table, group, scale, softcap,
+        N_GROUPS, D, D_PAD, BLOCK_SIZE, BLOCK_N, False, WINDOW, SOFTCAP, UPCAST,
+    )  # fmt: skip
+    acc, row_max, row_sum = _visit_keys(
+        acc, row_max, row_sum, queries, index, whole, end, end,
+        k_cache, v_cache, table, group, scale, softcap,
+        N_GROUPS, D, D_PAD, BLOCK_SIZE, BLOCK_N, True, WINDOW, SOFTCAP, UPCAST,
+    )  # fmt: skip
+    acc = acc / row_sum[:, None]
+    if N_SPLITS == 1:
+        place = out + (row * N_HEADS + head)[:, None] * D + dims[None, :]
+        tl.store(place, acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        place = ((row * N_HEADS + head) * N_SPLITS + split)[:, None] * D + dims[None, :]
+        tl.store(partial + place, acc, mask=mask)
+        tl.store(lse_place, row_max + tl.log2(row_sum), mask=real)
+
+
+@triton.jit
+def _combine_kernel(
+    partial, partial_lse, out,
+    D: tl.constexpr, D_PAD: tl.constexpr, N_SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+):  # fmt: skip
+    """Weigh the splits of one row and head by their sums. Grid (rows * heads,)."""
+    place = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, SPLITS_PAD)
+    dims = tl.arange(0, D_PAD)
+    lse = tl.load(
+        partial_lse + place * N_SPLITS + splits, mask=splits < N_SPLITS, other=float("-inf")
+    )
+    weights = tl.exp2(lse - tl.max(lse, 0))
+    weights = weights / tl.sum(weights, 0)
+    values = tl.load(
+        partial + (place * N_SPLITS + splits)[:, None] * D + dims[None, :],
+        mask=(lse > float("-inf"))[:, None] & (dims < D)[None, :],
+        other=0.0,
+    )
+    total = tl.sum(values * weights[:, None], 0)
+    tl.store(out + place * D + dims, total.to(out.dtype.element_ty), mask=dims < D)
+
+
+def paged_attention_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    layout: PagedLayout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The function of ``paged_attention_reference``; not differentiable, no host reads.
+
+    Rows of q may be strided; the caches are contiguous.
+    """
+    n_rows, n_heads, head_dim = q.shape
+    n_groups = k_cache.shape[2]
+    if q.stride()[1:] != (head_dim, 1):
+        q = q.contiguous()
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
+    out = torch.empty((n_rows, n_heads, head_dim), dtype=q.dtype, device=q.device)
+    repeat = n_heads // n_groups
+    common = {
+        "N_GROUPS": n_groups,
+        "REPEAT": repeat,
+        "D": head_dim,
+        "D_PAD": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_SIZE": layout.block_size,
+        "WINDOW": window or 0,
+        "SOFTCAP": softcap is not None,
+        # The interpreter cannot multiply bfloat16 matrices.
+        "UPCAST": q.device.type == "cpu" and q.dtype == torch.bfloat16,
+    }
+    cap = 1.0 if softcap is None else softcap
+    if layout.n_decode:
+        _attend_decodes(out, q, k_cache, v_cache, layout, scale, cap, common)
+    n_long = layout.n_spans - layout.n_decode
+    if n_long:
+        first = layout.n_decode  # a decode span is one row, so rows before and spans before agree
+        tile = prefill_tile(head_dim, q.dtype)
+        repeat_pad = triton.next_power_of_2(repeat)
+        block_m = max(tile.m, repeat_pad)
+        grid = ((n_rows - first) // (block_m // repeat_pad) + n_long, n_groups)
+        _span_kernel[grid](
+            q, k_cache, v_cache, out,
+            layout.span_start[first:], layout.kv_len[first:], layout.block_table[first:],
+            scale, cap, n_long, first, q.stride(0), layout.block_table.stride(0),
+            REPEAT_PAD=repeat_pad, BLOCK_M=block_m, BLOCK_N=tile.n,
+            num_warps=tile.warps, num_stages=tile.stages, **common,
+        )  # fmt: skip
+    return out
+
+
+def _attend_decodes(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    layout: PagedLayout,
+    scale: float,
+    softcap: float,
+    common: dict[str, int | bool],
+) -> None:
+    _, n_heads, head_dim = q.shape
+    n_rows, n_groups = layout.n_decode, k_cache.shape[2]
+    tile = decode_tile(head_dim, q.dtype)
+    n_splits = n_splits_for(n_rows, n_groups)
+    partial = partial_lse = out
+    if n_splits > 1:
+        size = (n_rows, n_heads, n_splits)
+        partial = torch.empty((*size, head_dim), dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(size, dtype=torch.float32, device=q.device)
+    _decode_kernel[(n_rows, n_groups, n_splits)](
+        q, k_cache, v_cache, out, partial, partial_lse, layout.kv_len, layout.block_table,
+        scale, softcap, q.stride(0), layout.block_table.stride(0),
+        BLOCK_M=max(tile.m, triton.next_power_of_2(n_heads // n_groups)), BLOCK_N=tile.n,
+        N_SPLITS=n_splits, num_warps=tile.warps, num_stages=tile.stages, **common,
+    )  # fmt: skip
+    if n_splits > 1:
+        _combine_kernel[(n_rows * n_heads,)](
+            partial, partial_lse, out,
+            D=head_dim, D_PAD=common["D_PAD"], N_SPLITS=n_splits,
+            SPLITS_PAD=triton.next_power_of_2(n_splits), num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,199 @@
+"""LoRA on GPUs: shrink to the rank, then expand and add, another adapter for every row.
+
+Few rows: one program a row and a piece of the width, memory-bound reads of the row's own matrices.
+Many rows: tiles of neighbouring rows, which mostly share an adapter; a tile walks through the
+adapters it contains. Rows without adapter cost the reading of their index.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Up to this many rows each reads its own matrices.
+ROWS_EACH = 256
+SHRINK_WIDTH = 256
+EXPAND_WIDTH = 128
+TILE_ROWS = 64
+TILE_WIDTH = 64
+NONE = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def _shrink_rows_kernel(
+    x, a, index, partial, n_slots, x_stride,
+    D_IN: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Share of one piece of the inputs in one row's [RANK] products. Grid (rows, pieces)."""
+    row = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    slot = tl.load(index + row).to(tl.int64)
+    if (slot == 0) | (slot >= n_slots):
+        return
+    column = piece * WIDTH + tl.arange(0, WIDTH)
+    rank = tl.arange(0, RANK_PAD)
+    ranks = rank < RANK
+    mask = column < D_IN
+    values = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    matrix = tl.load(
+        a + (slot * RANK + rank)[:, None] * D_IN + column[None, :],
+        mask=mask[None, :] & ranks[:, None],
+        other=0.0,
+    )
+    products = tl.sum(matrix.to(tl.float32) * values[None, :], 1)
+    tl.store(partial + (row * tl.num_programs(1) + piece) * RANK + rank, products, mask=ranks)
+
+
+@triton.jit
+def _expand_rows_kernel(
+    y, b, index, partial, n_slots, n_pieces, y_stride,
+    D_OUT: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    PIECES_PAD: tl.constexpr,
+):  # fmt: skip
+    """Add to one piece of one row of y. Grid (rows, cdiv(D_OUT, WIDTH))."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(index + row).to(tl.int64)
+    if (slot == 0) | (slot >= n_slots):
+        return
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    rank = tl.arange(0, RANK_PAD)
+    ranks = rank < RANK
+    pieces = tl.arange(0, PIECES_PAD)
+    shares = tl.load(
+        partial + (row * n_pieces + pieces)[:, None] * RANK + rank[None, :],
+        mask=(pieces < n_pieces)[:, None] & ranks[None, :],
+        other=0.0,
+    )
+    shrunk = tl.sum(shares, 0)
+    mask = column < D_OUT
+    matrix = tl.load(
+        b + (slot * D_OUT + column)[:, None] * RANK + rank[None, :],
+        mask=mask[:, None] & ranks[None, :],
+        other=0.0,
+    )
+    added = tl.sum(matrix.to(tl.float32) * shrunk[None, :], 1)
+    place = y + row * y_stride + column
+    old = tl.load(place, mask=mask, other=0.0)
+    tl.store(place, (old.to(tl.float32) + added).to(old.dtype), mask=mask)
+
+
+@triton.jit
+def _shrink_tile_kernel(
+    x, a, index, shrunk, n_rows, n_slots, x_stride,
+    D_IN: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, RANK] products of a tile of rows. Grid (cdiv(rows, ROWS),)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rank = tl.arange(0, RANK_PAD)
+    ranks = rank < RANK
+    slots = tl.load(index + row, mask=row < n_rows, other=0)
+    todo = tl.where((slots == 0) | (slots >= n_slots), NONE, slots)
+    slot = tl.min(todo, 0)
+    while slot < NONE:
+        mine = slots == slot
+        acc = tl.zeros([ROWS, RANK_PAD], tl.float32)
+        for begin in range(0, D_IN, WIDTH):
+            column = begin + tl.arange(0, WIDTH)
+            inside = (column < D_IN)[None, :]
+            values = tl.load(
+                x + row[:, None] * x_stride + column[None, :],
+                mask=mine[:, None] & inside,
+                other=0.0,
+            )
+            matrix = tl.load(
+                a + (slot.to(tl.int64) * RANK + rank)[:, None] * D_IN + column[None, :],
+                mask=inside & ranks[:, None],
+                other=0.0,
+            )
+            if UPCAST:
+                values, matrix = values.to(tl.float32), matrix.to(tl.float32)
+            acc = tl.dot(values, tl.trans(matrix), acc, input_precision="ieee")
+        place = shrunk + row[:, None] * RANK + rank[None, :]
+        tl.store(place, acc.to(shrunk.dtype.element_ty), mask=mine[:, None] & ranks[None, :])
+        todo = tl.where(todo == slot, NONE, todo)
+        slot = tl.min(todo, 0)
+
+
+@triton.jit
+def _expand_tile_kernel(
+    y, b, index, shrunk, n_rows, n_slots, y_stride,
+    D_OUT: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add to a tile of rows and columns of y. Grid (cdiv(rows, ROWS), cdiv(D_OUT, WIDTH))."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    rank = tl.arange(0, RANK_PAD)
+    ranks = rank < RANK
+    slots = tl.load(index + row, mask=row < n_rows, other=0)
+    todo = tl.where((slots == 0) | (slots >= n_slots), NONE, slots)
+    slot = tl.min(todo, 0)
+    place = y + row[:, None] * y_stride + column[None, :]
+    while slot < NONE:
+        mine = (slots == slot)[:, None]
+        inside = (column < D_OUT)[:, None]
+        values = tl.load(
+            shrunk + row[:, None] * RANK + rank[None, :], mask=mine & ranks[None, :], other=0.0
+        )
+        matrix = tl.load(
+            b + (slot.to(tl.int64) * D_OUT + column)[:, None] * RANK + rank[None, :],
+            mask=inside & ranks[None, :],
+            other=0.0,
+        )
+        if UPCAST:
+            values, matrix = values.to(tl.float32), matrix.to(tl.float32)
+        added = tl.dot(values, tl.trans(matrix), input_precision="ieee")
+        mask = mine & (column < D_OUT)[None, :]
+        old = tl.load(place, mask=mask, other=0.0)
+        tl.store(place, (old.to(tl.float32) + added).to(old.dtype), mask=mask)
+        todo = tl.where(todo == slot, NONE, todo)
+        slot = tl.min(todo, 0)
+
+
+def lora_add_triton(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    """The function of ``lora_add_reference``, in place on y; no host reads.
+
+    Rows of x and y may be strided; x, y, a and b have one dtype.
+    """
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    n_rows, d_in = x.shape
+    n_slots, rank, _ = a.shape
+    d_out = y.shape[1]
+    rank_pad = max(16, triton.next_power_of_2(rank))
+    assert y.stride(1) == 1
+    assert a.is_contiguous()
+    assert b.is_contiguous()
+    if n_rows == 0:
+        return y
+    if n_rows <= ROWS_EACH:
+        pieces = triton.cdiv(d_in, SHRINK_WIDTH)
+        partial = torch.empty((n_rows, pieces, rank), dtype=torch.float32, device=x.device)
+        _shrink_rows_kernel[(n_rows, pieces)](
+            x, a, index, partial, n_slots, x.stride(0),
+            D_IN=d_in, RANK=rank, RANK_PAD=rank_pad, WIDTH=SHRINK_WIDTH, num_warps=4,
+        )  # fmt: skip
+        _expand_rows_kernel[(n_rows, triton.cdiv(d_out, EXPAND_WIDTH))](
+            y, b, index, partial, n_slots, pieces, y.stride(0),
+            D_OUT=d_out, RANK=rank, RANK_PAD=rank_pad, WIDTH=EXPAND_WIDTH,
+            PIECES_PAD=triton.next_power_of_2(pieces), num_warps=4,
+        )  # fmt: skip
+        return y
+    upcast = x.device.type == "cpu" and x.dtype == torch.bfloat16  # for the interpreter
+    shrunk = torch.empty((n_rows, rank), dtype=x.dtype, device=x.device)
+    tiles = triton.cdiv(n_rows, TILE_ROWS)
+    _shrink_tile_kernel[(tiles,)](
+        x, a, index, shrunk, n_rows, n_slots, x.stride(0),
+        D_IN=d_in, RANK=rank, RANK_PAD=rank_pad, ROWS=TILE_ROWS, WIDTH=128,
+        UPCAST=upcast, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _expand_tile_kernel[(tiles, triton.cdiv(d_out, TILE_WIDTH))](
+        y, b, index, shrunk, n_rows, n_slots, y.stride(0),
+        D_OUT=d_out, RANK=rank, RANK_PAD=rank_pad, ROWS=TILE_ROWS, WIDTH=TILE_WIDTH,
+        UPCAST=upcast, num_warps=4,
+    )  # fmt: skip
+    return y

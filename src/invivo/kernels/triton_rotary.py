@@ -1,0 +1,98 @@
+"""On GPUs: rotary embedding of queries and keys, and the storing of keys and values, at once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+HEADS_EACH = 8
+
+
+@triton.jit
+def _rotate_and_store_kernel(
+    q, k, v, cos, sin, positions, k_cache, v_cache, slots, q_stride, k_stride, v_stride,
+    N_HEADS: tl.constexpr, N_GROUPS: tl.constexpr, D: tl.constexpr,
+    HALF: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr,
+    HEADS_EACH: tl.constexpr,
+):  # fmt: skip
+    """One row and some of its heads: queries first, then keys, then values.
+
+    Grid (rows, cdiv(N_HEADS + 2 N_GROUPS, HEADS_EACH)).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS_EACH + tl.arange(0, HEADS_EACH)
+    is_q = head < N_HEADS
+    is_k = (head >= N_HEADS) & (head < N_HEADS + N_GROUPS)
+    is_v = (head >= N_HEADS + N_GROUPS) & (head < N_HEADS + 2 * N_GROUPS)
+    q_row = q + row * q_stride + head * D
+    k_row = k + row * k_stride + (head - N_HEADS) * D
+    v_row = v + row * v_stride + (head - N_HEADS - N_GROUPS) * D
+    slot = tl.load(slots + row)
+    k_out = k_cache + slot * (N_GROUPS * D) + (head - N_HEADS) * D
+    v_out = v_cache + slot * (N_GROUPS * D) + (head - N_HEADS - N_GROUPS) * D
+
+    pair = tl.arange(0, HALF_PAD)
+    inside = pair < HALF
+    angle = tl.load(positions + row) * HALF + pair
+    c = tl.load(cos + angle, mask=inside, other=1.0).to(tl.float32)[None, :]
+    s = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)[None, :]
+    from_q = is_q[:, None] & inside[None, :]
+    from_k = is_k[:, None] & inside[None, :]
+    from_v = is_v[:, None] & inside[None, :]
+    pairs = pair[None, :]
+
+    first = tl.load(q_row[:, None] + pairs, mask=from_q, other=0.0)
+    second = tl.load(q_row[:, None] + pairs + HALF, mask=from_q, other=0.0)
+    kind = first.dtype
+    first += tl.load(k_row[:, None] + pairs, mask=from_k, other=0.0)
+    second += tl.load(k_row[:, None] + pairs + HALF, mask=from_k, other=0.0)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    turned_a, turned_b = (a * c - b * s).to(kind), (b * c + a * s).to(kind)
+    tl.store(q_row[:, None] + pairs, turned_a, mask=from_q)
+    tl.store(q_row[:, None] + pairs + HALF, turned_b, mask=from_q)
+    tl.store(k_out[:, None] + pairs, turned_a, mask=from_k)
+    tl.store(k_out[:, None] + pairs + HALF, turned_b, mask=from_k)
+    first = tl.load(v_row[:, None] + pairs, mask=from_v, other=0.0)
+    second = tl.load(v_row[:, None] + pairs + HALF, mask=from_v, other=0.0)
+    tl.store(v_out[:, None] + pairs, first, mask=from_v)
+    tl.store(v_out[:, None] + pairs + HALF, second, mask=from_v)
+    if REST_PAD > 0:  # dimensions that do not turn
+        rest = 2 * HALF + tl.arange(0, REST_PAD)[None, :]
+        from_k = is_k[:, None] & (rest < D)
+        from_v = is_v[:, None] & (rest < D)
+        tl.store(k_out[:, None] + rest, tl.load(k_row[:, None] + rest, mask=from_k), mask=from_k)
+        tl.store(v_out[:, None] + rest, tl.load(v_row[:, None] + rest, mask=from_v), mask=from_v)
+
+
+def rotate_and_store_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """The function of ``rotate_and_store`` in ``rotary.py``; q is turned in place, k is not.
+
+    Rows of q, k and v may be strided; the caches are contiguous.
+    """
+    q, k, v = (t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous() for t in (q, k, v))
+    n_rows, n_heads, head_dim = q.shape
+    n_groups, half = k.shape[1], cos.shape[1]
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
+    rest = head_dim - 2 * half
+    if n_rows:
+        _rotate_and_store_kernel[(n_rows, triton.cdiv(n_heads + 2 * n_groups, HEADS_EACH))](
+            q, k, v, cos, sin, positions, k_cache, v_cache, slots,
+            q.stride(0), k.stride(0), v.stride(0),
+            N_HEADS=n_heads, N_GROUPS=n_groups, D=head_dim,
+            HALF=half, HALF_PAD=triton.next_power_of_2(half),
+            REST_PAD=triton.next_power_of_2(rest) if rest else 0,
+            HEADS_EACH=HEADS_EACH, num_warps=2,
+        )  # fmt: skip
+    return q
