@@ -13,7 +13,7 @@ import typer
 
 from invivo.cli import options
 from invivo.cli.jsonl import Record, answer_all, read_records, unanswered
-from invivo.cli.output import examples, note, print_json, print_table, progress, stdout
+from invivo.cli.output import examples, note, print_json, progress, stdout
 from invivo.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def score(
         assert whole is not None
         if context is not None:
             done = lm.score((context, whole), adapter=use)
-            scored, count = done.tokens, len(whole.encode())
+            scored, count = done.tokens, continued_bytes(context, whole)
         else:
             scored, count = score_long(lm, whole, use, window, overlap)
         reading = Reading(
@@ -156,7 +156,7 @@ async def run_batch(
             done, count = await lm.ascore(ids, adapter=adapter), scored_bytes(text, first)
         else:
             done = await lm.ascore((context, text), adapter=adapter)
-            count = len(text.encode())
+            count = continued_bytes(context, text)
         return Reading(len(done.tokens), count, done.logprob, done.greedy).record()
 
     answers, failed = await answer_all(records, answer, target, concurrency, "texts")
@@ -223,6 +223,11 @@ def scored_bytes(text: str, first: str) -> int:
     return size - len(first.encode()) if first and text.startswith(first) else size
 
 
+def continued_bytes(context: str, text: str) -> int:
+    """Bytes scored of a text after a context, whose last blanks count to the text."""
+    return len(text.encode()) + len(context) - len(context.rstrip())
+
+
 def show(reading: Reading) -> None:
     rows = [
         ("tokens scored", str(reading.tokens)),
@@ -231,7 +236,8 @@ def show(reading: Reading) -> None:
         ("bits per byte", f"{reading.bits_per_byte:.4f}"),
         ("greedy", "yes" if reading.greedy else "no"),
     ]
-    print_table("", ["", "value>"], rows)
+    for name, value in rows:
+        sys.stdout.write(f"{name:<16} {value:>14}\n")
 
 
 def show_tokens(scored: list[Token]) -> None:

@@ -94,11 +94,14 @@ def serve(
         typer.Option("--max-running", min=1, help="Sequences in a batch.", rich_help_panel=LIMITS),
     ] = 256,
     max_batch_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--max-batch-tokens", min=1, help="Tokens of an iteration.", rich_help_panel=LIMITS
+            "--max-batch-tokens",
+            min=1,
+            help="Tokens of an iteration; 2048 on a GPU, 512 on a CPU if not given.",
+            rich_help_panel=LIMITS,
         ),
-    ] = 2048,
+    ] = None,
     max_concurrent: Annotated[
         int,
         typer.Option(

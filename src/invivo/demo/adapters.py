@@ -12,7 +12,7 @@ from pathlib import Path
 RANK = 8
 ALPHA = 16.0
 # Largest share of a layer's output that the adapter may add, about.
-STRENGTH = 0.08
+STRENGTH = 0.3
 
 
 def write_random_adapter(folder: Path, model_folder: Path, seed: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -62,10 +63,10 @@ def whole(done: list[Done], percent: float) -> float | None:
 
 
 def latency_table(results: list[Done]) -> Table:
-    table = Table(title="Latency by purpose, as the client saw it", title_justify="left")
-    table.add_column("purpose")
-    for name in ("requests", "new tokens", "TTFT p50", "p95", "TPOT p50", "p95", "whole p50"):
-        table.add_column(name, justify="right")
+    table = Table(title="Latency as the client saw it", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("purpose", no_wrap=True)
+    for name in ("n", "tokens", "TTFT p50", "p95", "TPOT p50", "p95", "whole p50"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, done in by_purpose(results).items():
         row = summarize([d.timing for d in done])
         table.add_row(
@@ -85,8 +86,9 @@ def throughput_table(engine: dict[str, Any]) -> Table:
     table = Table(
         title=f"The engine over {engine['seconds']:.1f} s, everything in one batch",
         title_justify="left",
+        box=SIMPLE_HEAD,
     )
-    for name, right in (("tokens", False), ("count", True), ("per second", True)):
+    for name, right in (("", False), ("tokens", True), ("a second", True)):
         table.add_column(name, justify="right" if right else "left")
     for name, label in (
         ("prefill", "prompts read"),
@@ -96,16 +98,17 @@ def throughput_table(engine: dict[str, Any]) -> Table:
         rate = engine["tokens_per_second"][name]
         table.add_row(label, f"{engine['tokens'][name]:,}", f"{rate:,.1f}")
     hits, queries = engine["prefix_hits"], engine["prefix_queries"]
-    share = f"{hits / queries:.0%} of those looked up" if queries else "-"
-    table.add_row("prompt tokens found in the prefix cache", f"{hits:,}", share)
+    share = f"{hits / queries:.0%} of prompts" if queries else "-"
+    table.add_row("found in the prefix cache", f"{hits:,}", share)
     return table
 
 
 def answers(results: list[Done]) -> RenderableType:
-    """A few of the answers, one of each purpose and the first question thrice."""
+    """One answer of each purpose."""
     lines: list[RenderableType] = [Text("Some of the answers", style="italic")]
     for name, done in by_purpose(results).items():
-        first = done[0]
+        # The fourth question shows best what an adapter changes.
+        first = done[3] if len(done) == 4 else done[0]
         text = " ".join(first.shown.split())
         lines.append(
             Text.assemble(

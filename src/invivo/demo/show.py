@@ -91,7 +91,7 @@ def measured(console: Console, url: str) -> tuple[list[Done], dict[str, Any], di
 async def with_bars(console: Console, lm: LM, load: list[Task]) -> list[Done]:
     """The load with one bar a purpose."""
     columns = (
-        TextColumn("{task.description:<32}"),
+        TextColumn("{task.description:<18}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -80,13 +80,13 @@ def tasks() -> list[Task]:
     load: list[Task] = []
     greedy = {"temperature": 0.0}
     for i, question in enumerate(QUESTIONS):
-        sampled = {"temperature": 0.7, "top_p": 0.9, "seed": i, "max_tokens": 48}
-        load.append(Task("short questions, streamed", question, "stream", question, sampled))
+        sampled = {"temperature": 0.2, "top_p": 0.9, "seed": i, "max_tokens": 48}
+        load.append(Task("short, streamed", question, "stream", question, sampled))
     for name, text in texts.items():
         ask = f"{text}\nSummarise the text above in two sentences."
         load.append(
             Task(
-                "long documents, streamed",
+                "summaries",
                 f"Summarise {name}.txt",
                 "stream",
                 ask,
@@ -96,24 +96,24 @@ def tasks() -> list[Task]:
         again = f"{text}\nWho or what is this text mainly about?"
         load.append(
             Task(
-                "second question on a document",
+                "second question",
                 f"Who or what is {name}.txt about?",
                 "stream",
                 again,
                 {**greedy, "max_tokens": 32},
-                after="long documents, streamed",
+                after="summaries",
             )
         )
     for question in QUESTIONS[:4]:
         whole = {**greedy, "max_tokens": 48}
-        load.append(Task("short questions, whole", question, "answer", question, whole))
+        load.append(Task("short, whole", question, "answer", question, whole))
         for adapter in ADAPTERS:
             own = {**whole, "adapter": adapter}
             load.append(Task(f"adapter {adapter}", question, "stream", question, own))
     for title in ("Alice's Adventures in Wonderland", "Walden"):
         load.append(
             Task(
-                "structured output",
+                "structured",
                 f"Library card of {title}",
                 "answer",
                 f"Fill in a library card for the book '{title}'. Answer in JSON.",
@@ -122,7 +122,7 @@ def tasks() -> list[Task]:
         )
     load.append(
         Task(
-            "structured output",
+            "structured",
             "Is a whale a fish? (yes or no)",
             "answer",
             "Is a whale a fish?",
