@@ -237,7 +237,7 @@ class RemoteLM(LM):
         prompts = [prompt] if single else prompt
         bodies = [completion_body(self._info.name, one, sampling) for one in prompts]
         answers = await self._http.post_all(COMPLETIONS, bodies, progress=progress)
-        made = [completion_of(answer) for answer in answers]
+        made = [completion_of(answer, self._info.name) for answer in answers]
         return made[0] if single else made
 
     async def _chat(
@@ -253,7 +253,7 @@ class RemoteLM(LM):
         name = self._info.name
         bodies = [chat_body(name, one, tools, tool_choice, sampling) for one in several]
         answers = await self._http.post_all(CHAT, bodies, progress=progress)
-        made = [completion_of(answer) for answer in answers]
+        made = [completion_of(answer, self._info.name) for answer in answers]
         return made[0] if single else made
 
     async def _score(

@@ -8,29 +8,15 @@ from dataclasses import fields
 from typing import Any
 
 from invivo import errors
-from invivo.engine.types import AdapterInfo
+from invivo.engine.types import AdapterInfo, Grammar, SamplingParams
 from invivo.errors import InvalidRequest, InvivoError
 from invivo.lm import Choice, Completion, Delta, Message, ModelInfo, Prompt, Sampling, Score, Token
+from invivo.sampling import Asked, asked_of
 
 JsonBody = dict[str, Any]
 
-_SAME_NAME = frozenset(
-    {
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "seed",
-        "min_tokens",
-        "ignore_eos",
-        "prompt_logprobs",
-        "n",
-        "priority",
-    }
-)
+_DEFAULTS = SamplingParams()
+_OWN_WORDS = {"max_tokens", "logprobs", "logit_bias", "grammar"}  # written in another way
 _ERRORS: dict[str, type[InvivoError]] = {
     "invalid_request": errors.InvalidRequest,
     "invalid_api_key": errors.Unauthorized,
@@ -70,12 +56,12 @@ def error_of(body: Any, status: int) -> InvivoError:
 
 
 def completion_body(model: str, prompt: Prompt, sampling: Sampling) -> JsonBody:
-    """Body of /v1/completions for one prompt."""
-    body = _generation_body(model, sampling)
+    """Body of /v1/completions for one prompt; raises InvalidRequest for unknown keywords."""
+    asked = asked_of(sampling, default_max_tokens=128)
+    body = _generation_body(model, asked)
     body["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
-    body["max_tokens"] = sampling.get("max_tokens", 128)
-    if sampling.get("logprobs") is not None:
-        body["logprobs"] = sampling["logprobs"]
+    if asked.params.logprobs is not None:
+        body["logprobs"] = asked.params.logprobs
     return body
 
 
@@ -87,15 +73,15 @@ def chat_body(
     sampling: Sampling,
 ) -> JsonBody:
     """Body of /v1/chat/completions for one conversation."""
-    body = _generation_body(model, sampling)
+    asked = asked_of(sampling, default_max_tokens=512)
+    body = _generation_body(model, asked)
     body["messages"] = [message_body(message) for message in messages]
-    body["max_tokens"] = sampling.get("max_tokens", 512)
     if tools:
         body["tools"] = list(tools)
     if tool_choice is not None:
         body["tool_choice"] = tool_choice
-    if sampling.get("logprobs") is not None:
-        body["logprobs"], body["top_logprobs"] = True, sampling["logprobs"]
+    if asked.params.logprobs is not None:
+        body["logprobs"], body["top_logprobs"] = True, asked.params.logprobs
     return body
 
 
@@ -116,68 +102,54 @@ def _call_body(call: Mapping[str, Any], number: int) -> JsonBody:
     return {"id": call.get("id", f"call_{number}"), "type": "function", "function": function}
 
 
-def _generation_body(model: str, sampling: Sampling) -> JsonBody:
-    given: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
-    adapter = given.pop("adapter", None)
+def _generation_body(model: str, asked: Asked) -> JsonBody:
+    """What both generating routes share; parameters at their defaults are not sent."""
+    params = asked.params
     body: JsonBody = {
-        "model": model if adapter is None else f"{model}:{adapter}",
+        "model": model if asked.adapter is None else f"{model}:{asked.adapter}",
+        "max_tokens": params.max_tokens,
+        "fit_max_tokens": asked.default_length,
         "return_token_ids": True,
     }
-    for name, value in given.items():
-        if name in _SAME_NAME:
-            body[name] = value
-    if given.get("salt"):
-        body["cache_salt"] = given["salt"]
-    if given.get("stop"):
-        stop = given["stop"]
-        body["stop"] = stop if isinstance(stop, str) else list(stop)
-    if given.get("stop_token_ids"):
-        body["stop_token_ids"] = list(given["stop_token_ids"])
-    if given.get("logit_bias"):
-        body["logit_bias"] = {str(token): bias for token, bias in given["logit_bias"].items()}
-    body.update(_constraint(given))
-    known = _SAME_NAME | set(Sampling.__annotations__)
-    unknown = sorted(set(given) - known)
-    if unknown:
+    for part in fields(SamplingParams):
+        value = getattr(params, part.name)
+        if part.name not in _OWN_WORDS and value != getattr(_DEFAULTS, part.name):
+            body[part.name] = list(value) if isinstance(value, tuple) else value
+    if params.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in params.logit_bias}
+    if params.grammar is not None:
+        body |= _constraint(params.grammar)
+    if asked.n != 1:
+        body["n"] = asked.n
+    if asked.salt:
+        body["cache_salt"] = asked.salt
+    if asked.priority:
+        body["priority"] = asked.priority
+    return body
+
+
+def _constraint(grammar: Grammar) -> JsonBody:
+    if grammar.kind == "regex":
+        return {"guided_regex": grammar.source}
+    try:
+        value = json.loads(grammar.source)
+    except ValueError as error:
         raise InvalidRequest(
-            "no such parameter",
-            field=unknown[0],
-            remedy=f"The parameters are {', '.join(sorted(Sampling.__annotations__))}",
-        )
-    return body
-
-
-def _constraint(given: Mapping[str, Any]) -> JsonBody:
-    body: JsonBody = {}
-    schema = given.get("json_schema")
-    if schema is True:
-        body["response_format"] = {"type": "json_object"}
-    elif isinstance(schema, str):
-        try:
-            body["guided_json"] = json.loads(schema)
-        except ValueError as error:
-            raise InvalidRequest(
-                "not valid JSON", field="json_schema", given=schema, remedy="Check the schema"
-            ) from error
-    elif schema:
-        body["guided_json"] = dict(schema)
-    if "regex" in given:
-        body["guided_regex"] = given["regex"]
-    if "choice" in given:
-        body["guided_choice"] = list(given["choice"])
-    return body
+            "not valid JSON", field=grammar.kind, given=grammar.source, remedy="Check the schema"
+        ) from error
+    return {"guided_json" if grammar.kind == "json_schema" else "guided_choice": value}
 
 
 # --- answers ----------------------------------------------------------------------------------
 
 
-def completion_of(body: JsonBody) -> Completion:
-    """A completion from an answer of either generating route."""
+def completion_of(body: JsonBody, model: str) -> Completion:
+    """A completion of ``model`` from an answer of either generating route."""
     choices = body["choices"]
     usage = body["usage"]
     return Completion(
         id=body["id"],
-        model=body["model"],
+        model=model,
         choices=[
             Choice(
                 index=choice["index"],

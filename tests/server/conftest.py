@@ -12,12 +12,12 @@ import openai
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.tiny import tiny_model_folder
 
 import invivo
 from invivo.local import LocalLM
 from invivo.server.run import ServerThread
 from invivo.server.settings import Settings
-from tests.tiny import tiny_model_folder
 
 
 @pytest.fixture(scope="session")

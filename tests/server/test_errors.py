@@ -153,7 +153,9 @@ def test_the_client_raises_its_own_classes(client):
 
 
 def test_a_given_request_id_comes_back(http):
-    assert http.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert (
+        http.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    )
     odd = http.get("/health", headers={"x-request-id": "a b\tc"}).headers["x-request-id"]
     assert odd != "a b\tc"
 

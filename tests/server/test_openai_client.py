@@ -75,9 +75,7 @@ def test_content_may_come_in_parts_and_from_a_developer(client):
 
 
 def test_log_probabilities_have_bytes_and_alternatives(client):
-    answer = client.chat.completions.create(
-        messages=HELLO, logprobs=True, top_logprobs=3, **GREEDY
-    )
+    answer = client.chat.completions.create(messages=HELLO, logprobs=True, top_logprobs=3, **GREEDY)
     content = answer.choices[0].logprobs.content
     assert len(content) == answer.usage.completion_tokens
     for token in content:
@@ -122,7 +120,11 @@ def test_n_choices_differ_and_a_seed_repeats_them(client):
 
 def test_stop_ends_the_text_before_the_match(client):
     whole = client.completions.create(
-        model="tiny", prompt="the cat", temperature=0, max_tokens=24, extra_body={"ignore_eos": True}
+        model="tiny",
+        prompt="the cat",
+        temperature=0,
+        max_tokens=24,
+        extra_body={"ignore_eos": True},
     )
     text = whole.choices[0].text
     stop = text[len(text) // 2]
@@ -225,9 +227,7 @@ def test_an_answer_and_its_tool_result_can_be_sent_back(client):
 
 def test_tools_without_a_call_leave_the_text_alone(client):
     plain = client.chat.completions.create(messages=HELLO, **GREEDY)
-    none = client.chat.completions.create(
-        messages=HELLO, tools=TOOLS, tool_choice="none", **GREEDY
-    )
+    none = client.chat.completions.create(messages=HELLO, tools=TOOLS, tool_choice="none", **GREEDY)
     assert none.choices[0].message.content == plain.choices[0].message.content
     assert none.choices[0].message.tool_calls is None
 

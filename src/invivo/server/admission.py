@@ -47,17 +47,18 @@ class Ticket:
         self._output_tokens = 0
 
     async def prompt(
-        self, sizes: list[int], *, max_tokens: int | None = 0, n: int = 1
+        self, sizes: list[int], *, max_tokens: int | None = 0, n: int = 1, fit: bool | None = False
     ) -> int | None:
         """Checks the prompts' sizes in tokens and reserves the budget.
 
         Args:
             sizes: tokens of each prompt.
             max_tokens: asked for each of ``n`` continuations of each prompt; None = no limit.
+            fit: ``max_tokens`` may be cut to what the context holds.
 
         Returns:
-            The ``max_tokens`` to run with: as asked, or less where the budget or the context
-            holds less.
+            The ``max_tokens`` to run with: as asked, or what the server's limit and the budget
+            allow.
 
         Raises:
             TooLarge: a prompt is longer than the server allows.
@@ -84,11 +85,13 @@ class Ticket:
         most = settings.max_output_tokens
         if most is not None:
             max_tokens = most if max_tokens is None else min(max_tokens, most)
+        room = max(self._services.info.max_model_len - max(sizes), 1)
+        if fit and max_tokens is not None:
+            max_tokens = min(max_tokens, room)
         ledger, budget = self._services.ledger, self._principal.budget
         if ledger is None or budget is None:
             return max_tokens
         prompt = sum(sizes)
-        room = max(self._services.info.max_model_len - min(sizes), 1)
         each = room if max_tokens is None else min(max_tokens, room)
         assert self._principal.key_id is not None
         self._reserved = await run_in_threadpool(

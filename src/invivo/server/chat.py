@@ -119,7 +119,10 @@ async def _prompt(chat: _Chat, ticket: Ticket) -> tuple[list[int], Sampling]:
     prompt = await run_in_threadpool(_tokens, chat)
     sampling = chat.sampling.copy()
     sampling["max_tokens"] = await ticket.prompt(
-        [len(prompt)], max_tokens=_max_tokens(chat.body), n=chat.body.n or 1
+        [len(prompt)],
+        max_tokens=_max_tokens(chat.body),
+        n=chat.body.n or 1,
+        fit=chat.body.fit_max_tokens,
     )
     ticket.ran(len(prompt))
     return prompt, sampling

@@ -96,7 +96,9 @@ async def _prompts(run: _Run, ticket: Ticket) -> tuple[Prompts, Sampling]:
     prompts = await run_in_threadpool(prompts_of, run.services.lm, run.body.prompt)
     # The engine needs a token to generate; one that was not asked for is thrown away.
     wanted = 1 if run.only_echo else run.body.max_tokens
-    max_tokens = await ticket.prompt(prompts.sizes, max_tokens=wanted, n=run.n)
+    max_tokens = await ticket.prompt(
+        prompts.sizes, max_tokens=wanted, n=run.n, fit=run.body.fit_max_tokens
+    )
     ticket.ran(sum(prompts.sizes))
     sampling = run.sampling.copy()
     sampling["max_tokens"] = max_tokens

@@ -223,6 +223,9 @@ class Generation(Strict):
     priority: int | None = Field(
         None, ge=-(2**31), le=2**31 - 1, description="Extension: smaller runs earlier"
     )
+    fit_max_tokens: bool | None = Field(
+        None, description="Extension: cut max_tokens to what the context holds"
+    )
     cache_salt: CacheSalt | None = Field(
         None, description="Extension: prefixes are shared only within one salt (and key)"
     )
