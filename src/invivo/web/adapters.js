@@ -39,7 +39,7 @@ export class Adapters {
         for (const file of form.elements.files.files) {
           upload.append(file.name.endsWith(".json") ? "config" : "weights", file, file.name);
         }
-        await call("POST", "v1/adapters", { form: upload });
+        await call("POST", "v1/adapters/upload", { form: upload });
       }
       form.reset();
       dialog.close();

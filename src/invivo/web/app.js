@@ -26,7 +26,7 @@ function showState(state) {
 
 function show(snapshot) {
   showState(snapshot.state);
-  chat.model = snapshot.model.name;
+  chat.setModel(snapshot.model);
   dashboard.show(snapshot);
   adapters.show(snapshot.adapters);
 }

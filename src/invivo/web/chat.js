@@ -57,6 +57,14 @@ export class Chat {
     showTemperature();
   }
 
+  setModel(model) {
+    if (this.model === model.name) return;
+    this.model = model.name;
+    const talks = model.has_chat_template !== false;
+    $("mode").options[0].disabled = !talks;
+    if (!talks) $("mode").value = "text";
+  }
+
   setAdapters(names) {
     const select = $("adapter");
     const chosen = select.value;

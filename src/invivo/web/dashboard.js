@@ -21,9 +21,8 @@ function meter(id, part, whole) {
   $(id).firstElementChild.style.width = `${Math.min(100, value)}%`;
 }
 
-// Mean of the last whole seconds; the current second is still filling.
 function recentRate(values) {
-  const whole = (values || []).slice(-RATE_OVER - 1, -1);
+  const whole = (values || []).slice(-RATE_OVER);
   return whole.length ? whole.reduce((a, b) => a + b, 0) / whole.length : null;
 }
 

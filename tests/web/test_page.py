@@ -1,0 +1,225 @@
+"""The live page in a real browser, against a real server with a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from invivo.server.run import ServerThread
+from invivo.server.settings import Settings
+
+
+@pytest.fixture
+def page(open_page: Any) -> Any:
+    made = open_page()
+    # Greedy: the tiny model then repeats itself and does not end by chance.
+    made.click("#settings-open")
+    made.fill("#temperature", "0")
+    return made
+
+
+def ask(page: Any, text: str, *, max_tokens: int) -> None:
+    page.fill("#max-tokens", str(max_tokens))
+    page.fill("#prompt", text)
+    page.press("#prompt", "Enter")
+
+
+def answer_length(page: Any) -> int:
+    return len(page.locator(".message.assistant .content").last.text_content())
+
+
+def wait_until(condition: Any, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def number(page: Any, selector: str) -> float:
+    return float(re.sub(r"[^\d.]", "", page.locator(selector).text_content()) or 0)
+
+
+def test_page_shows_the_model_and_its_state(page, lm):
+    page.wait_for_selector("#state[data-state=ready]")
+    assert page.locator("#model-name").text_content() == "tiny"
+    assert "float32 · cpu · 8,192 token context" in page.locator("#model-facts").text_content()
+    assert page.locator("#running").text_content() == "0"
+    assert page.title() == "tiny · invivo"
+
+
+def test_answer_grows_while_it_streams_and_the_counters_move(page):
+    page.wait_for_selector("#state[data-state=ready]")
+    before = number(page, "#decode-total")
+    ask(page, "hello world", max_tokens=600)
+    page.wait_for_selector("#stop")
+    lengths = set()
+    meta = page.locator(".message.assistant .meta")
+    while "600 tokens" not in meta.text_content():
+        lengths.add(answer_length(page))
+    assert len(lengths) > 3, "the answer came in one piece"
+    assert re.match(r"first token .+ · [\d.,k]+ tok/s · 600 tokens", meta.text_content())
+    assert page.locator(".message.user").text_content() == "You: hello world"
+    page.wait_for_selector("#send")
+    wait_until(lambda: number(page, "#decode-total") >= before + 500)
+    row = page.locator("#recent tbody tr").first
+    wait_until(lambda: "length" in row.text_content())
+    assert row.locator("td").nth(4).text_content() == "600"
+    assert page.locator("#tokens-chart canvas").count() == 1
+    page.wait_for_selector("#tokens-chart:not(.is-empty)")
+    page.wait_for_selector("#ttft-chart:not(.is-empty)")
+
+
+def test_next_message_carries_the_conversation(page):
+    page.wait_for_selector("#state[data-state=ready]")
+    sent = []
+    page.on("request", lambda r: r.url.endswith("chat/completions") and sent.append(r.post_data))
+    for text in ("the cat", "the dog"):
+        ask(page, text, max_tokens=4)
+        page.wait_for_selector("#send")
+        wait_until(lambda: page.locator(".message .meta").last.text_content().count("tokens"))
+    roles = [message["role"] for message in json.loads(sent[-1])["messages"]]
+    assert roles == ["user", "assistant", "user"]
+    page.click("#new-chat")
+    assert page.locator(".message").count() == 0
+
+
+def test_stop_cancels_the_request_in_the_engine(page, lm):
+    page.wait_for_selector("#state[data-state=ready]")
+    before = lm.stats()["totals"]["cancelled"]
+    ask(page, "hello", max_tokens=7000)
+    wait_until(lambda: answer_length(page) > 0)
+    page.click("#stop")
+    wait_until(lambda: lm.stats()["totals"]["cancelled"] == before + 1)
+    wait_until(lambda: lm.stats()["running"] == 0)
+    meta = page.locator(".message.assistant .meta").text_content()
+    assert meta.endswith("stopped")
+    assert page.locator("#send").is_visible()
+
+
+def test_tokens_show_their_probability_and_the_alternatives(page):
+    page.wait_for_selector("#state[data-state=ready]")
+    page.locator(".switch").click()
+    ask(page, "the red dog", max_tokens=12)
+    page.wait_for_selector("#send")
+    spans = page.locator(".tokens span")
+    wait_until(lambda: spans.count() > 3)
+    spans.nth(2).hover()
+    assert page.locator("#tip .alt").count() >= 5
+    assert page.locator("#tip .alt.chosen").count() >= 1
+    assert re.search(r"\d %$", page.locator("#tip .alt").first.text_content())
+    page.mouse.move(0, 0)
+    assert page.locator("#tip").is_hidden()
+    page.locator(".tokens").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#tip").is_visible()
+    page.locator(".switch").click()
+    assert spans.count() == 0
+
+
+def test_refused_request_says_why_and_gives_the_text_back(page, open_page):
+    page.wait_for_selector("#state[data-state=ready]")
+    ask(page, "hello", max_tokens=90_000)
+    alert = page.locator(".message .meta.error")
+    alert.wait_for()
+    assert "max_tokens" in alert.text_content()
+    assert page.locator("#prompt").input_value() == "hello"
+    # The browser itself logs the refused call; nothing else may have been logged.
+    assert [p for p in open_page.problems if "status of 400" not in p] == []
+    open_page.problems.clear()
+
+
+def test_plain_text_is_continued_without_a_template(page):
+    page.wait_for_selector("#state[data-state=ready]")
+    page.select_option("#mode", "text")
+    page.locator(".switch").click()
+    ask(page, "hello world the", max_tokens=8)
+    wait_until(lambda: page.locator(".tokens span").count() >= 4)
+    wait_until(lambda: "8 tokens" in page.locator(".message .meta").text_content())
+
+
+def test_adapter_is_uploaded_used_and_unloaded(page, lm, adapter_files):
+    page.wait_for_selector("#state[data-state=ready]")
+    page.click("#adapter-open")
+    page.fill("#adapter-form [name=name]", "poet")
+    page.set_input_files("#adapter-form [name=files]", adapter_files)
+    page.click("#adapter-form [type=submit]")
+    page.wait_for_selector("#adapters li")
+    assert "poet" in page.locator("#adapters").text_content()
+    page.select_option("#adapter", "poet")
+    ask(page, "the blue cat", max_tokens=5)
+    wait_until(lambda: "poet" in page.locator("#recent tbody tr").first.text_content())
+    page.click("#adapters button")
+    page.wait_for_selector("#adapters-empty")
+    assert lm.adapters() == []
+    assert page.locator("#adapter").input_value() == ""
+
+
+def test_phone_shows_one_view_at_a_time_without_sideways_scrolling(open_page):
+    page = open_page(width=390, height=844, dark=True)
+    page.wait_for_selector("#state[data-state=ready]")
+    assert page.locator("#live").is_visible()
+    assert page.locator("#chat").is_hidden()
+    page.click(".views [data-view=chat]")
+    assert page.locator("#chat").is_visible()
+    assert page.locator("#live").is_hidden()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_theme_is_chosen_and_remembered(open_page):
+    page = open_page()
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
+    page.click("#theme")  # auto -> light
+    assert page.evaluate(background) == light
+    page.click("#theme")  # light -> dark
+    dark = page.evaluate(background)
+    assert dark != light
+    page.reload()
+    assert page.evaluate(background) == dark
+
+
+def test_every_control_has_a_name(page):
+    nameless = page.evaluate(
+        """[...document.querySelectorAll('button, input, select, textarea, [role=meter]')]
+           .filter(e => !(e.textContent.trim() || e.getAttribute('aria-label')
+                          || e.title || e.labels?.length))
+           .map(e => e.outerHTML)"""
+    )
+    assert nameless == []
+
+
+def test_page_finds_the_server_again(browser, lm):
+    settings = Settings(port=0, served_name="tiny")
+    context = browser.new_context()
+    page = context.new_page()
+    with ServerThread(lm, settings) as first:
+        page.goto(first.url)
+        page.wait_for_selector("#state[data-state=ready]")
+        port = first.port
+    page.wait_for_selector("#state[data-state=lost]", timeout=15_000)
+    with ServerThread(lm, Settings(port=port, served_name="tiny")):
+        page.wait_for_selector("#state[data-state=ready]", timeout=15_000)
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def adapter_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A LoRA on the queries of every layer of the tiny model, in the peft library's format."""
+    folder: Path = tmp_path_factory.mktemp("adapter")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 32, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for layer in range(3):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, 32, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(32, 4, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return [str(folder / "adapter_config.json"), str(folder / "adapter_model.safetensors")]
