@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from invivo.models.load import LoadedModel, load_model
-from invivo.models.rope import long_text_offset
 from tests.models.oracle import Oracle
 from tests.models.pages import Pages, Text, logits_of
 from tests.tiny import FAMILIES, tiny_model_folder
+
+from invivo.models.load import LoadedModel, load_model
+from invivo.models.rope import long_text_offset
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
