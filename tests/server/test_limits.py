@@ -73,18 +73,20 @@ def test_prompts_outputs_and_sequences_are_bounded(narrow):
 
 
 def test_one_request_too_many_is_told_to_wait(lm, idle):
-    with ServerThread(lm, Settings(port=0, max_concurrent=1)) as server:
-        url = f"{server.url}/v1/completions"
-        with httpx.stream("POST", url, json=LONG | {"stream": True}) as running:
-            next(running.iter_lines())
-            refused = httpx.post(url, json=LONG)
+    settings = Settings(port=0, max_concurrent=1)
+    with ServerThread(lm, settings) as server, httpx.Client(base_url=server.url) as client:
+        assert client.get("/health").status_code == 200
+        with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as running:
+            lines = running.iter_lines()  # kept: the stream closes with its iterator
+            next(lines)
+            refused = client.post("/v1/completions", json=LONG)
             check(refused, 429)
             assert int(refused.headers["retry-after"]) >= 1
-            assert httpx.get(f"{server.url}/health").status_code == 200
-            scored = httpx.post(f"{server.url}/v1/score", json={"items": [{"text": "the cat"}]})
-            check(scored, 429)
+            assert client.get("/health").status_code == 200
+            check(client.post("/v1/score", json={"items": [{"text": "the cat"}]}), 429)
         idle()
-        assert httpx.post(url, json=LONG | {"max_tokens": 2}).status_code == 200
+        short = LONG | {"max_tokens": 2}
+        assert client.post("/v1/completions", json=short).status_code == 200
 
 
 def test_the_engine_s_full_queue_is_a_429_too(lm, monkeypatch):

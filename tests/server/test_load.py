@@ -35,7 +35,12 @@ def small(tmp_path_factory: pytest.TempPathFactory):
     """A cache that holds a fraction of the load, so that sequences wait and are preempted."""
     folder = tiny_model_folder(tmp_path_factory.mktemp("small"), max_position_embeddings=1024)
     with invivo.load(
-        str(folder), device="cpu", dtype="float32", kv_bytes=1 << 20, max_batch_tokens=256
+        str(folder),
+        device="cpu",
+        dtype="float32",
+        kv_bytes=1 << 20,
+        max_batch_tokens=256,
+        max_running=64,
     ) as made:
         yield made
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from schemathesis.checks import CheckFunction
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -35,29 +36,59 @@ def short(lm) -> Iterator[ServerThread]:
         yield running
 
 
+OPERATIONS = [
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/v1/score"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"),
+    ("GET", "/v1/adapters"),
+    ("POST", "/v1/adapters"),
+    ("POST", "/v1/adapters/upload"),
+    ("DELETE", "/v1/adapters/{name}"),
+    ("GET", "/health"),
+    ("GET", "/ready"),
+    ("GET", "/metrics"),
+    ("GET", "/v1/live"),
+]
+ENDLESS = ("GET", "/v1/live/stream")  # test_watching.py reads it
+
+
 @pytest.fixture(scope="module")
 def api(short: ServerThread):
     schema = schemathesis.openapi.from_dict(httpx.get(f"{short.url}/openapi.json").json())
     schema.config.update(base_url=short.url)
-    # An endless stream: test_watching.py reads it.
-    return schema.exclude(path="/v1/live/stream")
+    return schema
 
 
-requests = schemathesis.pytest.from_fixture("api")
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_no_request_makes_it_fail_and_answers_conform(api, method, path):
+    modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
+    generated = st.one_of([api[path][method].as_strategy(generation_mode=mode) for mode in modes])
+
+    @settings(
+        max_examples=40,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(generated)
+    def check(case):
+        response = case.call(timeout=20)
+        assert response.status_code < 500, response.text
+        case.validate_response(response, checks=CHECKS)
+
+    check()
 
 
-@requests.parametrize()
-@settings(
-    max_examples=40,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-def test_no_request_makes_it_fail_and_answers_conform(case):
-    response = case.call(timeout=20)
-    assert response.status_code < 500, response.text
-    case.validate_response(response, checks=CHECKS)
+def test_every_operation_is_tried(lm):
+    paths = create_app(lm).openapi()["paths"]
+    documented = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    assert documented == {*OPERATIONS, ENDLESS}
 
 
 def test_every_operation_says_how_it_fails(lm):

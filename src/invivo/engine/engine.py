@@ -508,6 +508,7 @@ class Engine:
             self._first_output(track, now)
         track.last_token = now
         track.job.record.output_tokens += 1
+        self._counters.generated += 1
         if track.state.counts is not None:
             track.state.counts.update(seq.tokens, seq.n_prompt)
         output = Output(seq.request.id, seq.index, [token], cached_tokens=seq.n_cached)

@@ -142,6 +142,7 @@ class Counters:
     step: Latency = field(default_factory=lambda: Latency(ITL_BUCKETS))
     tokens: list[int] = field(default_factory=lambda: [0] * len(_PURPOSES))
     prompt_tokens: int = 0
+    generated: int = 0  # tokens drawn, the first one after each prefill included
     ends: dict[str, int] = field(
         default_factory=lambda: {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
     )
@@ -180,6 +181,7 @@ class Counters:
         named = dict(zip(_PURPOSES, self.tokens, strict=True))
         return named | {
             "prompt": self.prompt_tokens,
+            "generated": self.generated,
             "requests": self.requests,
             **self.ends,
         }

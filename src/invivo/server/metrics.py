@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -34,8 +34,9 @@ _HISTOGRAMS = {
     "queue": ("request_queue_time_seconds", "From arrival to the first step"),
 }
 _TOKENS = {
-    "prefill": ("prompt_tokens", "Prompt tokens computed"),
-    "decode": ("generation_tokens", "Tokens generated"),
+    "prompt": ("prompt_tokens", "Tokens of prompts, found in the cache or computed"),
+    "generated": ("generation_tokens", "Tokens generated"),
+    "prefill": ("prefill_tokens", "Prompt tokens computed, after preemptions again"),
     "score": ("score_tokens", "Tokens scored or embedded"),
     "train": ("train_tokens", "Tokens trained on"),
 }
@@ -43,7 +44,7 @@ _TOKENS = {
 
 @router.get(
     "/metrics",
-    response_class=PlainTextResponse,
+    response_class=Response,
     responses=failures() | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 def metrics(
