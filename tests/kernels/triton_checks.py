@@ -50,7 +50,7 @@ def check_attention(spans, shape, *, dtype=torch.float32, seed=0, **options):
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_attention_of_every_head_size(head_dim, block_size):
     shape = AttentionShape(n_heads=6, n_groups=2, head_dim=head_dim, block_size=block_size)
-    check_attention([(1, 37), (1, 1), (20, 20), (5, 70)], shape)
+    check_attention([(1, 37), (1, 1), (5, 5), (3, 40)], shape)
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, 3.0), (9, None), (40, 2.0), (1, None)])

@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Tile of the span kernel; by head size because tiles live in registers and shared memory."""
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1) if head_dim > 64 else Tile(64, 32, 4, 2)
+        return Tile(32, 32, 8, 1)
     if head_dim <= 64:
         return Tile(128, 64, 4, 3)
     if head_dim <= 128:
@@ -48,7 +48,7 @@ def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
 def decode_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     """Tile of the decode kernel; M is raised to the heads of a group where they are more."""
     if dtype == torch.float32:
-        return Tile(16, 32, 4, 2)
+        return Tile(16, 32, 8, 2)
     if head_dim <= 128:
         return Tile(16, 64, 4, 3)
     return Tile(16, 32, 4, 3)
@@ -206,19 +206,20 @@ def _decode_kernel(
     q_stride, table_stride,
     N_GROUPS: tl.constexpr, REPEAT: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    N_SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One row, the heads of one group, one split of the keys. Grid (rows, N_GROUPS, N_SPLITS)."""
+    """One row, the heads of one group, one split of the keys. Grid (rows, N_GROUPS, n_splits)."""
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     split = tl.program_id(2)
+    n_splits = tl.num_programs(2)
     N_HEADS: tl.constexpr = N_GROUPS * REPEAT
     length = tl.load(kv_len + row)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0) // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(length - first, N_SPLITS), BLOCK_N) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(length - first, n_splits), BLOCK_N) * BLOCK_N
     begin = first + split * share
     end = tl.minimum(begin + share, length)
 
@@ -227,8 +228,8 @@ def _decode_kernel(
     head = group * REPEAT + m
     real = m < REPEAT
     mask = real[:, None] & (dims < D)[None, :]
-    if N_SPLITS > 1:
-        lse_place = partial_lse + (row * N_HEADS + head) * N_SPLITS + split
+    if SPLIT:
+        lse_place = partial_lse + (row * N_HEADS + head) * n_splits + split
         if begin >= length:
             tl.store(lse_place, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=real)
             return
@@ -252,31 +253,31 @@ def _decode_kernel(
         N_GROUPS, D, D_PAD, BLOCK_SIZE, BLOCK_N, True, WINDOW, SOFTCAP, UPCAST,
     )  # fmt: skip
     acc = acc / row_sum[:, None]
-    if N_SPLITS == 1:
-        place = out + (row * N_HEADS + head)[:, None] * D + dims[None, :]
-        tl.store(place, acc.to(out.dtype.element_ty), mask=mask)
-    else:
-        place = ((row * N_HEADS + head) * N_SPLITS + split)[:, None] * D + dims[None, :]
+    if SPLIT:
+        place = ((row * N_HEADS + head) * n_splits + split)[:, None] * D + dims[None, :]
         tl.store(partial + place, acc, mask=mask)
         tl.store(lse_place, row_max + tl.log2(row_sum), mask=real)
+    else:
+        place = out + (row * N_HEADS + head)[:, None] * D + dims[None, :]
+        tl.store(place, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _combine_kernel(
-    partial, partial_lse, out,
-    D: tl.constexpr, D_PAD: tl.constexpr, N_SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    partial, partial_lse, out, n_splits,
+    D: tl.constexpr, D_PAD: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Weigh the splits of one row and head by their sums. Grid (rows * heads,)."""
     place = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, SPLITS_PAD)
+    splits = tl.arange(0, MOST)
     dims = tl.arange(0, D_PAD)
     lse = tl.load(
-        partial_lse + place * N_SPLITS + splits, mask=splits < N_SPLITS, other=float("-inf")
+        partial_lse + place * n_splits + splits, mask=splits < n_splits, other=float("-inf")
     )
     weights = tl.exp2(lse - tl.max(lse, 0))
     weights = weights / tl.sum(weights, 0)
     values = tl.load(
-        partial + (place * N_SPLITS + splits)[:, None] * D + dims[None, :],
+        partial + (place * n_splits + splits)[:, None] * D + dims[None, :],
         mask=(lse > float("-inf"))[:, None] & (dims < D)[None, :],
         other=0.0,
     )
@@ -360,11 +361,10 @@ def _attend_decodes(
         q, k_cache, v_cache, out, partial, partial_lse, layout.kv_len, layout.block_table,
         scale, softcap, q.stride(0), layout.block_table.stride(0),
         BLOCK_M=max(tile.m, triton.next_power_of_2(n_heads // n_groups)), BLOCK_N=tile.n,
-        N_SPLITS=n_splits, num_warps=tile.warps, num_stages=tile.stages, **common,
+        SPLIT=n_splits > 1, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
     if n_splits > 1:
         _combine_kernel[(n_rows * n_heads,)](
-            partial, partial_lse, out,
-            D=head_dim, D_PAD=common["D_PAD"], N_SPLITS=n_splits,
-            SPLITS_PAD=triton.next_power_of_2(n_splits), num_warps=4,
+            partial, partial_lse, out, n_splits,
+            D=head_dim, D_PAD=common["D_PAD"], MOST=MAX_SPLITS, num_warps=4,
         )  # fmt: skip

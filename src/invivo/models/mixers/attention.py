@@ -9,7 +9,7 @@ from invivo.kernels.attention import paged_attention, store_kv
 from invivo.kernels.linear import linear, pack
 from invivo.kernels.norm import rms_norm
 from invivo.kernels.paging import PagedLayout
-from invivo.kernels.rotary import apply_rotary
+from invivo.kernels.rotary import apply_rotary, rotate_and_store
 from invivo.models.bypass import Bypass
 from invivo.models.config import ModelConfig
 from invivo.models.sites import Taps, offer
@@ -89,12 +89,15 @@ class Attention(nn.Module):
             q = offer(taps, "attn.head.q", layer, q)
             k = offer(taps, "attn.kvhead.k", layer, k)
             v = offer(taps, "attn.kvhead.v", layer, v)
-        if rope is not None:
-            q, k = apply_rotary(q, k, rope[0], rope[1], layout.positions)
-            if taps is not None:
+        if rope is not None and taps is None:
+            q = rotate_and_store(q, k, v, *rope, layout.positions, *kv, layout.slots)
+        else:
+            if rope is not None:
+                q, k = apply_rotary(q, k, rope[0], rope[1], layout.positions)
+            if rope is not None and taps is not None:
                 q = offer(taps, "attn.head.q.rot", layer, q)
                 k = offer(taps, "attn.kvhead.k.rot", layer, k)
-        store_kv(k, v, kv[0], kv[1], layout.slots)
+            store_kv(k, v, kv[0], kv[1], layout.slots)
         if taps is not None and (
             taps.wants("attn.head.score", layer) or taps.wants("attn.head.prob", layer)
         ):
