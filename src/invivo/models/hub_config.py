@@ -35,7 +35,11 @@ _GEMMA: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-_QWEN: dict[str, Any] = {"max_position_embeddings": 32_768, "max_window_layers": 28}
+_QWEN: dict[str, Any] = {
+    "max_position_embeddings": 32_768,
+    "max_window_layers": 28,
+    "sliding_window": 4096,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {
@@ -45,8 +49,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"head_dim": 128},
+    "qwen2": _QWEN | {"num_key_value_heads": 32},
+    "qwen3": _QWEN | {"num_key_value_heads": 32, "head_dim": 128},
     "gemma2": _GEMMA
     | {
         "num_key_value_heads": 4,
@@ -73,7 +77,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 50_256,
         "eos_token_id": 50_256,
     },
-    "olmo2": {"rms_norm_eps": 1e-5},
+    "olmo2": {"rms_norm_eps": 1e-5, "eos_token_id": 50_279, "pad_token_id": 1},
     "phi3": {
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 4096,
@@ -94,6 +98,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen2_moe": _QWEN
     | {
+        "num_key_value_heads": 16,
         "qkv_bias": True,
         "num_experts": 60,
         "num_experts_per_tok": 4,
@@ -103,6 +108,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": _QWEN
     | {
+        "num_key_value_heads": 4,
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
