@@ -340,7 +340,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         extra=st.integers(1, 20),
         prefix_cache=st.booleans(),
         max_adapters=st.sampled_from([None, 1, 2]),
-        lag=st.integers(0, 1),
+        lag=st.integers(0, 2),
     )
     def start(self, n_blocks, max_running, extra, prefix_cache, max_adapters, lag) -> None:
         limits = limits_of(

@@ -14,8 +14,11 @@ Why every sequence of the best priority ends:
 - ``max_batch_tokens > max_running``: decodes can never use up the token budget, and what they leave
   goes to the oldest prefill first: a long prompt moves in every iteration.
 - Admission is strictly in order: a large request at the head of the queue is not overtaken by small
-  ones behind it (only the followers of a request with n > 1 step aside while their prompt is being
-  computed by the first of them).
+  ones behind it.
+
+The n continuations of a request need no rule of their own. The first takes the token budget until
+its prompt is computed; only then the others are admitted, and find the prompt's blocks in the
+prefix index.
 
 Priorities are strict: a smaller one may hold back a larger one as long as it has work.
 """
@@ -152,7 +155,7 @@ class Scheduler:
         prefills = self._plan_decodes(plan)
         budget = self.limits.max_batch_tokens - len(plan.spans)
         chunks, budget = self._plan_prefills(plan, prefills, budget)
-        if self.waiting and not plan.preempted:
+        if self.waiting:
             chunks += self._admit(plan, budget)
         plan.n_decode = plan.n_tokens = len(plan.spans)
         for span in chunks:
@@ -217,7 +220,8 @@ class Scheduler:
         block_size = self.limits.block_size
         spans = plan.spans
         prefills: list[Sequence] = []
-        # Preemption takes from the end of the list, always behind the sequence at hand.
+        # Preemption takes from the end of the list: the sequence at hand or one behind it, never
+        # one that has been looked at already.
         for seq in self.running:
             start = seq.n_computed
             n_pending = seq.n_pending
@@ -248,22 +252,17 @@ class Scheduler:
         for seq in prefills:
             if budget == 0:
                 break
-            if seq.status is Status.RUNNING:  # not preempted by a decode of this plan
-                budget -= self._add_chunk(plan, chunks, seq, budget)
+            budget -= self._add_chunk(plan, chunks, seq, budget)
         return chunks, budget
 
     def _admit(self, plan: Plan, budget: int) -> list[Span]:
         """First chunks of waiting sequences, strictly in order."""
         chunks: list[Span] = []
-        held_back = 0
-        while budget > 0 and held_back < len(self.waiting) and self._free_rows:
-            seq = self.waiting[held_back]
-            if self._follows(seq):
-                held_back += 1
-                continue
+        while budget > 0 and self.waiting and self._free_rows:
+            seq = self.waiting[0]
             if seq.n_pending or not self._adapter_fits(seq) or not self._take_memory(seq, plan):
                 break
-            del self.waiting[held_back]
+            del self.waiting[0]
             self._start_running(seq, plan)
             budget -= self._add_chunk(plan, chunks, seq, budget)
         return chunks
@@ -303,11 +302,6 @@ class Scheduler:
             )
         return seq.n_prompt + max_tokens
 
-    def _follows(self, seq: Sequence) -> bool:
-        """Whether a sibling is still computing the prompt that this sequence will share."""
-        first = self._live[seq.request.id][0]
-        return self.limits.prefix_cache and first is not seq and first.n_computed < seq.n_prompt
-
     def _adapter_fits(self, seq: Sequence) -> bool:
         most = self.limits.max_adapters
         slot = seq.adapter_slot
@@ -317,7 +311,7 @@ class Scheduler:
     def _take_memory(self, seq: Sequence, plan: Plan) -> bool:
         """Blocks for all known tokens of a waiting sequence, shared where they are known."""
         pool = self.pool
-        if self._blocked == (seq, pool.n_released) and self.running:
+        if self._blocked == (seq, pool.n_released):
             return False  # nothing has become free since it did not fit
         size = self.limits.block_size
         n_tokens = len(seq.tokens)
