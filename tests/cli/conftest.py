@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny import tiny_model_folder
 
 from invivo.cli.main import main
+from invivo.demo.adapters import write_random_adapter
 
 
 @dataclass(slots=True)
@@ -48,3 +51,26 @@ def invivo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Ran(code if isinstance(code, int) else 0, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny model."""
+    return str(tiny_model_folder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a LoRA adapter for it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    return str(write_random_adapter(folder, Path(tiny), seed=3, strength=4.0))
+
+
+@pytest.fixture(scope="session")
+def url(tiny: str) -> Iterator[str]:
+    """Address of a server in this process."""
+    import invivo
+    from invivo.server.run import ServerThread
+
+    with invivo.load(tiny, kv_bytes=8 << 20) as lm, ServerThread(lm) as server:
+        yield server.url

@@ -11,17 +11,19 @@ from pathlib import Path
 
 RANK = 8
 ALPHA = 16.0
-# Largest share of a layer's output that the adapter may add, about.
-STRENGTH = 0.3
+STRENGTH = 0.2  # size of what is added beside the layer's own output, about
 
 
-def write_random_adapter(folder: Path, model_folder: Path, seed: int) -> Path:
+def write_random_adapter(
+    folder: Path, model_folder: Path, seed: int, *, strength: float = STRENGTH
+) -> Path:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` for q_proj and v_proj.
 
     Args:
         folder: made if missing.
         model_folder: Hub-format folder of a Llama-type model; its config gives the shapes.
         seed: of the random factors; the same seed gives the same adapter.
+        strength: scale of the factors.
 
     Returns:
         ``folder``.
@@ -41,7 +43,7 @@ def write_random_adapter(folder: Path, model_folder: Path, seed: int) -> Path:
             down = torch.randn(RANK, d_model, generator=draw) / d_model**0.5
             up = torch.randn(width, RANK, generator=draw) / RANK**0.5
             tensors[f"{prefix}.lora_A.weight"] = down
-            tensors[f"{prefix}.lora_B.weight"] = up * (STRENGTH * RANK / ALPHA)
+            tensors[f"{prefix}.lora_B.weight"] = up * (strength * RANK / ALPHA)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(folder / "adapter_model.safetensors"))
     description = {

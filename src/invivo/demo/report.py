@@ -63,7 +63,14 @@ def whole(done: list[Done], percent: float) -> float | None:
 
 
 def latency_table(results: list[Done]) -> Table:
-    table = Table(title="Latency as the client saw it", title_justify="left", box=SIMPLE_HEAD)
+    # Narrow enough for a terminal of 80 columns.
+    table = Table(
+        title="Latency as the client saw it",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
+    )
     table.add_column("purpose", no_wrap=True)
     for name in ("n", "tokens", "TTFT p50", "p95", "TPOT p50", "p95", "whole p50"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -87,6 +94,7 @@ def throughput_table(engine: dict[str, Any]) -> Table:
         title=f"The engine over {engine['seconds']:.1f} s, everything in one batch",
         title_justify="left",
         box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     for name, right in (("", False), ("tokens", True), ("a second", True)):
         table.add_column(name, justify="right" if right else "left")
