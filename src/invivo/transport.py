@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import httpx
 
-from invivo.errors import Unavailable
+from invivo.errors import Overloaded, Unavailable
 from invivo.wire import JsonBody, error_of
 
 T = TypeVar("T")
@@ -30,6 +33,7 @@ class Transport:
 
     def __init__(self, url: str, *, key: str | None, timeout: float) -> None:
         self._url = url
+        self._timeout = timeout
         self._loop = asyncio.new_event_loop()
         self._client = httpx.AsyncClient(
             base_url=url,
@@ -45,7 +49,7 @@ class Transport:
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs ``work`` on the private loop; an interrupted wait cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self._submit(work)
         try:
             return future.result()
         except BaseException:
@@ -54,7 +58,7 @@ class Transport:
 
     async def hop(self, work: Coroutine[Any, Any, T]) -> T:
         """:meth:`wait` from another event loop; a cancelled caller cancels ``work``."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        return await asyncio.wrap_future(self._submit(work))
 
     async def request(self, method: str, path: str, **content: Any) -> JsonBody:
         """The JSON answer to one request.
@@ -75,13 +79,17 @@ class Transport:
     async def post_all(
         self, path: str, bodies: list[JsonBody], *, progress: bool = False
     ) -> list[JsonBody]:
-        """Answers to several requests in their order; the first failure cancels the others."""
+        """Answers to several requests in their order; the first failure cancels the others.
+
+        A batch waits for a busy server, as one in this process waits for its engine.
+        """
+        send = self._patiently if len(bodies) > 1 else self.post
         places = asyncio.Semaphore(_AT_ONCE)
         with _bar(len(bodies), shown=progress) as advance:
 
             async def one(body: JsonBody) -> JsonBody:
                 async with places:
-                    answer = await self.post(path, body)
+                    answer = await send(path, body)
                 advance()
                 return answer
 
@@ -92,6 +100,18 @@ class Transport:
                 for task in tasks:
                     task.cancel()
 
+    async def _patiently(self, path: str, body: JsonBody) -> JsonBody:
+        deadline = time.monotonic() + self._timeout
+        pause = 0.1
+        while True:
+            try:
+                return await self.post(path, body)
+            except Overloaded:
+                if time.monotonic() + pause > deadline:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(1.5 * pause, 2.0)
+
     def stream(self, path: str, body: JsonBody) -> Generator[JsonBody, None, None]:
         """Events of a streamed answer; closing the generator closes the connection."""
         pump = _Pump(self._loop)
@@ -100,7 +120,8 @@ class Transport:
             while (item := self.wait(pump.next())) is not None:
                 yield item
         finally:
-            self.wait(pump.stop())
+            if not self._closed:
+                self.wait(pump.stop())
 
     async def astream(self, path: str, body: JsonBody) -> AsyncGenerator[JsonBody, None]:
         """:meth:`stream` for another event loop."""
@@ -110,17 +131,24 @@ class Transport:
             while (item := await self.hop(pump.next())) is not None:
                 yield item
         finally:
-            await self.hop(pump.stop())
+            if not self._closed:
+                await self.hop(pump.stop())
 
     def close(self) -> None:
         """Cancels what runs; calling it twice is harmless."""
         if self._closed:
             return
-        self._closed = True
         self.wait(self._end())
+        self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        if self._closed:
+            work.close()
+            raise Unavailable("the connection is closed", remedy="Connect again")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _events(self, path: str, body: JsonBody) -> AsyncGenerator[JsonBody, None]:
         try:
@@ -195,26 +223,17 @@ class _Pump:
             await events.aclose()
 
 
-class _bar:
+@contextmanager
+def _bar(total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
     """A progress bar over a batch, where one is wanted; gives a function that advances it."""
+    if not shown:
+        yield lambda: None
+        return
+    from rich.progress import Progress
 
-    def __init__(self, total: int, *, shown: bool) -> None:
-        self._total = total
-        self._shown = shown
-
-    def __enter__(self) -> Callable[[], None]:
-        if not self._shown:
-            return lambda: None
-        from rich.progress import Progress
-
-        self._progress = Progress(transient=True)
-        self._progress.start()
-        task = self._progress.add_task("requests", total=self._total)
-        return lambda: self._progress.advance(task)
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._shown:
-            self._progress.stop()
+    with Progress(transient=True) as progress:
+        task = progress.add_task("requests", total=total)
+        yield lambda: progress.advance(task)
 
 
 def _checked(response: httpx.Response) -> JsonBody:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from pathlib import Path
 
@@ -95,6 +96,20 @@ def test_a_path_on_the_server_is_for_administrators(keyed, secrets, adapter_fold
     assert refused.json()["error"]["param"] == "path"
     assert ask(keyed, secrets["admin"], "POST", "/v1/adapters", json=body).status_code == 200
     assert ask(keyed, secrets["adapters"], "DELETE", "/v1/adapters/mine").status_code == 200
+
+
+def test_an_upload_is_not_taken_in_before_the_key_is_seen(keyed, secrets):
+    """The refusal comes while most of a large body has not been sent yet."""
+    for secret, status in (("iv-wrong", b" 401 "), (secrets["score"], b" 403 ")):
+        with socket.create_connection(("127.0.0.1", keyed.port), timeout=10) as connection:
+            connection.sendall(
+                b"POST /v1/adapters/upload HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                b"Content-Type: multipart/form-data; boundary=x\r\n"
+                b"Content-Length: 100000000\r\nAuthorization: Bearer "
+                + secret.encode()
+                + b"\r\n\r\n--x\r\n"
+            )
+            assert status in connection.recv(4096).splitlines()[0]
 
 
 def _spent(store: KeyStore, name: str, at_least: int) -> int:

@@ -323,7 +323,21 @@ def test_keys_are_sent(lm, tmp_path):
     store.close()
 
 
-def test_closing_twice_is_harmless(server):
+def test_a_closed_connection_says_so(server):
     made = invivo.connect(server.url)
+    stream = made.stream("the cat", **LONG)
+    next(stream)
     made.close()
     made.close()
+    stream.close()
+    with pytest.raises(Unavailable) as caught:
+        made.generate("the cat")
+    assert "closed" in str(caught.value)
+
+
+def test_a_batch_waits_for_a_busy_server(lm):
+    settings = Settings(port=0, max_concurrent=2)
+    prompts = ["the cat", "red dog", "hello", "world", "blue", "is not"]
+    with ServerThread(lm, settings) as running, invivo.connect(running.url) as made:
+        answers = made.generate(prompts, progress=True, **GREEDY)
+    assert plain(answers) == plain(lm.generate(prompts, **GREEDY))

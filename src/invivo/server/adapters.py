@@ -6,19 +6,22 @@ Only a JSON configuration and a safetensors file are ever taken; nothing that co
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, File, Form, Request, UploadFile
+from fastapi import APIRouter, Depends, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
 
 from invivo.errors import Forbidden, InvalidRequest, InvivoError, TooLarge
 from invivo.lm import AdapterInfo
 from invivo.server.answers import Adapter, AdapterList, Deleted
 from invivo.server.auth import Principal, needs
 from invivo.server.documents import failures
-from invivo.server.schemas import AdapterName, AdapterRequest
+from invivo.server.schemas import ADAPTER_NAME, AdapterRequest
 from invivo.server.services import Services, services_of
 
 router = APIRouter(tags=["adapters"])
@@ -27,6 +30,23 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20  # the safetensors format's own bound
+
+_UPLOAD_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["name", "config", "weights"],
+                "properties": {
+                    "name": {"type": "string", "pattern": ADAPTER_NAME},
+                    "config": {"type": "string", "format": "binary", "description": CONFIG_FILE},
+                    "weights": {"type": "string", "format": "binary", "description": WEIGHTS_FILE},
+                },
+            }
+        }
+    },
+}
 
 Manager = Annotated[Principal, Depends(needs("adapters"))]
 
@@ -68,17 +88,38 @@ def load_adapter(body: AdapterRequest, request: Request, principal: Manager) -> 
     return _adapter(services, _load(services, body.name, folder))
 
 
-@router.post("/v1/adapters/upload", response_model=Adapter, responses=failures(409))
-def upload_adapter(
-    request: Request,
-    principal: Manager,
-    name: Annotated[AdapterName, Form()],
-    config: Annotated[UploadFile, File(description=CONFIG_FILE)],
-    weights: Annotated[UploadFile, File(description=WEIGHTS_FILE)],
-) -> Adapter:
+@router.post(
+    "/v1/adapters/upload",
+    response_model=Adapter,
+    responses=failures(409),
+    openapi_extra={"requestBody": _UPLOAD_BODY},
+)
+async def upload_adapter(request: Request, _principal: Manager) -> Adapter:
     """Loads an adapter from its two files."""
-    services = services_of(request)
-    settings = _config(config)
+    # The form is read here and not by the framework, which would take it in before the key is seen.
+    async with request.form(max_files=2, max_fields=1) as form:
+        return await run_in_threadpool(_load_form, services_of(request), form)
+
+
+@router.delete("/v1/adapters/{name}", response_model=Deleted, responses=failures())
+def unload_adapter(name: str, request: Request, _principal: Manager) -> Deleted:
+    """Forgets an adapter; requests that run with it finish first."""
+    services_of(request).lm.unload_adapter(name)
+    return Deleted(name=name, object="adapter", deleted=True)
+
+
+def _load_form(services: Services, form: FormData) -> Adapter:
+    given = form.get("name")
+    name = given if isinstance(given, str) else ""
+    if not re.fullmatch(ADAPTER_NAME, name):
+        raise InvalidRequest(
+            "not a usable adapter name",
+            field="name",
+            given=name,
+            remedy="Send 1 to 64 letters, digits and . _ -, beginning with a letter or digit",
+        )
+    settings = _config(_file(form, "config", CONFIG_FILE))
+    weights = _file(form, "weights", WEIGHTS_FILE)
     _check_safetensors(weights)
     folder = services.uploads / f"{name}-{secrets.token_hex(6)}"
     folder.mkdir()
@@ -91,11 +132,13 @@ def upload_adapter(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@router.delete("/v1/adapters/{name}", response_model=Deleted, responses=failures())
-def unload_adapter(name: str, request: Request, _principal: Manager) -> Deleted:
-    """Forgets an adapter; requests that run with it finish first."""
-    services_of(request).lm.unload_adapter(name)
-    return Deleted(name=name, object="adapter", deleted=True)
+def _file(form: FormData, part: str, usual: str) -> UploadFile:
+    given = form.get(part)
+    if not isinstance(given, UploadFile):
+        raise InvalidRequest(
+            "this file is missing", field=part, remedy=f"Send {usual} as the form's part {part!r}"
+        )
+    return given
 
 
 def _load(services: Services, name: str, folder: Path) -> AdapterInfo:

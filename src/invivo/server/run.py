@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from invivo.errors import Unavailable
+from invivo.errors import InvalidRequest, Unavailable
 from invivo.lm import LM
 from invivo.server.app import create_app
 from invivo.server.settings import Settings
@@ -23,10 +23,12 @@ def run(lm: LM, settings: Settings | None = None) -> None:
     """Serves until a stop signal; running requests get ``shutdown_seconds`` to finish.
 
     Raises:
-        InvalidRequest: the settings would expose the server without any key.
+        InvalidRequest: the settings would expose the server without any key, or the address
+            cannot be had.
     """
     settings = settings or Settings()
-    _server(create_app(lm, settings), settings).run()
+    server = _server(create_app(lm, settings), settings)
+    server.run([_bound(settings)])
 
 
 class ServerThread:
@@ -40,7 +42,7 @@ class ServerThread:
         self.settings = settings or Settings(port=0)
         self.app = create_app(lm, self.settings)
         self._server = _server(self.app, self.settings)
-        self._socket = _bound(self.settings.host, self.settings.port)
+        self._socket = _bound(self.settings)
         self.port: int = self._socket.getsockname()[1]
         host = self.settings.host
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
@@ -96,6 +98,7 @@ def _server(app: FastAPI, settings: Settings) -> _Server:
         port=settings.port,
         access_log=False,  # context.py writes one with the request's id
         log_config=None,
+        ws="none",
         server_header=False,
         proxy_headers=False,  # who asks is who connects
         timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
@@ -103,9 +106,21 @@ def _server(app: FastAPI, settings: Settings) -> _Server:
     return _Server(config, app)
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    made.bind((host, port))
+def _bound(settings: Settings) -> socket.socket:
+    """A socket at the address to serve. Raises InvalidRequest when it cannot be had."""
+    host, port = settings.host, settings.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # "localhost" has two addresses; clients try both, IPv4 is there everywhere.
+        family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        raise InvalidRequest(
+            f"cannot serve at {host}:{port}: {error.strerror or error}",
+            field="port",
+            given=port,
+            remedy="Stop what uses it, or choose another host or port",
+        ) from error
     return made

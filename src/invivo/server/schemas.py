@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 MAX_TEXT = 1 << 22  # characters; the body limit is usually lower
 MAX_DEPTH = 64  # nesting of JSON schemas and tools
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -49,7 +50,7 @@ def _children(item: Any) -> list[Any]:
 JsonObject = Annotated[dict[str, Any], AfterValidator(_plain_json)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 ModelName = Annotated[str, Field(max_length=512)]
-AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+AdapterName = Annotated[str, Field(pattern=ADAPTER_NAME)]
 CacheSalt = Annotated[str, Field(max_length=128)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 20)]

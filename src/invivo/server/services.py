@@ -37,7 +37,11 @@ class Services:
 
     @property
     def model_name(self) -> str:
-        return self.settings.served_name or self.info.name
+        if self.settings.served_name is not None:
+            return self.settings.served_name
+        name = self.info.name
+        # A model from a folder goes by the folder's name: clients need not learn the path.
+        return Path(name).name if name.startswith(("/", ".", "~")) else name
 
     def adapter_of(self, model: str | None) -> str | None:
         """The adapter that a request's ``model`` ("base" or "base:adapter") asks for.
