@@ -1,0 +1,634 @@
+"""What fine-tuning must hold between forward and backward, derived from the model and the bypasses.
+
+The steps are those of graph pruning (FlexLLM, arXiv 2402.18789): write the forward graph, derive
+the backward graph, delete the gradients of frozen weights and then whatever nobody reads, find
+what the surviving gradients read of the forward pass, keep the cheapest set from which all of
+that can be had (rebuilding by cheap operations), and keep one bit where one bit is read. The
+rules are per operation (:mod:`invivo.engine.training_graph`); no method of fine-tuning is a
+special case. No torch in here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from invivo.engine.min_cut import cheapest_kept
+from invivo.engine.trainable import Trainable
+from invivo.engine.training_graph import BITS, RULES, Graph, Op, Roles, Tensor, build_graph
+from invivo.errors import InvalidRequest
+from invivo.models.config import ModelConfig
+
+Verdict = Literal["kept", "rebuilt", "compressed", "dropped"]
+_RERUNNABLE = ("q", "k", "v", "o", "gate", "up")
+HEAD_CHUNK = 256  # rows whose logits exist at one time
+
+
+# --- the backward graph -------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """A node of the backward graph: the gradient of one input or one parameter of one operation.
+
+    Attributes:
+        op: index of the operation in the graph.
+        of: key of the tensor, or name of the parameter.
+        is_param: which of the two.
+        reads: alternatives of forward tensors; any one set suffices.
+    """
+
+    op: int
+    of: str
+    is_param: bool
+    reads: tuple[frozenset[str], ...]
+
+
+def differentiate(graph: Graph, *, train_all: bool = False) -> list[Gradient]:
+    """The backward graph, pruned.
+
+    Reverse differentiation gives a node for each input and parameter of each operation. Nodes of
+    frozen parameters are deleted; then a gradient by an input survives only if some surviving
+    node reads it, which is when something trained lies upstream of that input. What remains reads
+    forward tensors by its rule.
+
+    Args:
+        train_all: treat every parameter as trained (what an unpruned tape must serve).
+    """
+    upstream: set[str] = set()  # tensors behind which something is trained
+    for op in graph.ops:
+        if any(p.trained or train_all for p in op.params) or upstream.intersection(op.inputs):
+            upstream.update(op.outputs)
+    nodes: list[Gradient] = []
+    for index in reversed(range(len(graph.ops))):
+        op = graph.ops[index]
+        rule = RULES[op.kind]
+        for i, key in enumerate(op.inputs):
+            roles = rule.inputs[min(i, len(rule.inputs) - 1)]
+            if roles is not None and key in upstream:
+                nodes.append(Gradient(index, key, False, _resolve(op, roles)))
+        for i, param in enumerate(op.params):
+            if param.trained or train_all:
+                roles = rule.params[min(i, len(rule.params) - 1)]
+                nodes.append(Gradient(index, param.name, True, _resolve(op, roles)))
+    return nodes
+
+
+def _resolve(op: Op, roles: Roles) -> tuple[frozenset[str], ...]:
+    """Roles as tensors of this operation."""
+
+    def tensor(role: str) -> str:
+        side = op.inputs if role.startswith("in") else op.outputs
+        return side[int(role.removeprefix("in").removeprefix("out"))]
+
+    return tuple(frozenset(tensor(role) for role in option) for option in roles)
+
+
+# --- what to keep -------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A set of tensors that serves every surviving gradient.
+
+    Attributes:
+        tape: tensors kept, without those that the key-value cache holds anyway.
+        cached: tensors read from that cache.
+        read: all tensors that gradients read, kept or rebuilt, by the alternatives chosen.
+    """
+
+    tape: frozenset[str]
+    cached: frozenset[str]
+    read: frozenset[str]
+
+
+def choose_kept(
+    graph: Graph,
+    nodes: Iterable[Gradient],
+    *,
+    rebuild: bool,
+    compress: bool,
+    rerun: Sequence[str] = (),
+    cache: bool = True,
+) -> Kept:
+    """The cheapest tensors that suffice.
+
+    The problem falls apart into pieces that share neither a cheap operation nor a choice between
+    alternatives (a layer has one to three); each is solved exactly, and layers of the same
+    structure only once.
+
+    Args:
+        rebuild: let cheap operations make tensors again.
+        compress: let one bit an element stand where a gradient reads no more.
+        rerun: frozen linear maps that may run again, as if they were cheap.
+        cache: keys and values in the engine's cache cost nothing.
+    """
+    wants = {node.reads for node in nodes}
+    if not compress:
+        wants = {
+            tuple(o for o in options if not any(graph.tensors[t].dtype == "bit" for t in o))
+            for options in wants
+        }
+    wants.discard((frozenset(),))
+    pieces = _Pieces()
+    for options in wants:
+        pieces.join(t for option in options for t in option)
+    made_from: dict[str, tuple[str, ...] | None] = dict.fromkeys(graph.tensors)
+    if rebuild:
+        for op in graph.ops:
+            if op.cheap or _is_map(op, rerun):
+                for out in op.outputs:
+                    made_from[out] = op.inputs
+                    pieces.join((out, *op.inputs))
+    by_piece: dict[str, list[tuple[frozenset[str], ...]]] = defaultdict(list)
+    for options in wants:
+        members = [t for option in options for t in option]
+        if members:
+            by_piece[pieces.find(members[0])].append(options)
+    in_piece: dict[str, list[str]] = defaultdict(list)
+    for key in graph.tensors:
+        in_piece[pieces.find(key)].append(key)
+
+    tape: set[str] = set()
+    cached: set[str] = set()
+    read: set[str] = set()
+    solved: dict[object, tuple[list[int], list[int]]] = {}
+    for root, asked in by_piece.items():
+        keys = in_piece[root]
+        place = {key: i for i, key in enumerate(keys)}
+        cost = {k: 0 if cache and graph.tensors[k].cached else graph.tensors[k].bits for k in keys}
+        numbered = sorted(
+            tuple(tuple(sorted(place[t] for t in option)) for option in options)
+            for options in asked
+        )
+        origins = tuple(
+            None if (o := made_from[k]) is None else tuple(place[t] for t in o) for k in keys
+        )
+        signature = (tuple(cost.values()), origins, tuple(numbered))
+        if signature not in solved:
+            names = {k: made_from[k] for k in keys}
+            keep, used = _solve_piece(asked, names, cost)
+            solved[signature] = ([place[t] for t in keep], [place[t] for t in used])
+        keep_at, used_at = solved[signature]
+        for i in keep_at:
+            at_hand = cache and graph.tensors[keys[i]].cached
+            (cached if at_hand else tape).add(keys[i])
+        read.update(keys[i] for i in used_at)
+    return Kept(frozenset(tape), frozenset(cached), frozenset(read))
+
+
+def _solve_piece(
+    asked: list[tuple[frozenset[str], ...]],
+    made_from: dict[str, tuple[str, ...] | None],
+    cost: dict[str, int],
+) -> tuple[frozenset[str], frozenset[str]]:
+    """What to keep and what is read, over all combinations of alternatives."""
+    best: tuple[int, int, frozenset[str], frozenset[str]] | None = None
+    for combination in itertools.product(*sorted(asked, key=_spelled)):
+        needed = frozenset().union(*combination)
+        kept = cheapest_kept(sorted(needed), made_from, cost)
+        price = sum(cost[k] for k in kept)
+        # Of equally cheap choices the one that reads least.
+        weight = sum(cost[k] for k in needed)
+        if best is None or (price, weight) < best[:2]:
+            best = (price, weight, kept, needed)
+    assert best is not None
+    return best[2], best[3]
+
+
+def _is_map(op: Op, places: Sequence[str]) -> bool:
+    return op.kind == "linear" and op.params[0].name.removesuffix(".weight") in places
+
+
+def _spelled(options: tuple[frozenset[str], ...]) -> list[list[str]]:
+    return sorted(sorted(option) for option in options)
+
+
+class _Pieces:
+    """Union of tensors that must be decided together."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def find(self, key: str) -> str:
+        root = key
+        while (up := self._parent.setdefault(root, root)) != root:
+            root = up
+        while self._parent[key] != root:
+            self._parent[key], key = root, self._parent[key]
+        return root
+
+    def join(self, keys: Iterable[str]) -> None:
+        first: str | None = None
+        for key in keys:
+            root = self.find(key)
+            if first is None:
+                first = root
+            else:
+                self._parent[root] = first
+
+
+# --- working memory of a backward pass -----------------------------------------------------------
+def working_bits(graph: Graph, nodes: Sequence[Gradient], held: Kept, dtype: str) -> dict[int, int]:
+    """Most bits a token that the backward of each layer has alive at one time, by layer.
+
+    Gradients of activations (a sum and what is added to it share one buffer) and the tensors
+    rebuilt for the layer, each from the first operation that reads it to the last. Tiles inside a
+    kernel are not counted.
+    """
+    producers = graph.producers()
+    same = _Pieces()
+    for op in graph.ops:
+        if op.kind in ("add", "shift", "rope", "cast"):
+            same.join((op.outputs[0], *op.inputs))
+    by_op: dict[int, list[Gradient]] = defaultdict(list)
+    for node in nodes:
+        by_op[node.op].append(node)
+    # Steps of the backward: (layer, tensors rebuilt for it, gradient buffers it touches).
+    at_hand = held.tape | held.cached
+    steps: dict[int, list[set[tuple[str, str]]]] = defaultdict(list)
+    for index in sorted(by_op, reverse=True):
+        op = graph.ops[index]
+        touched = {("gradient", same.find(op.outputs[0]))} if op.kind != "head_loss" else set()
+        for node in by_op[index]:
+            if not node.is_param:
+                touched.add(("gradient", same.find(node.of)))
+            options = [sorted(o) for o in node.reads if o <= held.read]
+            assert options, node
+            todo = min(options, key=len)
+            while todo:
+                key = todo.pop()
+                if key in at_hand or ("rebuilt", key) in touched:
+                    continue
+                touched.add(("rebuilt", key))
+                todo.extend(producers[key].inputs)
+        steps[op.layer].append(touched)
+    wide = BITS[dtype]
+    peaks: dict[int, int] = {}
+    for layer, sequence in steps.items():
+        first: dict[tuple[str, str], int] = {}
+        last: dict[tuple[str, str], int] = {}
+        for i, touched in enumerate(sequence):
+            for item in touched:
+                first.setdefault(item, i)
+                last[item] = i
+        size = {
+            item: graph.tensors[item[1]].bits
+            if item[0] == "rebuilt"
+            else graph.tensors[item[1]].bits // BITS[graph.tensors[item[1]].dtype] * wide
+            for item in first
+        }
+        peaks[layer] = max(
+            sum(size[item] for item in first if first[item] <= i <= last[item])
+            for i in range(len(sequence))
+        )
+    return peaks
+
+
+# --- the plan -------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor of the forward pass, over the layers where it fares alike.
+
+    Attributes:
+        layers: empty for a tensor outside layers.
+        shape: of one token.
+        bytes_per_token: in one layer.
+        n_bytes: for the whole sequence and all these layers; what is dropped counts too, so that
+            the column tells what the verdict saves.
+        held: where a kept tensor lies: "tape" or "cache"; "" if it is not kept.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    bytes_per_token: float
+    n_bytes: int
+    verdict: Verdict
+    held: Literal["tape", "cache", ""]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Bytes held between forward and backward for the whole sequence.
+
+    Attributes:
+        naive: by autograd over plain tensor code when everything requires a gradient.
+        frozen: by the same with the base frozen and a fused attention: autograd prunes too.
+        pruned: by fused operations after graph pruning, nothing rebuilt.
+        rebuilt: after rematerialisation.
+        compressed: and with bits for what is read only by sign: the tape of this plan.
+    """
+
+    naive: int
+    frozen: int
+    pruned: int
+    rebuilt: int
+    compressed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Bytes of one order of a token-level backward.
+
+    Attributes:
+        name: ``v1`` reruns a window's forward, ``v2`` reads the tape; ``window-outer`` takes all
+            layers of a window before the next window, ``layer-outer`` the other way round.
+        parts: what lives for the whole sequence, by purpose (keys and values included).
+        window: what lives for one window.
+    """
+
+    name: str
+    parts: dict[str, int]
+    window: int
+
+    @property
+    def sequence(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def total(self) -> int:
+        return self.sequence + self.window
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedBytes:
+    """What the trained numbers take, whatever the sequence.
+
+    Attributes:
+        parameters: how many.
+        working: copy in the model's dtype.
+        master: float32 weights. gradients: float32 sums. moments: Adam's two, float32.
+    """
+
+    parameters: int
+    working: int
+    master: int
+    gradients: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        return self.working + self.master + self.gradients + self.moments
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What fine-tuning holds. ``length`` includes the tokens of a soft prompt."""
+
+    length: int
+    window: int
+    dtype: str
+    rows: tuple[Row, ...]
+    totals: Totals
+    schedules: tuple[Schedule, ...]
+    trained: TrainedBytes
+
+    def schedule(self, name: str) -> Schedule:
+        return next(s for s in self.schedules if s.name == name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        plain = asdict(self)
+        for given, told in zip(self.schedules, plain["schedules"], strict=True):
+            told |= {"sequence": given.sequence, "total": given.total}
+        plain["trained"]["total"] = self.trained.total
+        return plain
+
+
+def plan_activations(
+    config: ModelConfig,
+    trainables: Sequence[Trainable],
+    *,
+    length: int,
+    window: int = 512,
+    rerun: Sequence[str] = (),
+    dtype: str = "bfloat16",
+    adapter_dtype: str = "float32",
+) -> MemoryPlan:
+    """Plan the memory of fine-tuning ``trainables`` on one sequence of ``length`` tokens.
+
+    Args:
+        window: tokens of one window of the token-level backward; cut to the length.
+        rerun: frozen maps among q, k, v, o, gate, up that the backward runs again where that
+            saves memory: a smaller tape for more arithmetic.
+        adapter_dtype: in which the plain-code comparison (``Totals.naive``, ``frozen``) runs its
+            bypasses; this engine's run in ``dtype``.
+
+    Raises:
+        InvalidRequest: see :func:`invivo.engine.training_graph.build_graph`; a length or window
+            below 1.
+        UnsupportedModel: a layer that is not attention.
+    """
+    for name, value in (("length", length), ("window", window)):
+        if value < 1:
+            raise InvalidRequest("must be at least 1", field=name, given=value)
+    length += sum(t.size for t in trainables if t.kind == "soft_prompt")
+    window = min(window, length)
+    unknown = [place for place in rerun if place not in _RERUNNABLE]
+    if unknown:
+        raise InvalidRequest(
+            "no frozen map of this name can run again",
+            field="rerun",
+            given=unknown[0],
+            remedy=f"Choose among {', '.join(_RERUNNABLE)}",
+        )
+    graph = build_graph(config, trainables, length=length, dtype=dtype)
+    nodes = differentiate(graph)
+    pruned = choose_kept(graph, nodes, rebuild=False, compress=False)
+    rebuilt = choose_kept(graph, nodes, rebuild=True, compress=False)
+    final = choose_kept(graph, nodes, rebuild=True, compress=True, rerun=rerun)
+
+    def tape(keys: Iterable[str]) -> int:
+        return _bytes(sum(graph.tensors[k].bits for k in keys), length)
+
+    totals = Totals(
+        naive=_eager_tape(config, trainables, length, dtype, adapter_dtype, frozen=False),
+        frozen=_eager_tape(config, trainables, length, dtype, adapter_dtype, frozen=True),
+        pruned=tape(pruned.tape),
+        rebuilt=tape(rebuilt.tape),
+        compressed=tape(final.tape),
+    )
+    return MemoryPlan(
+        length=length,
+        window=window,
+        dtype=dtype,
+        rows=_rows(graph, nodes, final, length),
+        totals=totals,
+        schedules=_schedules(config, graph, nodes, pruned, final, length, window, dtype),
+        trained=_trained(graph, dtype),
+    )
+
+
+def _bytes(bits: int, tokens: int) -> int:
+    return -(-bits * tokens // 8)
+
+
+def _eager_tape(
+    config: ModelConfig,
+    trainables: Sequence[Trainable],
+    length: int,
+    dtype: str,
+    adapter_dtype: str,
+    *,
+    frozen: bool,
+) -> int:
+    """What autograd holds over plain tensor code; nothing is rebuilt and nothing is cached."""
+    graph = build_graph(
+        config,
+        trainables,
+        length=length,
+        dtype=dtype,
+        adapter_dtype=adapter_dtype,
+        spelling="eager",
+        eager_attention=not frozen,
+    )
+    nodes = differentiate(graph, train_all=not frozen)
+    kept = choose_kept(graph, nodes, rebuild=False, compress=False, cache=False)
+    return _bytes(sum(graph.tensors[k].bits for k in kept.tape), length)
+
+
+def _trained(graph: Graph, dtype: str) -> TrainedBytes:
+    count = sum(p.count for op in graph.ops for p in op.params if p.trained)
+    return TrainedBytes(count, count * BITS[dtype] // 8, 4 * count, 4 * count, 8 * count)
+
+
+def _schedules(
+    config: ModelConfig,
+    graph: Graph,
+    nodes: Sequence[Gradient],
+    pruned: Kept,
+    final: Kept,
+    length: int,
+    window: int,
+    dtype: str,
+) -> tuple[Schedule, ...]:
+    """The four orders in closed form; L = length, s = window, sums over layers."""
+
+    def per_layer(keys: Iterable[str]) -> dict[int, int]:
+        bits: dict[int, int] = defaultdict(int)
+        for key in keys:
+            bits[graph.tensors[key].layer] += graph.tensors[key].bits
+        return bits
+
+    cache = [key for key, tensor in graph.tensors.items() if tensor.cached]
+    kv = _bytes(sum(graph.tensors[k].bits for k in cache), length)
+    # Gradients of keys and values are summed over windows in float32 (float64 stays as it is).
+    sum_bits = max(32, BITS[dtype])
+    wanted = {node.of for node in nodes if not node.is_param}
+    sums = {
+        layer: bits // BITS[dtype] * sum_bits
+        for layer, bits in per_layer(k for k in cache if k in wanted).items()
+    }
+    stream = config.d_model * BITS[dtype]
+    tape = _bytes(sum(graph.tensors[k].bits for k in final.tape), length)
+    layers_back = {graph.ops[node.op].layer for node in nodes} - {-1}
+    # The first layer's input is looked up from the tokens.
+    inputs = len(layers_back - {0}) * stream
+    rerun = per_layer(pruned.tape)
+    gradients = working_bits(graph, nodes, pruned, dtype)
+    working = working_bits(graph, nodes, final, dtype)
+    logits = min(HEAD_CHUNK, window) * config.vocab_size * sum_bits // 8
+
+    def schedule(name: str, parts: dict[str, int], window_bits: int) -> Schedule:
+        return Schedule(name, {"kv": kv, **parts}, _bytes(window_bits, window) + logits)
+
+    all_sums = _bytes(sum(sums.values()), length)
+    one_sum = _bytes(max(sums.values(), default=0), length)
+    return (
+        schedule(
+            "v1 window-outer",
+            {"dkv": all_sums},
+            sum(rerun.values()) + max(gradients.values(), default=0),
+        ),
+        schedule(
+            "v1 layer-outer",
+            {"dkv": one_sum, "layer inputs": _bytes(inputs, length), "dx": _bytes(stream, length)},
+            max((rerun[i] + gradients[i] for i in layers_back), default=0),
+        ),
+        schedule(
+            "v2 window-outer",
+            {"dkv": all_sums, "tape": tape},
+            max(working.values(), default=0),
+        ),
+        # The loss's gradient on the tape becomes the gradient that walks down the layers.
+        schedule(
+            "v2 layer-outer",
+            {"dkv": one_sum, "tape": tape},
+            max(working.values(), default=0),
+        ),
+    )
+
+
+# --- the table ------------------------------------------------------------------------------------
+_Likeness = tuple[str, tuple[int, ...], str, Verdict, Literal["tape", "cache", ""], str]
+
+
+def _rows(graph: Graph, nodes: Sequence[Gradient], held: Kept, length: int) -> tuple[Row, ...]:
+    readers: dict[str, list[str]] = defaultdict(list)
+    spared: dict[str, set[str]] = defaultdict(set)
+    for node in nodes:
+        target = node.of if node.is_param else graph.tensors[node.of].name
+        chosen = [o for o in node.reads if o <= held.read]
+        for option in node.reads:
+            for key in option:
+                if option in chosen:
+                    readers[key].append(target)
+                elif key not in held.read:
+                    instead = min(chosen, key=len) if chosen else frozenset()
+                    spared[key].update(graph.tensors[k].name for k in instead)
+    full = {t for node in differentiate(graph, train_all=True) for o in node.reads for t in o}
+    producers = graph.producers()
+    alive = {graph.ops[node.op].outputs for node in nodes}
+    groups: dict[_Likeness, list[int]] = {}
+    for key, tensor in graph.tensors.items():
+        op = producers[key]
+        verdict: Verdict
+        place: Literal["tape", "cache", ""] = ""
+        if key in held.tape or key in held.cached:
+            place = "tape" if key in held.tape else "cache"
+            verdict = "compressed" if tensor.dtype == "bit" else "kept"
+            reason = "for the gradient of " + _some(readers[key])
+            if not readers[key]:
+                reason = "to rebuild others from"
+        elif key in held.read:
+            verdict = "rebuilt"
+            names = [graph.tensors[k].name for k in op.inputs] or ["token ids"]
+            reason = f"{op.kind} of {_some(names)}, for the gradient of {_some(readers[key])}"
+        elif op.outputs.index(key) in RULES[op.kind].tiles and op.outputs in alive:
+            verdict = "rebuilt"
+            reason = f"piece by piece inside the kernel, by {op.kind} once more"
+        else:
+            verdict = "dropped"
+            if tensor.dtype == "bit" or key in spared:
+                reason = f"{_some(spared[key])} suffices" if spared[key] else "not needed"
+            elif key in full:
+                reason = "read only by gradients that nobody asks for"
+            else:
+                reason = "no gradient reads it"
+        like = (tensor.name, tensor.shape, tensor.dtype, verdict, place, reason)
+        groups.setdefault(like, []).append(tensor.layer)
+    rows = []
+    for (name, shape, dtype, verdict, place, reason), layers in groups.items():
+        bits = Tensor(name, -1, shape, dtype).bits
+        rows.append(
+            Row(
+                name=name,
+                layers=tuple(i for i in layers if i >= 0),
+                shape=shape,
+                dtype=dtype,
+                bytes_per_token=bits / 8,
+                n_bytes=_bytes(bits * len(layers), length),
+                verdict=verdict,
+                held=place,
+                reason=reason,
+            )
+        )
+    return tuple(rows)
+
+
+def _some(names: Iterable[str]) -> str:
+    """``a, b and c``, each once."""
+    once = list(dict.fromkeys(sorted(names)))
+    return once[0] if len(once) == 1 else ", ".join(once[:-1]) + " and " + once[-1] if once else "?"
