@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 import uuid
+import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,8 +59,9 @@ class LocalLM(LM):
         self._tokenizer.no_padding()
         self._texts: dict[int, str] = {}
         self._created = int(time.time())
-        self._closed = False
         self.engine.start()
+        # Also closes a model that is dropped without close(), or is open when the program ends.
+        self._close = weakref.finalize(self, self.engine.close)
 
     @classmethod
     def load(
@@ -305,7 +307,9 @@ class LocalLM(LM):
 
     def stats(self) -> dict[str, Any]:
         info = self.info()
-        state = "failed" if self.engine.failure else "draining" if self._closed else "ready"
+        state = (
+            "failed" if self.engine.failure else "draining" if not self._close.alive else "ready"
+        )
         model = {
             "name": info.name,
             "parameters": info.n_parameters,
@@ -316,9 +320,7 @@ class LocalLM(LM):
         return {**self.engine.stats().as_dict(), "state": state, "model": model}
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self.engine.close()
+        self._close()
 
     # --- running requests -------------------------------------------------------------------
     def _run(self, requests: Sequence[Request], progress: bool) -> list[Gathered]:

@@ -157,14 +157,18 @@ class AdapterStore:
         with self._lock:
             version = self._versions.get(name, 0) + 1
             self._versions[name] = version
+            old = self._named.get(name)
             self._named[name] = Adapter(name=name, version=version, rank=rank, weights=weights)
+            if old is not None:
+                self._forget(old)
             return self._info(self._named[name])
 
     def unload(self, name: str) -> None:
         """Forget ``name``; its memory is given back when the last request with it has ended."""
         with self._lock:
-            if self._named.pop(name, None) is None:
+            if name not in self._named:
                 raise self._unknown(name)
+            self._forget(self._named.pop(name))
 
     def list(self) -> list[AdapterInfo]:
         """The current version of every name, in order of name."""
@@ -184,6 +188,7 @@ class AdapterStore:
         """Give back what ``hold`` gave."""
         with self._lock:
             adapter.users -= 1
+            self._forget(adapter)
 
     # --- the engine's thread ----------------------------------------------------------------
     def place(self, adapter: Adapter) -> int:
@@ -212,6 +217,12 @@ class AdapterStore:
         return AdapterBypass(self._tables, index)
 
     # --- parts ------------------------------------------------------------------------------
+    def _forget(self, adapter: Adapter) -> None:
+        """Free the matrices of a version that nobody can ask for any more; its slot is taken
+        over when the next adapter needs one."""
+        if adapter.users == 0 and self._named.get(adapter.name) is not adapter:
+            adapter.weights = {}
+
     def _info(self, adapter: Adapter) -> AdapterInfo:
         return AdapterInfo(
             name=adapter.name,

@@ -51,7 +51,8 @@ class StopText:
     def push(self, piece: str) -> tuple[str, str | None]:
         """Add text; return (text now settled, stop string found or None).
 
-        The stop string that is complete first counts, of several the longest. After a match the settled text ends where the match begins, and nothing is held.
+        The stop string that is complete first counts, of several the longest. After a match
+        the settled text ends where the match begins, and nothing is held.
         """
         if not self.stops:
             return piece, None

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -79,6 +79,26 @@ class EngineConfig:
     memory_fraction: float = 0.9
     overlap: bool | None = None
     cuda_graphs: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_running", 1),
+            ("block_size", 1),
+            ("max_waiting", 0),
+            ("max_adapters", 1),
+            ("max_lora_rank", 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InvalidRequest(
+                    f"must be a whole number of at least {least}", field=name, given=value
+                )
+        if not 0 < self.memory_fraction <= 1:
+            raise InvalidRequest(
+                "must lie above 0 and be at most 1",
+                field="memory_fraction",
+                given=self.memory_fraction,
+            )
 
 
 @dataclass(slots=True, eq=False)
@@ -202,6 +222,8 @@ class Engine:
             Unavailable: the engine is closed or has failed.
         """
         self._check_open()
+        if request.arrival == 0:
+            request = replace(request, arrival=time.monotonic())
         validate_request(
             request, vocab_size=self.model.config.vocab_size, max_model_len=self.longest(request)
         )
@@ -337,12 +359,12 @@ class Engine:
                     return
             try:
                 moved = self.step()
+                assert moved or not self.scheduler.has_work, "nothing can run though work is left"
             except Exception as error:  # a bug of ours: say so to everyone rather than hang
                 log.exception("the engine has failed")
-                self._inbox.failure = f"the engine has failed: {type(error).__name__}"
-                self._fail_all(Unavailable(self._inbox.failure, remedy="Restart the server"))
+                inbox.failure = f"the engine has failed: {type(error).__name__}"
+                self._fail_all(Unavailable(inbox.failure, remedy="Restart the server"))
                 return
-            assert moved or not self.scheduler.has_work, "nothing can run though work is left"
 
     def _take_in(self) -> bool:
         """Move what other threads asked for into the scheduler."""
@@ -436,7 +458,7 @@ class Engine:
     def _scored_rows(self, index: int, span: Span) -> ScoredRows | None:
         """The prompt tokens that this span's rows predict, where they are asked for."""
         track = self._tracks[span.seq]
-        if not track.scored:
+        if not track.scored or (track.prompt_sent and span.seq.request.kind == "generate"):
             return None
         first = max(span.start + 1, track.scored_from)
         last = min(span.stop, span.seq.n_prompt - 1)
@@ -527,13 +549,17 @@ class Engine:
         """Text and end of a sequence after ``token``."""
         seq, params, matcher = track.seq, track.state.params, track.state.matcher
         n_output = len(seq.tokens) - seq.n_prompt
+        if matcher is not None and not matcher.accept(token):
+            raise InvalidRequest(
+                f"cannot be followed any further: {matcher.error}",
+                field=params.grammar.kind if params.grammar else None,
+                remedy="Simplify it",
+            )
         ends = token in self._eos and not params.ignore_eos
         if ends or token in params.stop_token_ids:
             output.text = track.stops.flush()
             output.stop_match = token
             return "stop"
-        if matcher is not None and not matcher.accept(token):
-            raise InvivoError("the grammar refused the token that it had admitted")
         piece = track.text.push(token) if track.text is not None else ""
         if n_output < params.min_tokens:
             output.text = piece

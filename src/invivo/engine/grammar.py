@@ -26,11 +26,10 @@ KEEP_COMPILED = 64  # grammars kept ready, oldest out first
 class Matcher:
     """Follows one sequence through its grammar."""
 
-    __slots__ = ("_eos", "_inner")
+    __slots__ = ("_inner",)
 
-    def __init__(self, inner: Any, eos: Sequence[int]) -> None:
+    def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._eos = frozenset(eos)
 
     def fill_mask(self, words: NDArray[np.int32]) -> None:
         """Write one bit a token (1 = admitted) into ``words``, [ceil(V / 32)]."""
@@ -39,6 +38,11 @@ class Matcher:
     def accept(self, token: int) -> bool:
         """Move on by a drawn token; False when the grammar did not admit it."""
         return bool(self._inner.consume_token(token))
+
+    @property
+    def error(self) -> str:
+        """Why the grammar cannot be followed any further (it grew too complex); "" when it can."""
+        return _first_line(self._inner.get_error()) if self._inner.is_error() else ""
 
     @property
     def complete(self) -> bool:
@@ -77,7 +81,7 @@ class GrammarCompiler:
                 while len(self._compiled) >= KEEP_COMPILED:
                     del self._compiled[next(iter(self._compiled))]
                 self._compiled[grammar] = inner
-            return Matcher(inner.deep_copy(), self._eos_ids)
+            return Matcher(inner.deep_copy())
 
     def _compile(self, grammar: Grammar) -> Any:
         try:

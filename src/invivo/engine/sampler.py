@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from invivo.engine.grammar import Matcher
+from invivo.engine.transfer import index_on, to_device
 from invivo.engine.types import SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy
@@ -218,7 +219,7 @@ def sample(logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[i
     wanting = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     raw = None
     if wanting:
-        raw = logits[_index(wanting, logits)]
+        raw = logits[index_on(wanting, logits.device)]
     _adjust(logits, rows, positions)
     _mask(logits, rows)
     tokens = torch.argmax(logits, dim=-1)
@@ -226,17 +227,13 @@ def sample(logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[i
     if len(drawn) == len(rows):
         tokens = _draw(logits, rows, positions)
     elif drawn:
-        where = _index(drawn, logits)
+        where = index_on(drawn, logits.device)
         some = _draw(logits[where], [rows[i] for i in drawn], [positions[i] for i in drawn])
         tokens[where] = some
     if raw is None:
         return Draw(tokens, [], None)
     top = max(rows[i].params.logprobs or 0 for i in wanting)
-    return Draw(tokens, wanting, token_logprobs(raw, tokens[_index(wanting, logits)], top))
-
-
-def _index(rows: list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int64, device=like.device)
+    return Draw(tokens, wanting, token_logprobs(raw, tokens[index_on(wanting, logits.device)], top))
 
 
 def _adjust(logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[int]) -> None:
@@ -244,26 +241,27 @@ def _adjust(logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[
 
     Works on the listed (row, token) entries only, never on a whole row.
     """
-    v = logits.shape[1]
+    v, device = logits.shape[1], logits.device
     flat = logits.view(-1)
     for i, row in enumerate(rows):
         p = row.params
         if row.counts is not None:
             counts = row.counts
-            ids = torch.from_numpy(counts.ids[: counts.n]).to(logits.device) + i * v
-            seen = torch.from_numpy(counts.counts[: counts.n]).to(logits.device)
+            ids = to_device(counts.ids[: counts.n], device) + i * v
+            seen = to_device(counts.counts[: counts.n], device)
             value = flat[ids]
             r = p.repetition_penalty
             value = torch.where(value > 0, value / r, value * r)
             value -= p.frequency_penalty * seen + p.presence_penalty * (seen > 0)
             flat[ids] = value
         if p.logit_bias:
-            bias = torch.tensor([b for _, b in p.logit_bias], device=logits.device)
-            ids = torch.tensor([t for t, _ in p.logit_bias], device=logits.device) + i * v
-            flat.index_add_(0, ids, bias.to(flat.dtype))
+            bias = to_device(np.array([b for _, b in p.logit_bias]), device)
+            flat.index_add_(
+                0, index_on([t + i * v for t, _ in p.logit_bias], device), bias.to(flat.dtype)
+            )
         # A grammar decides itself when the end may come: see _mask.
         if positions[i] < p.min_tokens and row.matcher is None and len(row.end_ids):
-            flat[torch.from_numpy(row.end_ids).to(logits.device) + i * v] = -torch.inf
+            flat[to_device(row.end_ids, device) + i * v] = -torch.inf
 
 
 def _mask(logits: torch.Tensor, rows: Sequence[RowState]) -> None:
@@ -277,10 +275,10 @@ def _mask(logits: torch.Tensor, rows: Sequence[RowState]) -> None:
         matcher = rows[i].matcher
         assert matcher is not None
         matcher.fill_mask(words[at])
-    bits = torch.from_numpy(words).to(logits.device)
+    bits = to_device(words, logits.device)
     shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
     refused = ((bits[:, :, None] >> shifts) & 1 == 0).view(len(masked), -1)[:, :v]
-    where = _index(masked, logits)
+    where = index_on(masked, logits.device)
     logits[where] = logits[where].masked_fill(refused, -torch.inf)
 
 
@@ -290,7 +288,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[in
     u = uniforms(
         np.array([row.seed for row in rows], dtype=np.uint64), np.array(positions, dtype=np.int64)
     )
-    both = torch.from_numpy(np.column_stack([numbers, u])).to(logits.device)
+    both = to_device(np.column_stack([numbers, u]), logits.device)
     logits = logits / both[:, :1]
     _keep_top_k(logits, numbers[:, 1])
     probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
@@ -308,8 +306,8 @@ def _keep_top_k(logits: torch.Tensor, top_k: NDArray[np.float32]) -> None:
     some = np.flatnonzero((top_k > 0) & (top_k < v))
     if not len(some):
         return
-    where = torch.from_numpy(some).to(logits.device)
-    ks = torch.from_numpy(top_k[some].astype(np.int64)).to(logits.device)
+    where = to_device(some, logits.device)
+    ks = to_device(top_k[some].astype(np.int64), logits.device)
     rows = logits[where]
     best = torch.topk(rows, int(top_k[some].max()), dim=-1).values
     least = best.gather(1, ks[:, None] - 1)
@@ -317,16 +315,37 @@ def _keep_top_k(logits: torch.Tensor, top_k: NDArray[np.float32]) -> None:
 
 
 def _keep_top_p(probs: torch.Tensor, top_p: NDArray[np.float32], limit: torch.Tensor) -> None:
-    """Zero all but the smallest set of best tokens that weighs ``top_p``, in place.
-
-    The threshold is found by bisection over the bit patterns of floats, which order positive
-    numbers as their values do: exact after 30 halvings, and without sorting the vocabulary.
-    """
+    """Zero all but the smallest set of best tokens that weighs ``top_p``, in place."""
     some = np.flatnonzero(top_p < 1)
     if not len(some):
         return
-    where = torch.from_numpy(some).to(probs.device)
+    where = to_device(some, probs.device)
     rows, wanted = probs[where], limit[where][:, None]
+    least = _least_sorting(rows, wanted) if probs.is_cpu else _least_bisecting(rows, wanted)
+    probs[where] = torch.where(rows >= least, rows, 0.0)
+
+
+def _least_sorting(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Smallest probability in the set of best tokens that weighs ``wanted``; [R, V], [R, 1].
+
+    Tokens under (1 - wanted) / V weigh less than 1 - wanted all together, so that only the few
+    others are sorted.
+    """
+    least = torch.empty_like(wanted)
+    shares = wanted[:, 0].tolist()
+    for i, row in enumerate(rows.numpy()):
+        heavy = np.sort(row[row >= (1 - shares[i]) / len(row)])[::-1]  # much faster than torch's
+        at = int(np.searchsorted(heavy.cumsum(dtype=np.float64), shares[i]))
+        least[i] = float(heavy[min(at, len(heavy) - 1)])
+    return least
+
+
+def _least_bisecting(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """:func:`_least_sorting` without data-dependent shapes, for a GPU.
+
+    Bisection over the bit patterns of floats, which order positive numbers as their values do:
+    exact after 30 halvings.
+    """
     low = torch.zeros_like(wanted, dtype=torch.int32)
     high = rows.amax(dim=-1, keepdim=True).view(torch.int32)
     for _ in range(30):
@@ -335,7 +354,7 @@ def _keep_top_p(probs: torch.Tensor, top_p: NDArray[np.float32], limit: torch.Te
         enough = mass >= wanted
         low = torch.where(enough, middle, low)
         high = torch.where(enough, high, middle - 1)
-    probs[where] = torch.where(rows >= low.view(torch.float32), rows, 0.0)
+    return low.view(torch.float32)
 
 
 def _keep_min_p(probs: torch.Tensor, min_p: NDArray[np.float32], share: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.batch import FlatBatch
 from invivo.engine.sampler import LogprobRows, RowState, sample, token_logprobs
+from invivo.engine.transfer import index_on, to_host
 from invivo.engine.types import Plan, Sequence, StepResult, TokenLogprob
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder
@@ -104,9 +105,9 @@ class Stepper:
             rows = hidden if len(batch.sample_spans) == len(hidden) else hidden[batch.sample_index]
             draw = sample(self._decoder.logits(rows), work.rows, work.positions)
             self._last_token[batch.sample_rows] = draw.tokens
-            tokens = self._to_host(draw.tokens)
+            tokens = to_host(draw.tokens)
             logprob_rows = draw.logprob_rows
-            logprobs = self._rows_to_host(draw.logprobs)
+            logprobs = _rows_to_host(draw.logprobs)
         launched = Launched(
             plan=batch.plan,
             work=work,
@@ -114,9 +115,9 @@ class Stepper:
             tokens=tokens,
             logprob_rows=logprob_rows,
             logprobs=logprobs,
-            scored=self._rows_to_host(self._score(hidden, batch, work.scored)),
+            scored=_rows_to_host(self._score(hidden, batch, work.scored)),
             embeddings={
-                span: self._to_host(vector)
+                span: to_host(vector)
                 for span, vector in self._pool(hidden, batch, work.pooled).items()
             },
             done=None,
@@ -179,8 +180,7 @@ class Stepper:
             rows.extend(range(row, row + len(s.tokens)))
             targets.extend(s.tokens)
         top = max(s.top for s in scored)
-        at = torch.tensor(rows, device=self._device)
-        wanted = torch.tensor(targets, device=self._device)
+        at, wanted = index_on(rows, self._device), index_on(targets, self._device)
         step = max(16, LOGITS_BYTES // (4 * self._decoder.config.vocab_size))
         pieces = [
             token_logprobs(
@@ -220,21 +220,16 @@ class Stepper:
                 self._sums[span.seq] = total
         return out
 
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cpu":
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
 
-    def _rows_to_host(self, rows: LogprobRows | None) -> LogprobRows | None:
-        if rows is None:
-            return None
-        return LogprobRows(
-            chosen=self._to_host(rows.chosen),
-            rank=self._to_host(rows.rank),
-            top_values=self._to_host(rows.top_values),
-            top_ids=self._to_host(rows.top_ids),
-        )
+def _rows_to_host(rows: LogprobRows | None) -> LogprobRows | None:
+    if rows is None:
+        return None
+    return LogprobRows(
+        chosen=to_host(rows.chosen),
+        rank=to_host(rows.rank),
+        top_values=to_host(rows.top_values),
+        top_ids=to_host(rows.top_ids),
+    )
 
 
 def _split(records: list[TokenLogprob], scored: Seq[ScoredRows]) -> dict[int, list[TokenLogprob]]:
