@@ -22,7 +22,7 @@ EXAMPLES = examples(
     "invivo generate 'The capital of France is' -n 8 -t 0",
     "invivo generate --chat 'Name three rivers.' --json",
     "cat essay.txt | invivo generate --file - -n 200",
-    "invivo generate --choice yes --choice no --chat 'Is water wet?'",
+    "invivo generate --choice yes --choice no --chat 'Is Paris in France?'",
     "invivo generate --input prompts.jsonl --output answers.jsonl -n 64",
     'A line of prompts.jsonl: {"id": 1, "prompt": "Once", "seed": 7} or {"messages": [...]}',
     "A second run skips the ids that answers.jsonl already answers.",

@@ -25,7 +25,7 @@ def engine_figures(before: dict[str, Any], after: dict[str, Any], seconds: float
     """Tokens by purpose, their rates over ``seconds`` and prefix hits, between two snapshots."""
     tokens = {
         name: after["totals"][name] - before["totals"][name]
-        for name in ("prefill", "decode", "score")
+        for name in ("prefill", "generated", "score")
     }
     hits = after["prefix"]["hits"] - before["prefix"]["hits"]
     queries = after["prefix"]["queries"] - before["prefix"]["queries"]
@@ -100,7 +100,7 @@ def throughput_table(engine: dict[str, Any]) -> Table:
         table.add_column(name, justify="right" if right else "left")
     for name, label in (
         ("prefill", "prompts read"),
-        ("decode", "answers written"),
+        ("generated", "answers written"),
         ("score", "texts scored or embedded"),
     ):
         rate = engine["tokens_per_second"][name]
