@@ -183,6 +183,7 @@ def _llama(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
     tail: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        # At the start and after each special token, as llama.cpp and the Hub's Llama files do.
         steps.insert(0, normalizers.Prepend(_SPACE))
         tail.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(steps)
