@@ -61,9 +61,9 @@ def resolve(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return _converted(path)
-    if path.is_dir():
+    if name and path.is_dir():
         return _folder(path)
-    if _is_ready(models_home() / name):
+    if name and _is_ready(models_home() / name):
         return models_home() / name
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "~")):
         return _from_hub(name)
