@@ -87,6 +87,8 @@ REFUSED = [
     ("/tokenize", {"text": "a", "messages": CHAT["messages"]}, 400, None),
     ("/detokenize", {"tokens": [99999]}, 400, None),
     ("/v1/adapters", {"name": "x", "path": "/no/such/folder"}, 400, "path"),
+    ("/v1/adapters", {"name": "x", "path": "~nobody-here/x"}, 400, "path"),
+    ("/v1/adapters", {"name": "x", "path": "a\0b"}, 400, "path"),
     ("/v1/adapters", {"name": "../x", "path": "/tmp"}, 400, "name"),
 ]
 

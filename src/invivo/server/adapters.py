@@ -73,10 +73,10 @@ def load_adapter(body: AdapterRequest, request: Request, principal: Manager) -> 
             field="path",
             remedy="Upload the two files to /v1/adapters/upload instead",
         )
-    folder = Path(body.path).expanduser()
     try:
+        folder = Path(body.path).expanduser()
         complete = all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, no such user
         complete = False
     if not complete:
         raise InvalidRequest(

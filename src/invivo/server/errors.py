@@ -124,6 +124,9 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     if len(errors) > 1 and kind in ("missing", "extra_forbidden"):
         message += f" (and {len(errors) - 1} more)"
     field = None if kind == "json_invalid" else _path(first["loc"])
+    forms = {str(one["msg"]): None for one in errors if _path(one["loc"]) == field}
+    if field is not None and len(forms) > 1:  # a union: each of its members complains
+        message = "; or ".join(forms)
     if kind == "value_error" and field is None and ": " in message:
         field, message = message.split(": ", 1)  # from a check of several fields together
     remedy = _REMEDIES.get(kind, _REMEDY)
