@@ -4,8 +4,8 @@
 
 Shapes are those of Llama-3.1-8B: 32 query heads and 8 key heads of 128, width 4096, hidden 14336.
 Every check draws fresh random inputs; outputs are compared by relative Frobenius error. Times are
-of one call within a graph of many calls on different data, as layers have. A floor is the time to move
-the bytes, or to do the operations, at the rates measured first on the same card. The rival of
+of one call within a graph of many calls on different data, as layers have. A floor is the time to
+move the bytes, or to do the operations, at the rates measured first on the same card. The rival of
 prefill is torch's scaled_dot_product_attention on ready-made contiguous tensors.
 """
 

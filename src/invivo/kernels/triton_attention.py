@@ -4,6 +4,9 @@ Both read keys and values through the block table and take every length from dev
 captured graph replays for any lengths. The query heads that share a key head lie next to each
 other in the M dimension of the products, so keys are read once a group. The softmax runs online
 in float32 and base 2.
+
+Arguments that change from batch to batch are kept out of Triton's specialisation: else every new
+combination of "is 1" and "is a multiple of 16" would compile the kernel again while requests wait.
 """
 
 from __future__ import annotations
@@ -124,7 +127,10 @@ def _visit_keys(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_spans", "first_row", "table_stride"],
+    do_not_specialize_on_alignment=["span_start", "kv_len", "block_table"],
+)
 def _span_kernel(
     q, k_cache, v_cache, out, span_start, kv_len, block_table, scale, softcap,
     n_spans, first_row, q_stride, table_stride,
@@ -200,7 +206,10 @@ def _span_kernel(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["kv_len", "block_table"],
+)
 def _decode_kernel(
     q, k_cache, v_cache, out, partial, partial_lse, kv_len, block_table, scale, softcap,
     q_stride, table_stride,
@@ -262,7 +271,9 @@ def _decode_kernel(
         tl.store(place, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_splits"],
+)
 def _combine_kernel(
     partial, partial_lse, out, n_splits,
     D: tl.constexpr, D_PAD: tl.constexpr, MOST: tl.constexpr,

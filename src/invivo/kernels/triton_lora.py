@@ -20,7 +20,10 @@ TILE_WIDTH = 64
 NONE = tl.constexpr(1 << 30)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_slots"],
+    do_not_specialize_on_alignment=["index"],
+)
 def _shrink_rows_kernel(
     x, a, index, partial, n_slots, x_stride,
     D_IN: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr, WIDTH: tl.constexpr,
@@ -45,7 +48,10 @@ def _shrink_rows_kernel(
     tl.store(partial + (row * tl.num_programs(1) + piece) * RANK + rank, products, mask=ranks)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_slots", "n_pieces"],
+    do_not_specialize_on_alignment=["index"],
+)
 def _expand_rows_kernel(
     y, b, index, partial, n_slots, n_pieces, y_stride,
     D_OUT: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr, WIDTH: tl.constexpr,
@@ -78,7 +84,10 @@ def _expand_rows_kernel(
     tl.store(place, (old.to(tl.float32) + added).to(old.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_rows", "n_slots"],
+    do_not_specialize_on_alignment=["index"],
+)
 def _shrink_tile_kernel(
     x, a, index, shrunk, n_rows, n_slots, x_stride,
     D_IN: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
@@ -116,7 +125,10 @@ def _shrink_tile_kernel(
         slot = tl.min(todo, 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_rows", "n_slots"],
+    do_not_specialize_on_alignment=["index"],
+)
 def _expand_tile_kernel(
     y, b, index, shrunk, n_rows, n_slots, y_stride,
     D_OUT: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,

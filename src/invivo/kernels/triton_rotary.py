@@ -9,7 +9,9 @@ import triton.language as tl
 HEADS_EACH = 8
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["positions", "slots"],
+)
 def _rotate_and_store_kernel(
     q, k, v, cos, sin, positions, k_cache, v_cache, slots, q_stride, k_stride, v_stride,
     N_HEADS: tl.constexpr, N_GROUPS: tl.constexpr, D: tl.constexpr,
