@@ -71,8 +71,6 @@ def test_without_a_known_key_nothing_is_answered(keyed, secrets):
 ROUTES = [
     ("POST", "/v1/chat/completions", CHAT, "generate"),
     ("POST", "/v1/completions", {"prompt": "Hello", "max_tokens": 2}, "generate"),
-    ("POST", "/tokenize", {"text": "Hello"}, "generate"),
-    ("GET", "/v1/models", None, "generate"),
     ("POST", "/v1/score", {"items": [{"text": "Hello"}]}, "score"),
     ("POST", "/v1/embeddings", {"input": "Hello"}, "score"),
     ("GET", "/metrics", None, "metrics"),
@@ -87,6 +85,14 @@ def test_a_scope_opens_its_routes_only(keyed, secrets, method, path, body, scope
         status = ask(keyed, secrets[name], method, path, json=body).status_code
         assert (status == 403) == (name != scope), (name, status)
     assert ask(keyed, secrets["admin"], method, path, json=body).status_code in (200, 404)
+
+
+def test_names_are_for_every_key_and_tokens_for_users(keyed, secrets):
+    for name in ("generate", "score", "metrics", "adapters"):
+        for path in ("/v1/models", "/v1/adapters"):
+            assert ask(keyed, secrets[name], "GET", path).status_code == 200
+        answer = ask(keyed, secrets[name], "POST", "/tokenize", json={"text": "Hello"})
+        assert answer.status_code == (200 if name in ("generate", "score") else 403)
 
 
 def test_a_path_on_the_server_is_for_administrators(keyed, secrets, adapter_folder):

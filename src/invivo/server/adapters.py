@@ -55,7 +55,7 @@ Manager = Annotated[Principal, Depends(needs("adapters"))]
 
 @router.get("/v1/adapters", response_model=AdapterList, responses=failures())
 def list_adapters(
-    request: Request, _principal: Annotated[Principal, Depends(needs("generate"))]
+    request: Request, _principal: Annotated[Principal, Depends(needs())]
 ) -> AdapterList:
     """The loaded adapters."""
     services = services_of(request)

@@ -45,12 +45,12 @@ class Principal:
 LOCAL = Principal(key_id=None, name="local", scopes=frozenset(SCOPES))
 
 
-def needs(scope: str) -> Callable[..., Principal]:
-    """A dependency: the principal, who has ``scope``.
+def needs(*scopes: str) -> Callable[..., Principal]:
+    """A dependency: the principal, who has one of ``scopes`` (none given: any known key).
 
     Raises (when the dependency runs):
         Unauthorized: no key or an unknown one; on an open server, a caller from elsewhere.
-        Forbidden: the key lacks the scope, or a web page of another origin calls.
+        Forbidden: the key lacks the scopes, or a web page of another origin calls.
     """
 
     def principal(
@@ -63,11 +63,11 @@ def needs(scope: str) -> Callable[..., Principal]:
             _check_local(request)
             return LOCAL
         found = _with_key(services, services.keys, credentials)
-        if not found.may(scope):
+        if scopes and not any(found.may(scope) for scope in scopes):
             raise Forbidden(
-                f"this key lacks the scope {scope}",
+                f"this key lacks the scope {' or '.join(scopes)}",
                 field="Authorization",
-                remedy=f"Use a key with it, made by `invivo keys add NAME --scope {scope}`",
+                remedy=f"Use a key with it, made by `invivo keys add NAME --scope {scopes[0]}`",
             )
         return found
 

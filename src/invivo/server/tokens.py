@@ -23,7 +23,7 @@ router = APIRouter(tags=["tokens"])
 def tokenize(
     body: TokenizeRequest,
     request: Request,
-    _principal: Annotated[Principal, Depends(needs("generate"))],
+    _principal: Annotated[Principal, Depends(needs("generate", "score"))],
 ) -> Tokens:
     """Token ids of a text, or of a conversation as the model sees it."""
     services = services_of(request)
@@ -46,7 +46,7 @@ def tokenize(
 def detokenize(
     body: DetokenizeRequest,
     request: Request,
-    _principal: Annotated[Principal, Depends(needs("generate"))],
+    _principal: Annotated[Principal, Depends(needs("generate", "score"))],
 ) -> DetokenizedText:
     """Text of token ids, special tokens included."""
     services = services_of(request)
