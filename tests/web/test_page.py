@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from invivo.server.keys import KeyStore
 from invivo.server.run import ServerThread
 from invivo.server.settings import Settings
 
@@ -207,6 +208,33 @@ def test_page_finds_the_server_again(browser, lm):
     with ServerThread(lm, Settings(port=port, served_name="tiny")):
         page.wait_for_selector("#state[data-state=ready]", timeout=15_000)
     context.close()
+
+
+def test_page_asks_for_a_key_where_one_is_needed(open_page, lm, tmp_path):
+    url = f"sqlite:///{tmp_path / 'keys.sqlite3'}"
+    secret, _ = KeyStore(url).add("screen", ["metrics", "generate"])
+    settings = Settings(port=0, served_name="tiny", require_keys=True, database=url)
+    with ServerThread(lm, settings) as locked:
+        page = open_page(locked.url)
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key-form [name=key]", "wrong")
+        page.press("#key-form [name=key]", "Enter")
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key-form [name=key]", secret)
+        page.press("#key-form [name=key]", "Enter")
+        page.wait_for_selector("#state[data-state=ready]")
+        ask_plainly(page, "hello")
+        page.reload()  # the tab remembers
+        page.wait_for_selector("#state[data-state=ready]")
+        page.close()
+    assert [p for p in open_page.problems if "status of 401" not in p] == []
+    open_page.problems.clear()
+
+
+def ask_plainly(page: Any, text: str) -> None:
+    page.fill("#prompt", text)
+    page.press("#prompt", "Enter")
+    wait_until(lambda: "first token" in page.locator(".message .meta").text_content())
 
 
 @pytest.fixture(scope="module")
