@@ -30,7 +30,8 @@ FLAGS = [
 OpenPage = Callable[..., Any]
 
 
-@pytest.fixture(scope="session")
+# Not for the session: while playwright runs, its event loop keeps others out of this thread.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     try:
