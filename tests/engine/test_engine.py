@@ -98,6 +98,31 @@ def test_embeddings_are_pooled_final_states_in_any_chunks(tiny: LoadedModel, hf:
         assert last.outputs[-1].embedding == pytest.approx(states[-1].tolist(), abs=1e-4)
 
 
+def test_long_texts_of_longrope_models_get_the_long_angles(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0, 1.5],
+        "long_factor": [4.0, 9.0],
+    }
+    options = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    engine = small_engine(load_model(str(tiny_model_folder(tmp_path, "phi3", **options))))
+    hf = tiny_hf_model("phi3", **options)
+    text = [random.Random(3).randrange(290) for _ in range(60)]
+    short, long = (ask(engine, text[:n], kind="score") for n in (30, 60))
+    grown = ask(engine, text[:20], max_tokens=20, temperature=0.0, ignore_eos=True, logprobs=0)
+    run(engine, short, long, grown)  # the prefix cache may not mix the two kinds
+    for inquiry in (short, long):
+        tokens = list(inquiry.request.tokens)
+        exact = reference_logprobs(hf, tokens)
+        expected = [float(exact[i - 1, tokens[i]]) for i in range(1, len(tokens))]
+        assert inquiry.prompt_logprobs() == pytest.approx(expected, abs=1e-4)
+    exact = reference_logprobs(hf, text[:20] + grown.tokens())[19:-1]
+    assert grown.logprobs() == pytest.approx(exact.max(-1).values.tolist(), abs=1e-4)
+
+
 # --- isolation and determinism -----------------------------------------------------------------
 ASKED: list[dict[str, Any]] = [
     {"temperature": 0.0},

@@ -72,6 +72,8 @@ class BatchBuilder:
         width = -(-limits.max_length // limits.block_size)
         self._table = np.zeros((rows, width), dtype=np.int32)
         self._adapter = np.zeros(rows, dtype=np.int32)
+        self._offset = np.zeros(rows, dtype=np.int64)  # position_offset by row
+        self._shifts = False  # whether any sequence had one
         n_long = 3 * tokens + 5 * rows
         n_int = tokens + 2 * rows + 1 + rows * width
         self._staging = [_Staging(n_long, n_int, not self._on_cpu) for _ in range(2)]
@@ -150,6 +152,8 @@ class BatchBuilder:
         slots[:] = self._table[token_rows, block]
         slots *= block_size
         slots += offset
+        if self._shifts:
+            positions += self._offset[token_rows]
         adapters[:] = self._adapter[token_rows]
         np.take(self._table[:, :width], span_rows, axis=0, out=table.reshape(n_spans, width))
         if n_pending:
@@ -192,6 +196,8 @@ class BatchBuilder:
     def _update_tables(self, plan: Plan) -> None:
         for seq in plan.admitted:
             self._adapter[seq.row] = seq.adapter_slot
+            self._offset[seq.row] = seq.position_offset
+            self._shifts = self._shifts or seq.position_offset != 0
         for seq, first in plan.grown:
             self._table[seq.row, first : len(seq.blocks)] = seq.blocks[first:]
 

@@ -18,8 +18,9 @@ Namespace = tuple[tuple[object, ...], ...]
 _MOST_ROOM = 256
 
 
-def prefix_namespace(request: Request, adapter_version: int) -> Namespace:
-    """What besides tokens decides a block's content: adapter and version, program, tenant.
+def prefix_namespace(request: Request, adapter_version: int, position_offset: int = 0) -> Namespace:
+    """What besides tokens decides a block's content: adapter and version, program, tenant, and
+    which positions a LongRoPE model gives the tokens.
 
     Every part carries its kind, so that an adapter's name never equals somebody's salt.
     """
@@ -28,6 +29,8 @@ def prefix_namespace(request: Request, adapter_version: int) -> Namespace:
         parts.append(("adapter", request.adapter, adapter_version))
     if request.program is not None:
         parts.append(("program", request.program))
+    if position_offset:
+        parts.append(("positions", position_offset))
     return tuple(parts)
 
 

@@ -41,6 +41,7 @@ from invivo.engine.validate import validate_request
 from invivo.errors import Conflict, InvalidRequest, InvivoError, Overloaded, Unavailable
 from invivo.models.cache import allocate_kv_cache
 from invivo.models.load import LoadedModel
+from invivo.models.rope import long_text_offset
 
 log = logging.getLogger(__name__)
 
@@ -604,6 +605,7 @@ class Engine:
                 index=index,
                 tokens=list(request.tokens),
                 n_prompt=len(request.tokens),
+                position_offset=long_text_offset(self.model.config, self._will_grow_to(request)),
                 needs_host_token=state.needs_host_token,
             )
             if state.counts is not None:
@@ -624,6 +626,14 @@ class Engine:
                 )
             )
         return job
+
+    def _will_grow_to(self, request: Request) -> int:
+        """Most tokens that a sequence of the request will have."""
+        if request.kind != "generate":
+            return len(request.tokens)
+        if request.params.max_tokens is None:
+            return self.scheduler.max_length
+        return len(request.tokens) + request.params.max_tokens
 
     def _scoring(self, request: Request, index: int) -> tuple[int, int]:
         """First scored prompt token and how many there are."""

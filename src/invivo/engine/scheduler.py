@@ -135,7 +135,7 @@ class Scheduler:
                 than ``max_length``.
         """
         seq.limit = self._limit_of(seq)
-        seq.namespace = prefix_namespace(seq.request, seq.adapter_version)
+        seq.namespace = prefix_namespace(seq.request, seq.adapter_version, seq.position_offset)
         seq.rank = (seq.request.priority, seq.request.arrival, self._n_queued)
         self._n_queued += 1
         seq.status = Status.WAITING

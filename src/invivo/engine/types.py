@@ -173,6 +173,7 @@ class Sequence:
         row: slot of the running sequence in persistent per-sequence tables, -1 when not running.
         state_slot: slot of recurrent state (reserved), -1 = none.
         adapter_slot, adapter_version: device slot and version of the adapter, 0 = base model.
+        position_offset: added to the positions that rotary embeddings see (LongRoPE models).
         needs_host_token: the next step needs the last token's value on the host (grammar), so the
             sequence skips a step while that token is in flight.
         namespace: typed prefix-cache key parts, e.g. (("adapter", name, version), ("salt", s)).
@@ -195,6 +196,7 @@ class Sequence:
     state_slot: int = -1
     adapter_slot: int = 0
     adapter_version: int = 0
+    position_offset: int = 0
     needs_host_token: bool = False
     namespace: tuple[tuple[object, ...], ...] = ()
     limit: int = 0
