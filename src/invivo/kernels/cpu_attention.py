@@ -54,16 +54,18 @@ def paged_attention_cpu(
     softcap: float | None = None,
 ) -> torch.Tensor:
     """The function of ``paged_attention_reference``; not differentiable."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+    groups: list[_Group] = []
     if layout.n_decode:
         token_bytes = 2 * k_cache[0, 0].numel() * k_cache.element_size()
         key = ("cpu_attention.decode", window, token_bytes, q.dtype)
-        groups = layout.prepared.get(key)
-        if groups is None:
-            groups = _group_decodes(layout, window, token_bytes, q.dtype)
-            layout.prepared[key] = groups
-        for group in groups:
-            _decode(out, q, k_cache, v_cache, group, scale, softcap)
+        if key not in layout.prepared:
+            layout.prepared[key] = _group_decodes(layout, window, token_bytes, q.dtype)
+        groups = layout.prepared[key]
+        if groups[0].n == q.shape[0]:
+            return _decode(q, k_cache, v_cache, groups[0], scale, softcap)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    for group in groups:
+        out[group.rows] = _decode(q[group.rows], k_cache, v_cache, group, scale, softcap)
     starts = layout.span_start_host or layout.span_start.tolist()
     lengths = layout.kv_len_host or layout.kv_len.tolist()
     for span in range(layout.n_decode, layout.n_spans):
@@ -140,14 +142,14 @@ def _make_group(
 
 
 def _decode(
-    out: torch.Tensor,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     group: _Group,
     scale: float,
     softcap: float | None,
-) -> None:
+) -> torch.Tensor:
+    """Attention of one group: q [n, H, D], its rows alone, -> [n, H, D]."""
     n_heads, head_dim = q.shape[1:]
     n_groups = k_cache.shape[2]
     n, n_keys = group.n, group.n_keys
@@ -159,16 +161,15 @@ def _decode(
         shape = (n, -1, n_groups, head_dim)
         keys = k_cache.index_select(0, group.blocks).view(shape)[:, :n_keys].transpose(1, 2)
         values = v_cache.index_select(0, group.blocks).view(shape)[:, :n_keys].transpose(1, 2)
-    queries = q[group.rows]
     if softcap is not None:
-        queries = queries.reshape(n, n_groups, -1, head_dim)
+        queries = q.reshape(n, n_groups, -1, head_dim)
         mixed = _attend_capped(queries, keys, values, group.mask, scale, softcap)
     else:
         # Heads as heads rather than as rows of a group: a quarter faster.
         mixed = F.scaled_dot_product_attention(
-            queries.unsqueeze(2), keys, values, group.mask, scale=scale, enable_gqa=True
+            q.unsqueeze(2), keys, values, group.mask, scale=scale, enable_gqa=True
         )
-    out[group.rows] = mixed.reshape(n, n_heads, head_dim)
+    return mixed.reshape(n, n_heads, head_dim)
 
 
 def _keys_of_span(
