@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from invivo.errors import InvalidRequest
-from invivo.tools import ToolCall, ToolCallParser, parse_tool_calls, plan_tools
+from invivo.tools import ToolCall, ToolCallParser, parse_tool_calls, plan_tools, tools_in_text
 
 WEATHER = {
     "type": "function",
@@ -132,3 +132,25 @@ def test_cuts_do_not_change_the_parse(pieces, data):
     content = "".join(piece for piece in out if isinstance(piece, str))
     calls = [piece for piece in out if isinstance(piece, ToolCall)]
     assert (content, calls) == parse_tool_calls(text, NAMES)
+
+
+def test_tools_can_be_written_into_the_messages():
+    call = {"function": {"name": "clock", "arguments": "{}"}}
+    written = tools_in_text(
+        [
+            {"role": "user", "content": "What time is it?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "noon"},
+        ],
+        [WEATHER, CLOCK],
+    )
+    assert [message["role"] for message in written] == ["user", "assistant", "user"]
+    assert written[0]["content"].endswith("What time is it?")
+    assert '"name": "weather"' in written[0]["content"]
+    assert parse_tool_calls(written[1]["content"], NAMES) == ("", [ToolCall("clock", "{}")])
+    assert "noon" in written[2]["content"]
+    system = {"role": "system", "content": "Be brief."}
+    written = tools_in_text([system, {"role": "user", "content": "Hi"}], [CLOCK])
+    assert written[0]["content"].startswith("Be brief.")
+    assert "clock" in written[0]["content"]
+    assert written[1]["content"] == "Hi"

@@ -37,7 +37,7 @@ from invivo.lm import (
 )
 from invivo.models.load import LoadedModel, load_model
 from invivo.sampling import Asked, asked_of
-from invivo.tools import plan_tools
+from invivo.tools import plan_tools, tools_in_text
 
 GENERATE_TOKENS = 128  # max_tokens where nothing is said
 CHAT_TOKENS = 512
@@ -248,8 +248,6 @@ class LocalLM(LM):
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        from jinja2.exceptions import TemplateError
-
         if not self._has_chat_template:
             raise InvalidRequest(
                 "the model has no chat template",
@@ -261,6 +259,21 @@ class LocalLM(LM):
                 raise InvalidRequest(
                     "must be mappings with a role", field="messages", given=message
                 )
+        text = self._rendered(messages, tools, add_generation_prompt)
+        if tools and text == self._rendered(messages, None, add_generation_prompt):
+            # The template passes the tools over: they are described in the messages instead.
+            described = tools_in_text(messages, tools)
+            text = self._rendered(described, None, add_generation_prompt)
+        return text
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+    ) -> str:
+        from jinja2.exceptions import TemplateError
+
         try:
             return str(
                 self.model.tokenizer.apply_chat_template(

@@ -8,7 +8,7 @@ with the bare JSON object; a forced call is constrained to the latter by a JSON 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,30 @@ def call_schema(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         )
     body = calls[0] if len(calls) == 1 else {"anyOf": calls}
     return {"$defs": definitions, **body}
+
+
+def tools_in_text(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The conversation with tools, calls and their results written out as text.
+
+    For chat templates that know nothing of tools: the description goes into the system message,
+    or before the first user's, since not every template takes a system message.
+    """
+    functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    note = (
+        f"You may call these functions:\n{functions}\n"
+        f'To call one, answer with {OPEN_TAG}{{"name": ..., "arguments": {{...}}}}{CLOSE_TAG}.'
+    )
+    out = [_written_out(message) for message in messages]
+    for message in out:
+        if message["role"] == "system":
+            message["content"] = f"{message['content']}\n\n{note}"
+            break
+        if message["role"] == "user":
+            message["content"] = f"{note}\n\n{message['content']}"
+            break
+    return out
 
 
 def parse_tool_calls(text: str, names: frozenset[str]) -> tuple[str, list[ToolCall]]:
@@ -324,6 +348,20 @@ def _chosen_name(tool_choice: object) -> str:
         given=tool_choice,
         remedy='Use "auto", "none", "required" or {"type": "function", "function": {"name": ...}}',
     )
+
+
+def _written_out(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content") or ""
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>{content}</tool_response>"}
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        written = {"name": function["name"], "arguments": arguments}
+        content += f"{OPEN_TAG}{json.dumps(written, ensure_ascii=False)}{CLOSE_TAG}"
+    return {"role": message["role"], "content": content}
 
 
 def _moved(schema: Any, place: str) -> Any:

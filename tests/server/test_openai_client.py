@@ -232,6 +232,19 @@ def test_tools_without_a_call_leave_the_text_alone(client):
     assert none.choices[0].message.tool_calls is None
 
 
+def test_tools_reach_a_model_whose_template_knows_none(client, lm, monkeypatch):
+    plain = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(lm.model.tokenizer, "chat_template", plain)
+    text = lm.apply_chat_template(HELLO, tools=TOOLS)
+    assert '"weather"' in text
+    assert text.endswith(HELLO[0]["content"])
+    assert lm.apply_chat_template(HELLO) == f"[user]{HELLO[0]['content']}"
+    answer = client.chat.completions.create(
+        messages=HELLO, model="tiny", max_tokens=120, tools=TOOLS, tool_choice="required"
+    )
+    assert answer.choices[0].message.tool_calls
+
+
 def test_completions_take_text_tokens_and_lists(client, lm):
     ids = lm.tokenize("the cat", special=True)
     shared = {"model": "tiny", "temperature": 0, "max_tokens": 8}
