@@ -56,7 +56,7 @@ def test_attention_of_every_head_size(head_dim, block_size):
 @pytest.mark.parametrize(("window", "softcap"), [(None, 3.0), (9, None), (40, 2.0), (1, None)])
 def test_attention_with_window_and_cap(window, softcap):
     shape = AttentionShape(n_heads=4, n_groups=4, head_dim=64)
-    spans = [(1, 3), (1, 90), (33, 100), (1, 50), (2, 2)]
+    spans = [(1, 3), (1, 70), (9, 60), (1, 50), (2, 2)]
     check_attention(spans, shape, window=window, softcap=softcap)
 
 
@@ -76,6 +76,14 @@ def test_decode_is_the_same_for_any_number_of_splits(n_splits, monkeypatch):
     monkeypatch.setattr(triton_attention, "n_splits_for", lambda rows, groups: n_splits)
     check_attention([(1, 200), (1, 5), (1, 64)], AttentionShape(), window=None)
     check_attention([(1, 200), (1, 5), (1, 64)], AttentionShape(), window=70)
+
+
+@pytest.mark.parametrize(("head_dim", "n_groups", "block_size"), [(80, 3, 16), (64, 1, 32)])
+@pytest.mark.parametrize("window", [None, 50])
+def test_attention_over_keys_gathered_for_bulk_reads(head_dim, n_groups, block_size, window):
+    shape = AttentionShape(n_heads=6, n_groups=n_groups, head_dim=head_dim, block_size=block_size)
+    spans = [(1, 40), (1, 3), (200, 200), (2, 129), (60, 300)]
+    check_attention(spans, shape, dtype=torch.float16, window=window)
 
 
 def test_attention_reads_queries_out_of_the_joint_projection():
