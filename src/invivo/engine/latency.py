@@ -82,8 +82,9 @@ class Coefficients:
 # prior suits all: a coefficient is known to some hundredths of a second before any measurement,
 # when measurements scatter by a few percent.
 _UNITS = (1.0, 1.0, 256.0, 1e5, 1e6, 1.0, 1e4, 1.0)
-_PRIOR = 0.25
+_PRIOR_INFORMATION = 4.0 * np.eye(8)
 _BASE = 1
+_LEAST = 1e-6  # seconds: no step takes less
 _ENOUGH = 32  # recorded steps from which the safety factor rests on them
 Row = list[float]
 
@@ -106,16 +107,13 @@ def _dot(a: Row, b: Row) -> float:
 
 @dataclass(slots=True)
 class _Fit:
-    """The coefficients of one range of rows (in ``_UNITS``) and how uncertain they are.
-
-    Plain lists: with eight numbers they are several times faster than arrays.
-    """
+    """The coefficients of one range of rows (in ``_UNITS``) and what is known of them."""
 
     weights: Row
-    covariance: list[Row]  # over the variance of the relative error
+    information: Array  # [8, 8]: sum of x x^T over remembered steps, and the prior
 
     def copy(self) -> _Fit:
-        return _Fit(list(self.weights), [list(row) for row in self.covariance])
+        return _Fit(list(self.weights), self.information.copy())
 
     def seconds(self, work: Work) -> float:
         flat, base, row, context, pairs, start, backward, training = self.weights
@@ -123,32 +121,30 @@ class _Fit:
         time += context * work.context / _UNITS[3] + pairs * work.pairs / _UNITS[4]
         if work.backward:
             time += start + backward * work.backward / _UNITS[6]
-        return time + training if work.train_rows else time
+        if work.train_rows:
+            time += training
+        return max(time, _LEAST)
 
     def update(self, work: Work, seconds: float, forgetting: float) -> None:
-        """One step of recursive least squares on the relative error."""
+        """One step of recursive least squares on the relative error.
+
+        The prior's information is renewed at the rate at which steps are forgotten, so what a
+        steady load says nothing about stays as it is.
+        """
         flat, line = _features(work)
         chosen = flat if _dot(self.weights, flat) >= _dot(self.weights, line) else line
-        x = [value / seconds for value in chosen]
-        expected = _dot(self.weights, x)
-        # A hiccup of the machine counts at most as twice the expected time.
-        error = min(1.0 - expected, max(expected, 0.1))
-        spread = [_dot(row, x) for row in self.covariance]
-        denominator = forgetting + _dot(x, spread)
-        gain = [value / denominator for value in spread]
-        for i, value in enumerate(gain):
-            moved = self.weights[i] + value * error
-            # No less time for more work; only the line may start below zero.
-            self.weights[i] = moved if i == _BASE else max(moved, 0.0)
-        covariance = [
-            [(old - g * s) / forgetting for old, s in zip(row, spread, strict=True)]
-            for row, g in zip(self.covariance, gain, strict=True)
-        ]
-        # What recent steps say nothing about is forgotten no further than to the prior.
-        shrink = [min(1.0, (_PRIOR / covariance[i][i]) ** 0.5) for i in range(len(gain))]
-        self.covariance = [
-            [value * shrink[i] * shrink[j] for j, value in enumerate(row)]
-            for i, row in enumerate(covariance)
+        expected = _dot(self.weights, chosen)
+        # Relative to the slower of the two, nearly: neither a hiccup nor an empty step counts much.
+        scale = max(seconds, expected / 2)
+        x = np.array(chosen) / scale
+        self.information = (
+            forgetting * self.information + (1 - forgetting) * _PRIOR_INFORMATION + np.outer(x, x)
+        )
+        move = np.linalg.solve(self.information, x * ((seconds - expected) / scale)).tolist()
+        # No less time for more work; only the line may start below zero.
+        self.weights = [
+            w + m if i == _BASE else max(w + m, 0.0)
+            for i, (w, m) in enumerate(zip(self.weights, move, strict=True))
         ]
 
 
@@ -296,8 +292,7 @@ def _fit(profile: Sequence[Sample]) -> _Fit:
             best = (loss, weights, x)
     assert best is not None
     _, weights, x = best
-    covariance = np.linalg.inv(x.T @ x + np.eye(x.shape[1]) / _PRIOR)
-    return _Fit(weights.tolist(), covariance.tolist())
+    return _Fit(weights.tolist(), x.T @ x + _PRIOR_INFORMATION)
 
 
 def _least_squares(x: Array, y: Array) -> Array:
@@ -305,7 +300,7 @@ def _least_squares(x: Array, y: Array) -> Array:
     free = np.ones(x.shape[1], dtype=bool)
     while True:
         part = x[:, free]
-        normal = part.T @ part + np.eye(part.shape[1]) / _PRIOR
+        normal = part.T @ part + _PRIOR_INFORMATION[free][:, free]
         weights = np.zeros(x.shape[1])
         weights[free] = np.linalg.solve(normal, part.T @ y)
         negative = (weights < 0) & (np.arange(x.shape[1]) != _BASE)
