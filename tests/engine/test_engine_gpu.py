@@ -29,11 +29,12 @@ def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return tiny_loaded(Path(tmp_path_factory.mktemp("gpu")), device="cuda")
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_answers_equal_those_of_a_cpu(
-    tiny: LoadedModel, on_gpu: LoadedModel, overlap: bool
+    tiny: LoadedModel, on_gpu: LoadedModel, overlap: bool, graphs: bool
 ) -> None:
-    engines = small_engine(tiny), small_engine(on_gpu, overlap=overlap)
+    engines = small_engine(tiny), small_engine(on_gpu, overlap=overlap, cuda_graphs=graphs)
     prompts = [[i, 7, 9, 200 - i] for i in range(len(ASKED))]
     answers = []
     for engine in engines:

@@ -21,6 +21,7 @@ from invivo.engine.adapters import Adapter, AdapterStore
 from invivo.engine.batch import BatchBuilder
 from invivo.engine.detokenize import StopText, TextStream, backend
 from invivo.engine.grammar import GrammarCompiler, Matcher
+from invivo.engine.graphs import DecodeGraphs
 from invivo.engine.memory import limits_of, room_to_pack
 from invivo.engine.sampler import RowState, row_state
 from invivo.engine.scheduler import Scheduler
@@ -195,7 +196,19 @@ class Engine:
             dtype=weight.dtype,
         )
         self._builder = BatchBuilder(limits, self.device)
-        self._stepper = Stepper(model.decoder, cache, self.adapters, max_running=c.max_running)
+        graphs = None
+        if on_gpu and c.cuda_graphs is not False:
+            graphs = DecodeGraphs(
+                model.decoder,
+                cache,
+                self.adapters,
+                max_rows=c.max_running,
+                max_blocks=-(-self.max_model_len // c.block_size),
+            )
+            graphs.capture()
+        self._stepper = Stepper(
+            model.decoder, cache, self.adapters, graphs, max_running=c.max_running
+        )
         self._grammars = GrammarCompiler(
             model.tokenizer,
             vocab_size=model.config.vocab_size,

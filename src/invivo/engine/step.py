@@ -15,6 +15,7 @@ import torch
 
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.batch import FlatBatch
+from invivo.engine.graphs import DecodeGraphs
 from invivo.engine.sampler import LogprobRows, RowState, sample, token_logprobs
 from invivo.engine.transfer import index_on, to_host
 from invivo.engine.types import Plan, Sequence, StepResult, TokenLogprob
@@ -80,15 +81,23 @@ class Stepper:
 
     Args:
         adapters: whose tables the batches' slots refer to.
+        graphs: for plans of decodes alone; None runs them kernel by kernel.
         max_running: rows of ``last_token``.
     """
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, adapters: AdapterStore, *, max_running: int
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        adapters: AdapterStore,
+        graphs: DecodeGraphs | None,
+        *,
+        max_running: int,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._adapters = adapters
+        self._graphs = graphs
         self._device = cache.k.device
         self._last_token = torch.zeros(max_running, dtype=torch.int64, device=self._device)
         # Sums of final states of half-computed prompts, by sequence: mean embeddings.
@@ -98,16 +107,20 @@ class Stepper:
     def launch(self, batch: FlatBatch, work: Work) -> Launched:
         """Put one step on the device."""
         started = time.perf_counter()
-        hidden = self._forward(batch)
+        hidden, logits = self._forward(batch)
         tokens = torch.empty(0, dtype=torch.int64)
         logprobs, logprob_rows = None, []
-        if batch.sample_spans:
-            rows = hidden if len(batch.sample_spans) == len(hidden) else hidden[batch.sample_index]
-            draw = sample(self._decoder.logits(rows), work.rows, work.positions)
+        if logits is not None:
+            draw = sample(logits, work.rows, work.positions)
             self._last_token[batch.sample_rows] = draw.tokens
             tokens = to_host(draw.tokens)
             logprob_rows = draw.logprob_rows
             logprobs = _rows_to_host(draw.logprobs)
+        scored, embeddings = None, {}
+        if hidden is not None:
+            scored = _rows_to_host(self._score(hidden, batch, work.scored))
+            pooled = self._pool(hidden, batch, work.pooled)
+            embeddings = {span: to_host(vector) for span, vector in pooled.items()}
         launched = Launched(
             plan=batch.plan,
             work=work,
@@ -115,11 +128,8 @@ class Stepper:
             tokens=tokens,
             logprob_rows=logprob_rows,
             logprobs=logprobs,
-            scored=_rows_to_host(self._score(hidden, batch, work.scored)),
-            embeddings={
-                span: to_host(vector)
-                for span, vector in self._pool(hidden, batch, work.pooled).items()
-            },
+            scored=scored,
+            embeddings=embeddings,
             done=None,
             started=started,
         )
@@ -158,12 +168,24 @@ class Stepper:
         self._sums.pop(seq, None)
 
     # --- parts ------------------------------------------------------------------------------
-    def _forward(self, batch: FlatBatch) -> torch.Tensor:
-        tokens = batch.tokens
+    def _forward(self, batch: FlatBatch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Final states of all rows, and logits of the sampled ones.
+
+        A replayed graph gives no states: where every row is sampled nobody asks for them.
+        """
+        tokens, layout = batch.tokens, batch.layout
         if len(batch.pending_index):
             tokens[batch.pending_index] = self._last_token[batch.pending_rows]
-        bypass = self._adapters.bypass(batch.adapters) if batch.adapter_slots else None
-        return self._decoder.forward(tokens, batch.layout, self._cache, bypass=bypass)
+        n_sampled, n_rows = len(batch.sample_spans), layout.n_rows
+        slots = batch.adapters if batch.adapter_slots else None
+        if self._graphs is not None and n_sampled == n_rows and self._graphs.fits(layout):
+            return None, self._graphs.run(tokens, layout, slots)
+        bypass = None if slots is None else self._adapters.bypass(slots)
+        hidden = self._decoder.forward(tokens, layout, self._cache, bypass=bypass)
+        if not n_sampled:
+            return hidden, None
+        rows = hidden if n_sampled == n_rows else hidden[batch.sample_index]
+        return hidden, self._decoder.logits(rows)
 
     def _score(
         self, hidden: torch.Tensor, batch: FlatBatch, scored: list[ScoredRows]
