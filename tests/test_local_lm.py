@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import subprocess
@@ -315,3 +316,30 @@ def test_a_closed_model_refuses(folder: Path) -> None:
         list(stream)
     with pytest.raises(Unavailable):
         lm.generate("the")
+
+
+def test_a_model_that_is_dropped_closes_itself(folder: Path) -> None:
+    lm = invivo.load(str(folder), kv_bytes=1 << 20)
+    engine = lm.engine
+    lm.generate("the", **GREEDY)
+    del lm
+    gc.collect()
+    assert engine._thread is None
+
+
+def test_a_program_may_end_in_the_middle_of_an_answer(folder: Path) -> None:
+    code = (
+        "import sys, invivo\n"
+        "lm = invivo.load(sys.argv[1], kv_bytes=1 << 20)\n"
+        "stream = lm.stream('the', max_tokens=900, ignore_eos=True)\n"
+        "next(stream)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
