@@ -8,25 +8,25 @@ An exception in a step ends the requests of that plan with an error and nothing 
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from invivo.engine.adapters import Adapter, AdapterStore
+from invivo.engine.adapters import AdapterStore
 from invivo.engine.batch import BatchBuilder
-from invivo.engine.detokenize import StopText, TextStream, backend
+from invivo.engine.config import EngineConfig
+from invivo.engine.detokenize import backend
 from invivo.engine.grammar import GrammarCompiler, Matcher
 from invivo.engine.graphs import DecodeGraphs
 from invivo.engine.memory import limits_of, room_to_pack
-from invivo.engine.sampler import RowState, row_state
+from invivo.engine.sampler import RowState
 from invivo.engine.scheduler import Scheduler
 from invivo.engine.stats import Counters, EngineStats, RequestRecord
 from invivo.engine.step import Launched, ScoredRows, Stepper, Work
+from invivo.engine.tracks import Job, OnOutput, Track, make_job
 from invivo.engine.types import (
     FinishReason,
     Output,
@@ -39,98 +39,12 @@ from invivo.engine.types import (
     TokenLogprob,
 )
 from invivo.engine.validate import validate_request
-from invivo.errors import Conflict, InvalidRequest, InvivoError, Overloaded, Unavailable
+from invivo.errors import Conflict, InvivoError, Overloaded, Unavailable
 from invivo.models.cache import allocate_kv_cache
 from invivo.models.load import LoadedModel
 from invivo.models.rope import long_text_offset
 
 log = logging.getLogger(__name__)
-
-OnOutput = Callable[[Output], None]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Sizes and switches of an engine.
-
-    Attributes:
-        max_batch_tokens: token rows of one iteration; None = 2048 on a GPU, 512 on a CPU.
-        max_running: sequences that hold memory at the same time.
-        block_size: tokens a block of the KV cache.
-        kv_bytes: size of the KV cache; None = what ``memory_fraction`` of a GPU leaves, on a CPU
-            2 GiB or a quarter of free memory.
-        max_model_len: longest prompt + output; None = the model's.
-        max_waiting: sequences that may queue before requests are refused.
-        prefix_cache: whether prompts with the same beginning share its computation.
-        max_adapters: different adapters at once in the device tables; more may be loaded.
-        max_lora_rank: largest rank taken.
-        memory_fraction: share of a GPU's memory to use.
-        overlap: prepare the next step while one runs; None = on a GPU.
-        cuda_graphs: replay decode steps as CUDA graphs; None = on a GPU.
-    """
-
-    max_batch_tokens: int | None = None
-    max_running: int = 256
-    block_size: int = 16
-    kv_bytes: int | None = None
-    max_model_len: int | None = None
-    max_waiting: int = 1024
-    prefix_cache: bool = True
-    max_adapters: int = 8
-    max_lora_rank: int = 64
-    memory_fraction: float = 0.9
-    overlap: bool | None = None
-    cuda_graphs: bool | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("max_running", 1),
-            ("block_size", 1),
-            ("max_waiting", 0),
-            ("max_adapters", 1),
-            ("max_lora_rank", 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise InvalidRequest(
-                    f"must be a whole number of at least {least}", field=name, given=value
-                )
-        if not 0 < self.memory_fraction <= 1:
-            raise InvalidRequest(
-                "must lie above 0 and be at most 1",
-                field="memory_fraction",
-                given=self.memory_fraction,
-            )
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One request on its way through the engine."""
-
-    request: Request
-    on_output: OnOutput
-    adapter: Adapter | None
-    record: RequestRecord
-    tracks: list[_Track]
-    unfinished: int
-    first_token: float = 0.0
-    placed: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Track:
-    """What the engine keeps of one sequence beside the scheduler's view."""
-
-    job: _Job
-    seq: Sequence
-    state: RowState
-    text: TextStream | None
-    stops: StopText
-    scored: list[TokenLogprob | None]  # by prompt token from scored_from on
-    scored_from: int
-    prompt_sent: bool
-    last_token: float = 0.0  # time.monotonic() of the last token, 0 before the first
-    ended: bool = False
 
 
 @dataclass(slots=True)
@@ -138,7 +52,7 @@ class _Inbox:
     """What other threads ask of the engine, in order."""
 
     wake: threading.Condition = field(default_factory=threading.Condition)
-    submitted: deque[_Job] = field(default_factory=deque)
+    submitted: deque[Job] = field(default_factory=deque)
     aborted: deque[str] = field(default_factory=deque)
     live: dict[str, int] = field(default_factory=dict)  # request id -> sequences
     n_sequences: int = 0
@@ -167,7 +81,7 @@ class Engine:
         self.device = weight.device
         on_gpu = self.device.type == "cuda"
         c = self.config
-        self.max_model_len = _model_length(c.max_model_len, model.config.max_positions)
+        self.max_model_len = c.model_length(model.config.max_positions)
         if room_to_pack(model.decoder):
             model.decoder.pack()
         limits = limits_of(
@@ -217,8 +131,8 @@ class Engine:
         self._tokenizer = None if model.tokenizer is None else backend(model.tokenizer)
         self._eos = frozenset(model.config.eos_token_ids)
         self._overlap = on_gpu if c.overlap is None else c.overlap
-        self._tracks: dict[Sequence, _Track] = {}
-        self._parked: deque[_Job] = deque()  # their adapter waits for a slot
+        self._tracks: dict[Sequence, Track] = {}
+        self._parked: deque[Job] = deque()  # their adapter waits for a slot
         self._in_flight: Launched | None = None
         self._inbox = _Inbox()
         self._counters = Counters()
@@ -241,7 +155,6 @@ class Engine:
         validate_request(
             request, vocab_size=self.model.config.vocab_size, max_model_len=self.longest(request)
         )
-        self._check_room(request)
         grammar = request.params.grammar
         matchers: list[Matcher | None] = [
             self._grammars.matcher(grammar) if grammar is not None else None
@@ -249,7 +162,15 @@ class Engine:
         ]
         adapter = self.adapters.hold(request.adapter) if request.adapter is not None else None
         try:
-            job = self._job(request, on_output, adapter, matchers)
+            job = make_job(
+                request,
+                on_output,
+                adapter=adapter,
+                matchers=matchers,
+                tokenizer=self._tokenizer,
+                eos_ids=self._eos,
+                position_offset=long_text_offset(self.model.config, self._will_grow_to(request)),
+            )
             inbox = self._inbox
             with inbox.wake:
                 self._check_open()
@@ -405,7 +326,7 @@ class Engine:
         while self._parked and self._enter(self._parked[0]):
             self._parked.popleft()
 
-    def _enter(self, job: _Job) -> bool:
+    def _enter(self, job: Job) -> bool:
         """Give a request to the scheduler; False when its adapter has to wait for a slot."""
         slot = version = 0
         if job.adapter is not None:
@@ -530,7 +451,7 @@ class Engine:
 
     def _token(
         self,
-        track: _Track,
+        track: Track,
         token: int,
         logprob: TokenLogprob | None,
         now: float,
@@ -553,111 +474,14 @@ class Engine:
         if not track.prompt_sent:
             track.prompt_sent = True
             output.prompt_logprobs = [r for r in track.scored if r is not None]
-        reason = self._advance(track, token, output)
+        reason = track.advance(token, output, self._eos)
         if reason is not None:
             self._finish(track, output, reason)
         else:
             self._send(track.job, output)
 
-    def _advance(self, track: _Track, token: int, output: Output) -> FinishReason | None:
-        """Text and end of a sequence after ``token``."""
-        seq, params, matcher = track.seq, track.state.params, track.state.matcher
-        n_output = len(seq.tokens) - seq.n_prompt
-        if matcher is not None and not matcher.accept(token):
-            raise InvalidRequest(
-                f"cannot be followed any further: {matcher.error}",
-                field=params.grammar.kind if params.grammar else None,
-                remedy="Simplify it",
-            )
-        ends = token in self._eos and not params.ignore_eos
-        if ends or token in params.stop_token_ids:
-            output.text = track.stops.flush()
-            output.stop_match = token
-            return "stop"
-        piece = track.text.push(token) if track.text is not None else ""
-        if n_output < params.min_tokens:
-            output.text = piece
-        else:
-            output.text, match = track.stops.push(piece)
-            if match is not None:
-                output.stop_match = match
-                return "stop"
-        if matcher is not None and matcher.complete:
-            output.text += track.stops.flush()
-            return "stop"
-        if len(seq.tokens) >= seq.limit:
-            output.text += track.stops.flush()
-            return "length"
-        return None
-
     # --- beginnings and ends ----------------------------------------------------------------
-    def _job(
-        self,
-        request: Request,
-        on_output: OnOutput,
-        adapter: Adapter | None,
-        matchers: list[Matcher | None],
-    ) -> _Job:
-        params = request.params
-        record = RequestRecord(
-            id=request.id,
-            kind=request.kind,
-            adapter=request.adapter,
-            started=time.time(),
-            prompt_tokens=len(request.tokens),
-        )
-        job = _Job(request, on_output, adapter, record, [], request.n)
-        seed = random.SystemRandom().getrandbits(63) if params.seed is None else params.seed
-        for index, matcher in enumerate(matchers):
-            scored_from, n_scored = self._scoring(request, index)
-            state = row_state(
-                params, seed=seed, index=index, eos_ids=tuple(self._eos), matcher=matcher
-            )
-            seq = Sequence(
-                request=request,
-                index=index,
-                tokens=list(request.tokens),
-                n_prompt=len(request.tokens),
-                position_offset=long_text_offset(self.model.config, self._will_grow_to(request)),
-                needs_host_token=state.needs_host_token,
-            )
-            if state.counts is not None:
-                state.counts.update(seq.tokens, seq.n_prompt)
-            text = None
-            if self._tokenizer is not None and request.kind == "generate":
-                text = TextStream(self._tokenizer, request.tokens)
-            job.tracks.append(
-                _Track(
-                    job=job,
-                    seq=seq,
-                    state=state,
-                    text=text,
-                    stops=StopText(params.stop),
-                    scored=[None] * n_scored,
-                    scored_from=scored_from,
-                    prompt_sent=index > 0 or params.prompt_logprobs is None,
-                )
-            )
-        return job
-
-    def _will_grow_to(self, request: Request) -> int:
-        """Most tokens that a sequence of the request will have."""
-        if request.kind != "generate":
-            return len(request.tokens)
-        if request.params.max_tokens is None:
-            return self.scheduler.max_length
-        return len(request.tokens) + request.params.max_tokens
-
-    def _scoring(self, request: Request, index: int) -> tuple[int, int]:
-        """First scored prompt token and how many there are."""
-        n = len(request.tokens)
-        if request.kind == "score":
-            return request.score_from, n - request.score_from
-        if request.kind == "generate" and request.params.prompt_logprobs is not None and not index:
-            return 1, n - 1
-        return 1, 0
-
-    def _admitted(self, track: _Track) -> None:
+    def _admitted(self, track: Track) -> None:
         record = track.job.record
         if record.state == "waiting":
             record.state = "running"
@@ -665,7 +489,7 @@ class Engine:
             now = time.time()
             self._counters.queue.add([max(0.0, now - record.started)], int(now))
 
-    def _first_output(self, track: _Track, now: float) -> None:
+    def _first_output(self, track: Track, now: float) -> None:
         job = track.job
         if job.first_token:
             return
@@ -675,7 +499,7 @@ class Engine:
         if job.request.kind == "generate":
             self._counters.ttft.add([job.record.ttft], int(wall))
 
-    def _finish(self, track: _Track, output: Output, reason: FinishReason) -> None:
+    def _finish(self, track: Track, output: Output, reason: FinishReason) -> None:
         """End a sequence, with its last output."""
         job, seq = track.job, track.seq
         assert not track.ended
@@ -696,7 +520,7 @@ class Engine:
                 self._inbox.wake.notify_all()
         self._send(job, output)
 
-    def _job_ended(self, job: _Job, reason: FinishReason) -> None:
+    def _job_ended(self, job: Job, reason: FinishReason) -> None:
         if job.adapter is not None:
             if job.placed:
                 self.adapters.release(job.adapter)
@@ -712,7 +536,7 @@ class Engine:
         if reason in ("stop", "length"):
             self._counters.e2e.add([record.e2e], int(now))
 
-    def _send(self, job: _Job, output: Output) -> None:
+    def _send(self, job: Job, output: Output) -> None:
         try:
             job.on_output(output)
         except Exception:
@@ -720,7 +544,7 @@ class Engine:
             self.abort(job.request.id)
 
     # --- failures ---------------------------------------------------------------------------
-    def _end_job(self, job: _Job, error: InvivoError) -> None:
+    def _end_job(self, job: Job, error: InvivoError) -> None:
         """End all sequences of a request with an error."""
         for track in job.tracks:
             if not track.ended:
@@ -738,7 +562,7 @@ class Engine:
         for job in jobs.values():
             self._end_job(job, typed)
         if self.device.type == "cuda" and not _device_lives(self.device):
-            self._inbox.failure = f"the device has failed: {error}"
+            self._inbox.failure = f"the device has failed: {type(error).__name__}"
             self._fail_all(Unavailable(self._inbox.failure, remedy="Restart the server"))
 
     def _fail_all(self, error: InvivoError) -> None:
@@ -754,35 +578,19 @@ class Engine:
         for job in late:
             self._end_job(job, error)
 
+    def _will_grow_to(self, request: Request) -> int:
+        """Most tokens that a sequence of the request will have."""
+        if request.kind != "generate":
+            return len(request.tokens)
+        if request.params.max_tokens is None:
+            return self.scheduler.max_length
+        return len(request.tokens) + request.params.max_tokens
+
     def _check_open(self) -> None:
         if self._inbox.failure is not None:
             raise Unavailable(self._inbox.failure, remedy="Restart the server")
         if self._inbox.closed:
             raise Unavailable("the engine is closed", remedy="Open a new one")
-
-    def _check_room(self, request: Request) -> None:
-        """max_tokens must fit behind the prompt."""
-        most = self.longest(request) - len(request.tokens)
-        asked = request.params.max_tokens
-        if request.kind == "generate" and asked is not None and asked > most:
-            raise InvalidRequest(
-                f"the prompt has {len(request.tokens)} tokens, so at most {most} can follow",
-                field="max_tokens",
-                given=asked,
-                remedy="Lower max_tokens, or give None to go on until the context is full",
-            )
-
-
-def _model_length(asked: int | None, trained: int) -> int:
-    if asked is None:
-        return trained
-    if not 2 <= asked <= trained:
-        raise InvalidRequest(
-            f"must lie between 2 and the model's own {trained}",
-            field="max_model_len",
-            given=asked,
-        )
-    return asked
 
 
 def _as_typed(error: Exception) -> InvivoError:

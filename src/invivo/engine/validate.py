@@ -40,6 +40,14 @@ def validate_request(request: Request, *, vocab_size: int, max_model_len: int) -
     if request.kind == "score":
         _whole(request.score_from, "score_from", 1, len(request.tokens) - 1)
     validate_sampling(request.params, vocab_size=vocab_size)
+    asked, most = request.params.max_tokens, max_model_len - len(request.tokens)
+    if request.kind == "generate" and asked is not None and asked > most:
+        raise InvalidRequest(
+            f"the prompt has {len(request.tokens)} tokens, so at most {most} can follow",
+            field="max_tokens",
+            given=asked,
+            remedy="Lower max_tokens, or give None to go on until the context is full",
+        )
 
 
 def validate_sampling(params: SamplingParams, *, vocab_size: int) -> None:

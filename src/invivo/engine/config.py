@@ -1,0 +1,74 @@
+"""Sizes and switches of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from invivo.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes and switches of an engine.
+
+    Attributes:
+        max_batch_tokens: token rows of one iteration; None = 2048 on a GPU, 512 on a CPU.
+        max_running: sequences that hold memory at the same time.
+        block_size: tokens a block of the KV cache.
+        kv_bytes: size of the KV cache; None = what ``memory_fraction`` of a GPU leaves, on a CPU
+            2 GiB or a quarter of free memory.
+        max_model_len: longest prompt + output; None = the model's.
+        max_waiting: sequences that may queue before requests are refused.
+        prefix_cache: whether prompts with the same beginning share its computation.
+        max_adapters: different adapters at once in the device tables; more may be loaded.
+        max_lora_rank: largest rank taken.
+        memory_fraction: share of a GPU's memory to use.
+        overlap: prepare the next step while one runs; None = on a GPU.
+        cuda_graphs: replay decode steps as CUDA graphs; None = on a GPU.
+    """
+
+    max_batch_tokens: int | None = None
+    max_running: int = 256
+    block_size: int = 16
+    kv_bytes: int | None = None
+    max_model_len: int | None = None
+    max_waiting: int = 1024
+    prefix_cache: bool = True
+    max_adapters: int = 8
+    max_lora_rank: int = 64
+    memory_fraction: float = 0.9
+    overlap: bool | None = None
+    cuda_graphs: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_running", 1),
+            ("block_size", 1),
+            ("max_waiting", 0),
+            ("max_adapters", 1),
+            ("max_lora_rank", 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InvalidRequest(
+                    f"must be a whole number of at least {least}", field=name, given=value
+                )
+        if not 0 < self.memory_fraction <= 1:
+            raise InvalidRequest(
+                "must lie above 0 and be at most 1",
+                field="memory_fraction",
+                given=self.memory_fraction,
+            )
+
+    def model_length(self, trained: int) -> int:
+        """Longest prompt + output for a model whose positions reach to ``trained``."""
+        asked = self.max_model_len
+        if asked is None:
+            return trained
+        if not 2 <= asked <= trained:
+            raise InvalidRequest(
+                f"must lie between 2 and the model's own {trained}",
+                field="max_model_len",
+                given=asked,
+            )
+        return asked
