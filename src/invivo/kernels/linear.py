@@ -75,10 +75,9 @@ def _in_pieces(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     n_rows, d_in = x.shape
     d_out = weight.shape[0]
     pieces = math.gcd(d_out, PIECES)
-    matrix = weight.view(pieces, -1, d_in)
-    if n_rows == 1:
-        y = torch.bmm(matrix, x.reshape(1, d_in, 1).expand(pieces, d_in, 1)).view(1, d_out)
-    else:
-        columns = x.t().expand(pieces, d_in, n_rows)
-        y = torch.bmm(matrix, columns).view(d_out, n_rows).t().contiguous()
+    # The stride of d_in matters even for one row: told that the columns lie side by side, torch
+    # takes a way that is six times slower.
+    columns = x.contiguous().as_strided((pieces, d_in, n_rows), (0, 1, d_in))
+    y = torch.bmm(weight.view(pieces, -1, d_in), columns)
+    y = y.view(1, d_out) if n_rows == 1 else y.view(d_out, n_rows).t().contiguous()
     return y if bias is None else y.add_(bias)
