@@ -6,6 +6,8 @@ comes next adds and normalises in one kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -212,28 +214,62 @@ class Decoder(nn.Module):
         Returns:
             [T, d], the normalised final state (``final.norm.out``).
         """
-        embed = self.embed
-        if self._tables_for != (embed.device, embed.dtype):
-            self._build_tables()
-        residual = F.embedding(tokens, embed)
-        if self._embed_scale is not None:
-            residual = residual * self._embed_scale
-        if self.positions is not None:
-            residual = residual + F.embedding(layout.positions, self.positions)
+        residual = self.embedded(tokens, layout.positions)
         if taps is not None:
             residual = offer(taps, "embed.out", -1, residual)
-        pending: torch.Tensor | None = None
-        tables, kinds, memory = self._tables, self.config.layers, cache.layers
-        for i, layer in enumerate(self.layers):
-            which = kinds[i].rope
-            rope = None if which is None else tables[which]
-            pending, residual = layer(pending, residual, layout, memory[i], rope, bypass, taps)
+        pending, residual = self.run_layers(
+            residual, layout, cache.layers, bypass=bypass, taps=taps
+        )
         if taps is None:
             return _join(pending, residual, self.final_norm)[0]
         last = [("resid.post", self.config.n_layers - 1)]
         scale_site = ("final.norm.scale", -1)
         h, _ = _join_tapped(pending, residual, self.final_norm, taps, last, scale_site)
         return offer(taps, "final.norm.out", -1, h)
+
+    def embedded(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The first residual stream: tokens [T], positions [T] -> [T, d]."""
+        residual = F.embedding(tokens, self.embed)
+        if self._embed_scale is not None:
+            residual = residual * self._embed_scale
+        if self.positions is not None:
+            residual = residual + F.embedding(positions, self.positions)
+        return residual
+
+    def rope_of(self, layer: int) -> Table | None:
+        """Cosine and sine tables of ``layer``; None without rotary embedding."""
+        if self._tables_for != (self.embed.device, self.embed.dtype):
+            self._build_tables()
+        which = self.config.layers[layer].rope
+        return None if which is None else self._tables[which]
+
+    def run_layers(
+        self,
+        residual: torch.Tensor,
+        layout: PagedLayout,
+        memory: Sequence[Table],
+        *,
+        first: int = 0,
+        last: int | None = None,
+        bypass: Bypass | None = None,
+        taps: Taps | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Layers ``first`` to ``last`` (exclusive; None = all) over T rows.
+
+        Args:
+            residual: [T, d], the residual stream before layer ``first``.
+            memory: keys and values of layers ``first``, ``first + 1``, ...
+
+        Returns:
+            What is still to be added to the residual stream (None: nothing), and that stream.
+        """
+        last = self.config.n_layers if last is None else last
+        pending: torch.Tensor | None = None
+        for i in range(first, last):
+            rope = self.rope_of(i)
+            kv = memory[i - first]
+            pending, residual = self.layers[i](pending, residual, layout, kv, rope, bypass, taps)
+        return pending, residual
 
     def logits(self, hidden: torch.Tensor, *, taps: Taps | None = None) -> torch.Tensor:
         """Scores of the next token, soft cap included: [R, d] -> [R, V]."""

@@ -476,6 +476,9 @@ def _sparse_layers(f: _Fields, n_layers: int) -> list[bool]:
     return [i not in plain and (i + 1) % step == 0 for i in range(n_layers)]
 
 
+# The oldest transformers that knows the spelling we write.
+_WRITTEN_FOR = "5.17.0"
+
 # Spellings of version 4 that the written fields replace.
 _OLD_KEYS = (
     "rope_theta",
@@ -511,6 +514,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     result = kept | {
         "architectures": [_ARCHITECTURES[config.family]],
         "model_type": config.family,
+        "transformers_version": _WRITTEN_FOR,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": config.bos_token_id,
