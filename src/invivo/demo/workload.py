@@ -105,7 +105,7 @@ def tasks() -> list[Task]:
             )
         )
     for question in QUESTIONS[:4]:
-        whole = {**greedy, "max_tokens": 48}
+        whole = {**greedy, "max_tokens": 48, "repetition_penalty": 1.1}
         load.append(Task("short, whole", question, "answer", question, whole))
         for adapter in ADAPTERS:
             own = {**whole, "adapter": adapter}
