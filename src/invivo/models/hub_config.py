@@ -12,118 +12,9 @@ from typing import Any, Literal
 
 from invivo.errors import UnsupportedModel
 from invivo.models.config import LayerConfig, ModelConfig, MoEConfig, RopeConfig
+from invivo.models.hub_defaults import COMMON, FAMILY_DEFAULTS
 
-# What the Hub leaves out of a config.json when it equals its class's default. A value of a key
-# that is in neither place is an error where the key is required.
-_COMMON: dict[str, Any] = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "max_position_embeddings": 2048,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "norm_topk_prob": False,
-}
-_GEMMA: dict[str, Any] = {
-    "hidden_activation": "gelu_pytorch_tanh",
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "tie_word_embeddings": True,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-_QWEN: dict[str, Any] = {
-    "max_position_embeddings": 32_768,
-    "max_window_layers": 28,
-    "sliding_window": 4096,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131_072,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": _QWEN | {"num_key_value_heads": 32},
-    "qwen3": _QWEN | {"num_key_value_heads": 32, "head_dim": 128},
-    "gemma2": _GEMMA
-    | {
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 8192,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "sliding_window_pattern": 2,
-    },
-    "gemma3_text": _GEMMA
-    | {
-        "vocab_size": 262_208,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 131_072,
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-        "sliding_window_pattern": 6,
-    },
-    "gpt2": {
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "n_positions": 1024,
-        "tie_word_embeddings": True,
-        "bos_token_id": 50_256,
-        "eos_token_id": 50_256,
-    },
-    "olmo2": {"rms_norm_eps": 1e-5, "eos_token_id": 50_279, "pad_token_id": 1},
-    "phi3": {
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 32_000,
-        "pad_token_id": 32_000,
-    },
-    "mixtral": {
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "max_position_embeddings": 131_072,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2_moe": _QWEN
-    | {
-        "num_key_value_heads": 16,
-        "qkv_bias": True,
-        "num_experts": 60,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632,
-        "decoder_sparse_step": 1,
-    },
-    "qwen3_moe": _QWEN
-    | {
-        "num_key_value_heads": 4,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "decoder_sparse_step": 1,
-    },
-    "olmoe": {
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "pad_token_id": 1,
-        "eos_token_id": 50_279,
-    },
-}
-FAMILIES = tuple(sorted(_DEFAULTS))
+FAMILIES = tuple(sorted(FAMILY_DEFAULTS))
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -158,7 +49,7 @@ class _Fields:
     def __init__(self, family: str, given: Mapping[str, Any]) -> None:
         self.family = family
         self.given = given
-        self.defaults = _COMMON | _DEFAULTS[family]
+        self.defaults = COMMON | FAMILY_DEFAULTS[family]
 
     def get(self, key: str, otherwise: Any = None) -> Any:
         value = self.given.get(key)
@@ -206,7 +97,7 @@ def config_from_hf(given: Mapping[str, Any]) -> ModelConfig:
             if given.get(key) is not None:
                 text[key] = given[key]
         given, family = text, "gemma3_text"
-    if family not in _DEFAULTS:
+    if family not in FAMILY_DEFAULTS:
         raise UnsupportedModel(
             "unknown architecture",
             field="config.model_type",
@@ -501,7 +392,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         UnsupportedModel: the config has a combination that its family's class at the Hub cannot
             express (say, a Llama with QK-norm).
     """
-    if config.family not in _DEFAULTS:
+    if config.family not in FAMILY_DEFAULTS:
         raise UnsupportedModel(
             "the Hub has no class for this family",
             field="config.family",
