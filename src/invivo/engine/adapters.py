@@ -415,6 +415,8 @@ class AdapterBypass:
 
     __slots__ = ("_index", "_tables")
 
+    at: frozenset[str] = frozenset()
+
     def __init__(self, tables: dict[str, list[_Table | None]], index: torch.Tensor) -> None:
         self._tables = tables
         self._index = index
@@ -425,6 +427,9 @@ class AdapterBypass:
         if table is None:
             return y
         return lora_add(y, x, table.a, table.b, self._index)
+
+    def rows(self, name: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        return value
 
 
 @dataclass(slots=True)

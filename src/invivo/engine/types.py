@@ -164,7 +164,8 @@ class Sequence:
 
     Attributes:
         tokens: prompt and known output tokens.
-        n_prompt: prompt length.
+        n_prompt: prompt length, virtual tokens included.
+        n_virtual: leading placeholder tokens, to which the adapter gives their meaning.
         n_computed: tokens whose keys are in the cache (or whose step has been launched).
         n_pending: sampled tokens whose value the host does not know yet: they live in a device
             buffer until their step is folded in (one while a step is in flight, two between
@@ -189,6 +190,7 @@ class Sequence:
     index: int
     tokens: list[int]
     n_prompt: int
+    n_virtual: int = 0
     n_computed: int = 0
     n_pending: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -211,6 +213,17 @@ class Sequence:
     def n_tokens(self) -> int:
         """Known and pending tokens."""
         return len(self.tokens) + self.n_pending
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualRows:
+    """Rows [start, stop) of a batch are virtual tokens ``first``, ``first + 1``, ... of the
+    adapter in ``slot``."""
+
+    start: int
+    stop: int
+    first: int
+    slot: int = 0
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from torch import nn
 from invivo.errors import UnsupportedModel
 from invivo.kernels.linear import linear, pack
 from invivo.kernels.paging import PagedLayout
-from invivo.models.bypass import Bypass
+from invivo.models.bypass import Bypass, at_place
 from invivo.models.cache import KVCache
 from invivo.models.config import ModelConfig
 from invivo.models.feedforward.mlp import MLP
@@ -66,7 +66,7 @@ class Layer(nn.Module):
         rope: Table | None,
         bypass: Bypass | None,
         taps: Taps | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """One layer over T rows.
 
         Args:
@@ -74,10 +74,13 @@ class Layer(nn.Module):
             residual: [T, d].
 
         Returns:
-            The feed-forward's output, still to be added, and the residual stream before it.
+            The feed-forward's output, still to be added (None: nothing), and the residual stream
+            before it.
         """
         if taps is not None:
             return self._tapped(pending, residual, layout, kv, rope, bypass, taps)
+        if bypass is not None and bypass.at:
+            return self._bypassed(pending, residual, layout, kv, rope, bypass)
         h, residual = _join(pending, residual, self.norm1)
         out = self.mixer.forward(h, layout, kv, rope, bypass, None)
         if self.post1 is not None:
@@ -87,6 +90,33 @@ class Layer(nn.Module):
         if self.post2 is not None:
             out = self.post2.forward(out)
         return out, residual
+
+    def _bypassed(
+        self,
+        pending: torch.Tensor | None,
+        residual: torch.Tensor,
+        layout: PagedLayout,
+        kv: Table,
+        rope: Table | None,
+        bypass: Bypass,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """:meth:`forward` with the places between the linear maps open to ``bypass``."""
+        i = self.index
+        pending, residual = _at_sum(bypass, "resid.pre", i, pending, residual)
+        h, residual = _join(pending, residual, self.norm1)
+        h = at_place(bypass, "attn.in", i, h)
+        out = self.mixer.forward(h, layout, kv, rope, bypass, None)
+        if self.post1 is not None:
+            out = self.post1.forward(out)
+        out = at_place(bypass, "attn.out", i, out)
+        pending, residual = _at_sum(bypass, "resid.mid", i, out, residual)
+        h, residual = _join(pending, residual, self.norm2)
+        h = at_place(bypass, "mlp.in", i, h)
+        out = self._feed(h, bypass, None)
+        if self.post2 is not None:
+            out = self.post2.forward(out)
+        out = at_place(bypass, "mlp.out", i, out)
+        return _at_sum(bypass, "resid.post", i, out, residual)
 
     def _feed(self, h: torch.Tensor, bypass: Bypass | None, taps: Taps | None) -> torch.Tensor:
         if isinstance(self.feedforward, MLP):
@@ -102,24 +132,45 @@ class Layer(nn.Module):
         rope: Table | None,
         bypass: Bypass | None,
         taps: Taps,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`forward` with every site offered; the same kernels where nothing is changed."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """:meth:`forward` with every site offered; the same kernels where nothing is changed.
+
+        A bypass comes first: what a tap sees at a place is what the model goes on with.
+        """
         i = self.index
-        sites = [("resid.pre", i)] if pending is None else [("resid.post", i - 1), ("resid.pre", i)]
+        sites = [("resid.post", i - 1), ("resid.pre", i)] if i > 0 else [("resid.pre", i)]
+        pending, residual = _at_sum(bypass, "resid.pre", i, pending, residual)
         h, residual = _join_tapped(pending, residual, self.norm1, taps, sites, ("norm1.scale", i))
+        h = at_place(bypass, "attn.in", i, h)
         out = self.mixer.forward(h, layout, kv, rope, bypass, taps)
         if self.post1 is not None:
             out = offer(taps, "attn.proj", i, out)
             out = self.post1.retap(out, self.post1.forward(out), taps, "post1.scale", i)
-        out = offer(taps, "attn.out", i, out)
+        out = offer(taps, "attn.out", i, at_place(bypass, "attn.out", i, out))
         sites = [("resid.mid", i)]
-        h, residual = _join_tapped(out, residual, self.norm2, taps, sites, ("norm2.scale", i))
-        h = offer(taps, "mlp.in", i, h)
+        pending, residual = _at_sum(bypass, "resid.mid", i, out, residual)
+        h, residual = _join_tapped(pending, residual, self.norm2, taps, sites, ("norm2.scale", i))
+        h = offer(taps, "mlp.in", i, at_place(bypass, "mlp.in", i, h))
         out = self._feed(h, bypass, taps)
         if self.post2 is not None:
             out = offer(taps, "mlp.proj", i, out)
             out = self.post2.retap(out, self.post2.forward(out), taps, "post2.scale", i)
-        return offer(taps, "mlp.out", i, out), residual
+        out = offer(taps, "mlp.out", i, at_place(bypass, "mlp.out", i, out))
+        return _at_sum(bypass, "resid.post", i, out, residual)
+
+
+def _at_sum(
+    bypass: Bypass | None,
+    name: str,
+    layer: int,
+    pending: torch.Tensor | None,
+    residual: torch.Tensor,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Let ``bypass`` change the residual stream itself, which for that has to be added up."""
+    if bypass is None or name not in bypass.at:
+        return pending, residual
+    total = residual if pending is None else residual + pending
+    return None, bypass.rows(name, layer, total)
 
 
 def _join(
@@ -208,13 +259,13 @@ class Decoder(nn.Module):
             tokens: [T] int64 ids.
             layout: where the rows live.
             cache: paged keys and values, holding what the spans have seen before.
-            bypass: called after each linear map of each layer.
+            bypass: called after each linear map of each layer, and where its ``at`` says.
             taps: asked at each site; None runs nothing extra.
 
         Returns:
             [T, d], the normalised final state (``final.norm.out``).
         """
-        residual = self.embedded(tokens, layout.positions)
+        residual = self.embedded(tokens, layout.positions, bypass)
         if taps is not None:
             residual = offer(taps, "embed.out", -1, residual)
         pending, residual = self.run_layers(
@@ -227,11 +278,17 @@ class Decoder(nn.Module):
         h, _ = _join_tapped(pending, residual, self.final_norm, taps, last, scale_site)
         return offer(taps, "final.norm.out", -1, h)
 
-    def embedded(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The first residual stream: tokens [T], positions [T] -> [T, d]."""
+    def embedded(
+        self, tokens: torch.Tensor, positions: torch.Tensor, bypass: Bypass | None = None
+    ) -> torch.Tensor:
+        """The first residual stream: tokens [T], positions [T] -> [T, d].
+
+        ``bypass`` is asked at "embed", before learned positions are added.
+        """
         residual = F.embedding(tokens, self.embed)
         if self._embed_scale is not None:
             residual = residual * self._embed_scale
+        residual = at_place(bypass, "embed", -1, residual)
         if self.positions is not None:
             residual = residual + F.embedding(positions, self.positions)
         return residual

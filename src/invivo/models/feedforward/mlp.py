@@ -7,7 +7,7 @@ from torch import nn
 
 from invivo.kernels.activation import activation, gated_activation
 from invivo.kernels.linear import linear, pack
-from invivo.models.bypass import Bypass
+from invivo.models.bypass import Bypass, at_place
 from invivo.models.config import ModelConfig
 from invivo.models.sites import Taps, offer
 
@@ -71,6 +71,7 @@ class MLP(nn.Module):
             if taps is not None:
                 up = offer(taps, "mlp.up", layer, up)
             hidden = activation(up, self.kind)
+        hidden = at_place(bypass, "mlp.neuron", layer, hidden)
         if taps is not None:
             hidden = offer(taps, "mlp.neuron", layer, hidden)
         out = linear(hidden, self.down, self.down_bias, self.down_packed)

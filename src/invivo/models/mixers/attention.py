@@ -10,7 +10,7 @@ from invivo.kernels.linear import linear, pack
 from invivo.kernels.norm import rms_norm
 from invivo.kernels.paging import PagedLayout
 from invivo.kernels.rotary import apply_rotary, rotate_and_store
-from invivo.models.bypass import Bypass
+from invivo.models.bypass import Bypass, at_place
 from invivo.models.config import ModelConfig
 from invivo.models.sites import Taps, offer
 
@@ -85,6 +85,9 @@ class Attention(nn.Module):
             q, k = self._norm_qk(q, k)
         if self.qkv_clip is not None:
             q, k, v = (t.clamp(-self.qkv_clip, self.qkv_clip) for t in (q, k, v))
+        if bypass is not None and bypass.at:
+            k = at_place(bypass, "attn.kvhead.k", layer, k)
+            v = at_place(bypass, "attn.kvhead.v", layer, v)
         if taps is not None:
             q = offer(taps, "attn.head.q", layer, q)
             k = offer(taps, "attn.kvhead.k", layer, k)
