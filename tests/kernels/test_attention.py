@@ -121,3 +121,22 @@ def test_store_kv_writes_the_rows_of_the_layout():
     torch.testing.assert_close(k_cache[0, :3], k[:3])
     torch.testing.assert_close(v_cache[1:].flatten(0, 1)[:17], v[3:])
     assert k_cache[0, 3:].abs().max() == 0
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_what_a_block_held_before_never_reaches_a_row(window, softcap):
+    spans = [(1, 3), (1, 18), (1, 30), (1, 17), (5, 21), (40, 40)]
+    case = make_attention_case(spans, SMALL, dtype=torch.float32)
+    layout, block_size = case.layout, case.layout.block_size
+    options = {"scale": 0.25, "window": window, "softcap": softcap}
+    expected = paged_attention(case.q, case.k_cache, case.v_cache, layout, **options)
+    own = torch.zeros(case.k_cache.shape[0] * block_size, dtype=torch.bool)
+    for span, length in enumerate(layout.kv_len_host):
+        index = torch.arange(length)
+        own[layout.block_table[span, index // block_size] * block_size + index % block_size] = True
+    for cache in (case.k_cache, case.v_cache):
+        cache.view(-1, *cache.shape[2:])[~own] = torch.nan
+    layout.prepared.clear()
+    got = paged_attention(case.q, case.k_cache, case.v_cache, layout, **options)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)

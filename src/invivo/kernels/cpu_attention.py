@@ -33,6 +33,8 @@ class _Group:
             a gather takes half the time.
         n_keys: keys of each span, masked ones included.
         mask: [n, 1, 1, n_keys] additive, None where every key is visible.
+        hidden: gathered key rows that the mask hides, None where nothing is gathered past a span's
+            end. They are zeroed: a block may hold NaN of its last owner, and NaN survives a mask.
     """
 
     rows: slice | torch.Tensor
@@ -41,6 +43,7 @@ class _Group:
     blocks: torch.Tensor
     n_keys: int
     mask: torch.Tensor | None
+    hidden: torch.Tensor | None = None
 
 
 def paged_attention_cpu(
@@ -138,7 +141,8 @@ def _make_group(
     if window is not None:
         hidden |= index < length - window
     mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-    return _Group(rows, n, -1, blocks, width * block_size, mask[:, None, None, :])
+    rows_hidden = hidden.flatten().nonzero().flatten()
+    return _Group(rows, n, -1, blocks, width * block_size, mask[:, None, None, :], rows_hidden)
 
 
 def _decode(
@@ -159,8 +163,13 @@ def _decode(
         values = v_cache.view(1, -1, n_groups, head_dim)[:, place].transpose(1, 2)
     else:
         shape = (n, -1, n_groups, head_dim)
-        keys = k_cache.index_select(0, group.blocks).view(shape)[:, :n_keys].transpose(1, 2)
-        values = v_cache.index_select(0, group.blocks).view(shape)[:, :n_keys].transpose(1, 2)
+        keys = k_cache.index_select(0, group.blocks)
+        values = v_cache.index_select(0, group.blocks)
+        if group.hidden is not None:
+            keys.view(-1, n_groups, head_dim).index_fill_(0, group.hidden, 0.0)
+            values.view(-1, n_groups, head_dim).index_fill_(0, group.hidden, 0.0)
+        keys = keys.view(shape)[:, :n_keys].transpose(1, 2)
+        values = values.view(shape)[:, :n_keys].transpose(1, 2)
     if softcap is not None:
         queries = q.reshape(n, n_groups, -1, head_dim)
         mixed = _attend_capped(queries, keys, values, group.mask, scale, softcap)
