@@ -182,9 +182,11 @@ def _solve_piece(
     cost: dict[str, int],
 ) -> tuple[frozenset[str], frozenset[str]]:
     """What to keep and what is read, over all combinations of alternatives."""
+    always = frozenset().union(*(options[0] for options in asked if len(options) == 1))
+    open_choices = [o for o in asked if not any(option <= always for option in o)]
     best: tuple[int, int, frozenset[str], frozenset[str]] | None = None
-    for combination in itertools.product(*sorted(asked, key=_spelled)):
-        needed = frozenset().union(*combination)
+    for combination in itertools.product(*sorted(open_choices, key=_spelled)):
+        needed = always.union(*combination)
         kept = cheapest_kept(sorted(needed), made_from, cost)
         price = sum(cost[k] for k in kept)
         # Of equally cheap choices the one that reads least.
