@@ -2,11 +2,13 @@
 memory, neighbours, their adapters or their cancellation.
 
 Every answer is compared with the *cold* one: the same request alone, in one piece, on an engine
-that shares nothing. Log-probabilities may differ by the rounding of differently shaped products.
+that shares nothing. Most of it runs in float64, where the rounding of differently shaped products
+is far below what one wrong key would change; neighbours are tested in float32 as well.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ from invivo.engine.engine import Engine
 from invivo.models.cache import bytes_per_block
 from invivo.models.load import LoadedModel
 
-TOLERANCE = 1e-5
+FLOAT32, FLOAT64 = 1e-5, 1e-10
 # Prompts are a common beginning of some length and an end of their own, so that prefixes recur.
 COMMON = [(7 * i * i + 3 * i + 1) % 250 for i in range(60)]
 ADAPTERS = ("a", "b", "c")
+LONGEST = len(COMMON) + 11 + 24
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,17 @@ class Ask:
         return ask(engine, [*COMMON[: self.n_common], *self.own], **fields)
 
 
-def assert_equal_answers(got: Inquiry, cold: Inquiry) -> None:
+def assert_equal_answers(got: Inquiry, cold: Inquiry, tolerance: float = FLOAT64) -> None:
     for index in range(got.request.n):
         assert got.tokens(index) == cold.tokens(index)
         assert got.text(index) == cold.text(index)
         assert got.reason(index) == cold.reason(index) != "error"
-        assert got.logprobs(index) == pytest.approx(cold.logprobs(index), abs=TOLERANCE)
-    assert got.prompt_logprobs() == pytest.approx(cold.prompt_logprobs(), abs=TOLERANCE)
+        assert got.logprobs(index) == pytest.approx(cold.logprobs(index), abs=tolerance)
+    assert got.prompt_logprobs() == pytest.approx(cold.prompt_logprobs(), abs=tolerance)
     ends = got.outputs[-1].embedding, cold.outputs[-1].embedding
     assert (ends[0] is None) == (ends[1] is None)
     if ends[0] is not None:
-        assert ends[0] == pytest.approx(ends[1], abs=TOLERANCE)
+        assert ends[0] == pytest.approx(ends[1], abs=FLOAT32)  # pooled in float32
 
 
 def lora_tensors(model: LoadedModel, seed: int, rank: int) -> dict[str, torch.Tensor]:
@@ -89,9 +92,8 @@ def engine_of(model: LoadedModel, n_blocks: int | None = None, **options: Any) -
     """A small engine with three adapters; ``n_blocks`` bounds its cache."""
     if n_blocks is not None:
         size = options.get("block_size", 16)
-        options["kv_bytes"] = n_blocks * bytes_per_block(
-            model.config, block_size=size, dtype=torch.float32
-        )
+        dtype = next(model.decoder.parameters()).dtype
+        options["kv_bytes"] = n_blocks * bytes_per_block(model.config, block_size=size, dtype=dtype)
     engine = small_engine(model, **options)
     for seed, name in enumerate(ADAPTERS):
         rank = 2 + seed
@@ -120,8 +122,13 @@ class Cold:
 
 
 @pytest.fixture(scope="module")
-def cold(tiny: LoadedModel) -> Cold:
-    return Cold(tiny)
+def exact(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return tiny_loaded(tmp_path_factory.mktemp("exact"), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def cold(exact: LoadedModel) -> Cold:
+    return Cold(exact)
 
 
 def drain(engine: Engine) -> None:
@@ -131,46 +138,49 @@ def drain(engine: Engine) -> None:
     assert len(set(pool.free_list())) == pool.n_free == pool.n_total
 
 
-asks = st.builds(
-    Ask,
-    n_common=st.integers(0, 60),
-    own=st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple),
-    way=st.sampled_from(["greedy", "greedy", "seeded", "prompt", "score", "mean", "last"]),
-    max_tokens=st.integers(1, 24),
-    adapter=st.sampled_from([None, None, *ADAPTERS]),
-    n=st.sampled_from([1, 1, 1, 3]),
-)
-sizes = st.fixed_dictionaries(
-    {
-        "block_size": st.sampled_from([4, 16]),
-        "max_running": st.integers(1, 12),
-        "prefix_cache": st.booleans(),
-        "overlap": st.booleans(),
+@dataclass(frozen=True)
+class Load:
+    """Requests with the steps before each, and how long its sender waits before cancelling it."""
+
+    arrivals: tuple[tuple[Ask, int, int | None], ...]
+    options: tuple[tuple[str, Any], ...]
+
+
+def load_of(seed: int) -> Load:
+    """A dozen requests on an engine that is often too small for them."""
+    rng = random.Random(seed)
+    arrivals = []
+    for _ in range(rng.randrange(6, 15)):
+        asked = Ask(
+            n_common=rng.choice([0, 5, 16, 31, 32, 60]),
+            own=tuple(rng.randrange(4) for _ in range(rng.randrange(1, 12))),
+            way=rng.choice(["greedy", "greedy", "seeded", "prompt", "score", "mean", "last"]),
+            max_tokens=rng.randrange(1, 25),
+            adapter=rng.choice([None, None, *ADAPTERS]),
+            n=rng.choice([1, 1, 1, 3]),
+        )
+        patience = rng.randrange(12) if rng.random() < 0.25 else None
+        arrivals.append((asked, rng.choice([0, 0, 1, 3]), patience))
+    block_size = rng.choice([4, 16])
+    max_running = rng.randrange(1, 10)
+    options = {
+        "block_size": block_size,
+        "n_blocks": -(-LONGEST // block_size) + rng.randrange(3),
+        "max_running": max_running,
+        "max_batch_tokens": max_running + rng.choice([1, 3, 16, 100]),
+        "prefix_cache": rng.random() < 0.7,
+        "overlap": rng.random() < 0.5,
     }
-)
+    return Load(tuple(arrivals), tuple(options.items()))
 
 
-# Without shrinking: an example takes a tenth of a second, and a failure names its load anyway.
-@settings(max_examples=30, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
-@given(
-    load=st.lists(st.tuples(asks, st.integers(0, 3), st.none() | st.integers(0, 12)), max_size=12),
-    options=sizes,
-    chunk=st.sampled_from([1, 3, 16, 100]),
-    room=st.integers(0, 10),
-)
-def test_answers_are_those_of_the_request_alone(
-    tiny: LoadedModel,
-    cold: Cold,
-    load: list[tuple[Ask, int, int | None]],
-    options: dict[str, Any],
-    chunk: int,
-    room: int,
-) -> None:
+# Without shrinking: an example takes a tenth of a second, and a seed names its load anyway.
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(seed=st.integers(0, 2**32))
+def test_answers_are_those_of_the_request_alone(exact: LoadedModel, cold: Cold, seed: int) -> None:
     """Random arrivals, chunk sizes, cache sizes and cancellations."""
-    longest = 60 + 12 + 24
-    n_blocks = -(-longest // options["block_size"]) + room
-    max_batch_tokens = options["max_running"] + chunk
-    engine = engine_of(tiny, n_blocks, max_batch_tokens=max_batch_tokens, **options)
+    load = load_of(seed)
+    engine = engine_of(exact, **dict(load.options))
     now = 0
     kept: list[tuple[Ask, Inquiry]] = []
     cancelled: list[tuple[int, Ask, Inquiry]] = []
@@ -183,7 +193,7 @@ def test_answers_are_those_of_the_request_alone(
             if when == now:
                 engine.abort(inquiry.request.id)
 
-    for asked, pause, patience in load:
+    for asked, pause, patience in load.arrivals:
         inquiry = asked.submit(engine)
         if patience is None:
             kept.append((asked, inquiry))
@@ -206,8 +216,8 @@ def test_answers_are_those_of_the_request_alone(
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_prefix_hits_equal_cold_runs(tiny: LoadedModel, cold: Cold, overlap: bool) -> None:
-    engine = engine_of(tiny, block_size=4, overlap=overlap)
+def test_prefix_hits_equal_cold_runs(exact: LoadedModel, cold: Cold, overlap: bool) -> None:
+    engine = engine_of(exact, block_size=4, overlap=overlap)
     load = [
         Ask(n_common, (n_common % 5, 2), way, adapter=adapter)
         for n_common in (60, 59, 33, 32, 31, 60)
@@ -223,7 +233,7 @@ def test_prefix_hits_equal_cold_runs(tiny: LoadedModel, cold: Cold, overlap: boo
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_preempted_equals_undisturbed(tiny: LoadedModel, cold: Cold, overlap: bool) -> None:
+def test_preempted_equals_undisturbed(exact: LoadedModel, cold: Cold, overlap: bool) -> None:
     load = [
         Ask(20 + i, (i,), way, max_tokens=40, adapter=adapter)
         for i, (way, adapter) in enumerate(
@@ -231,7 +241,7 @@ def test_preempted_equals_undisturbed(tiny: LoadedModel, cold: Cold, overlap: bo
         )
     ]
     for prefix_cache in (True, False):
-        engine = engine_of(tiny, 24, block_size=4, overlap=overlap, prefix_cache=prefix_cache)
+        engine = engine_of(exact, 24, block_size=4, overlap=overlap, prefix_cache=prefix_cache)
         inquiries = [asked.submit(engine) for asked in load]
         run(engine, *inquiries)
         drain(engine)
@@ -241,8 +251,8 @@ def test_preempted_equals_undisturbed(tiny: LoadedModel, cold: Cold, overlap: bo
 
 
 @pytest.mark.parametrize("budget", [2, 5, 17])
-def test_chunked_equals_whole(tiny: LoadedModel, cold: Cold, budget: int) -> None:
-    engine = engine_of(tiny, max_running=1, max_batch_tokens=budget, prefix_cache=False)
+def test_chunked_equals_whole(exact: LoadedModel, cold: Cold, budget: int) -> None:
+    engine = engine_of(exact, max_running=1, max_batch_tokens=budget, prefix_cache=False)
     for way in ("greedy", "prompt", "score", "mean", "last"):
         asked = Ask(50, (1, 2, 3), way)
         inquiry = asked.submit(engine)
@@ -279,4 +289,4 @@ def test_neighbours_with_other_adapters_change_nothing(family: str, tmp_path: Pa
             answers.append(mine)
         alone, *beside = answers
         for inquiry in beside:
-            assert_equal_answers(inquiry, alone)
+            assert_equal_answers(inquiry, alone, FLOAT32)
