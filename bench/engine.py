@@ -22,6 +22,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "engine-cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    sys.path.remove(str(HERE.resolve()))  # transformers would take kernels.py for a library
 
     folder, contestants, close = set_up(args)
     prompts, long_prompt = read_prompts(folder)
@@ -157,9 +159,9 @@ def transformers_contestant(folder: Path) -> Contestant:
 
 def vllm_contestant(python: str, folder: Path) -> tuple[Contestant, Callable[[], None]]:
     """vLLM in a worker process (``vllm_worker.py``); it sleeps while the others run."""
-    log = (HERE / "results" / "vllm-worker.log").open("w")
+    log = (Path(tempfile.gettempdir()) / "invivo-vllm-worker.log").open("w")
     worker = subprocess.Popen(
-        [python, str(HERE / "vllm_worker.py")],
+        [python, "-P", str(HERE / "vllm_worker.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -225,7 +227,7 @@ def timed(
     return seconds, tokens
 
 
-def wait_for_quiet(longest: float = 60.0) -> None:
+def wait_for_quiet(longest: float = 20.0) -> None:
     """Wait until the processors have been idle for a quarter of a second."""
     end = time.monotonic() + longest
     while time.monotonic() < end:
