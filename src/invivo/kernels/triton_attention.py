@@ -129,12 +129,19 @@ def _visit_keys(
         if SOFTCAP:
             # softcap * tanh(x): tanh(x) = 2 sigmoid(2 x) - 1
             scores = softcap * (2.0 * tl.sigmoid(scores * (2.0 * scale / softcap)) - 1.0)
-        if EDGE:
-            scores = tl.where(keys[None, :] <= index[:, None], scores, HIDDEN)
-        if WINDOW > 0:
-            scores = tl.where(index[:, None] - keys[None, :] < WINDOW, scores, HIDDEN)
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
-        probs = tl.exp2(scores * factor - new_max[:, None])
+        if EDGE or WINDOW > 0:
+            # Scaled before they are hidden: a fused multiply-subtract of HIDDEN is not exact,
+            # and the difference of two hidden scores has to be 0.
+            scores = scores * factor
+            if EDGE:
+                scores = tl.where(keys[None, :] <= index[:, None], scores, HIDDEN)
+            if WINDOW > 0:
+                scores = tl.where(index[:, None] - keys[None, :] < WINDOW, scores, HIDDEN)
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            probs = tl.exp2(scores - new_max[:, None])
+        else:
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+            probs = tl.exp2(scores * factor - new_max[:, None])
         shrink = tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(probs, 1)
         row_max = new_max

@@ -13,8 +13,9 @@ import triton.language as tl
 
 # Up to this many rows each reads its own matrices.
 ROWS_EACH = 256
-SHRINK_WIDTH = 256
-EXPAND_WIDTH = 128
+# Elements of A, and of B, that a program reads: their width is this over the rank.
+SHRINK_SIZE = 8192
+EXPAND_SIZE = 4096
 TILE_ROWS = 64
 TILE_WIDTH = 64
 NONE = tl.constexpr(1 << 30)
@@ -183,15 +184,17 @@ def lora_add_triton(
     if n_rows == 0:
         return y
     if n_rows <= ROWS_EACH:
-        pieces = triton.cdiv(d_in, SHRINK_WIDTH)
+        width = max(16, SHRINK_SIZE // rank_pad)
+        pieces = triton.cdiv(d_in, width)
         partial = torch.empty((n_rows, pieces, rank), dtype=torch.float32, device=x.device)
         _shrink_rows_kernel[(n_rows, pieces)](
             x, a, index, partial, n_slots, x.stride(0),
-            D_IN=d_in, RANK=rank, RANK_PAD=rank_pad, WIDTH=SHRINK_WIDTH, num_warps=4,
+            D_IN=d_in, RANK=rank, RANK_PAD=rank_pad, WIDTH=width, num_warps=4,
         )  # fmt: skip
-        _expand_rows_kernel[(n_rows, triton.cdiv(d_out, EXPAND_WIDTH))](
+        width = max(16, EXPAND_SIZE // rank_pad)
+        _expand_rows_kernel[(n_rows, triton.cdiv(d_out, width))](
             y, b, index, partial, n_slots, pieces, y.stride(0),
-            D_OUT=d_out, RANK=rank, RANK_PAD=rank_pad, WIDTH=EXPAND_WIDTH,
+            D_OUT=d_out, RANK=rank, RANK_PAD=rank_pad, WIDTH=width,
             PIECES_PAD=triton.next_power_of_2(pieces), num_warps=4,
         )  # fmt: skip
         return y

@@ -18,26 +18,27 @@ def _gather_kernel(
     N_GROUPS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     GROUPS_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """One block of one span, rows of padding as zeros. Grid (most blocks, spans)."""
+    """One block of one span, rows of padding as zeros. Grid (most blocks, spans, K or V)."""
     span = tl.program_id(1).to(tl.int64)
     length = tl.load(kv_len + span)
     begin = tl.program_id(0) * BLOCK_SIZE
     if begin >= tl.cdiv(length, ALIGN) * ALIGN:
         return
+    cache, rows = k_cache, k_rows
+    if tl.program_id(2) == 1:
+        cache, rows = v_cache, v_rows
     exists = begin < length
     block = tl.load(block_table + span * table_stride + tl.program_id(0), mask=exists, other=0)
     start = tl.load(starts + span).to(tl.int64)
     dims = tl.arange(0, D_PAD)[None, :]
-    lines = tl.arange(0, GROUPS_PAD * 4)[:, None]  # (token, group), four tokens at a time
-    group = lines % GROUPS_PAD
-    for first in range(0, BLOCK_SIZE, 4):
-        token = first + lines // GROUPS_PAD
-        inside = (group < N_GROUPS) & (dims < D_PAD)
-        source = ((block.to(tl.int64) * BLOCK_SIZE + token) * N_GROUPS + group) * D + dims
-        target = ((start + begin + token) * N_GROUPS + group) * D_PAD + dims
-        real = inside & (dims < D) & (begin + token < length)
-        tl.store(k_rows + target, tl.load(k_cache + source, mask=real, other=0.0), mask=inside)
-        tl.store(v_rows + target, tl.load(v_cache + source, mask=real, other=0.0), mask=inside)
+    lines = tl.arange(0, BLOCK_SIZE * GROUPS_PAD)[:, None]
+    token, group = lines // GROUPS_PAD, lines % GROUPS_PAD
+    inside = (group < N_GROUPS) & (dims < D_PAD)
+    real = inside & (dims < D) & (begin + token < length)
+    source = cache + block.to(tl.int64) * (BLOCK_SIZE * N_GROUPS * D)
+    target = rows + (start + begin) * (N_GROUPS * D_PAD)
+    values = tl.load(source + (token * N_GROUPS + group) * D + dims, mask=real, other=0.0)
+    tl.store(target + (token * N_GROUPS + group) * D_PAD + dims, values, mask=inside)
 
 
 def gather_pages(
@@ -73,11 +74,11 @@ def gather_pages(
     k_rows = torch.empty(size, dtype=k_cache.dtype, device=k_cache.device)
     v_rows = torch.empty(size, dtype=v_cache.dtype, device=v_cache.device)
     most = -(-max(lengths) // align) * align // layout.block_size
-    _gather_kernel[(most, len(lengths))](
+    _gather_kernel[(most, len(lengths), 2)](
         k_cache, v_cache, k_rows, v_rows, layout.kv_len[first:], layout.block_table[first:],
         starts, layout.block_table.stride(0),
         N_GROUPS=n_groups, D=head_dim, D_PAD=head_dim_pad,
         GROUPS_PAD=triton.next_power_of_2(n_groups), BLOCK_SIZE=layout.block_size, ALIGN=align,
-        num_warps=4,
+        num_warps=8,
     )  # fmt: skip
     return k_rows, v_rows, starts

@@ -1,0 +1,132 @@
+"""Cross-entropy of the next token from final states, and its gradient, without all logits at once.
+
+``[T, V]`` logits of a long text are larger than everything else a step holds. The loss and the
+gradient by the hidden states are computed together, a few rows at a time, so that only one
+piece of logits exists; rows without a label cost nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from invivo.kernels.linear import linear
+
+IGNORED = -100  # the label of a row that predicts nothing
+LOGITS_BYTES = 64 << 20  # a piece of logits is at most about this large
+
+
+@dataclass(slots=True)
+class CrossEntropy:
+    """A loss and its gradient.
+
+    Attributes:
+        loss: [] sum over labelled rows of weight times negative log-probability; float32, or
+            float64 for float64 states. Not divided by anything.
+        n_labels: [] int64, rows with a label.
+        d_hidden: [T, d] gradient of ``loss`` in the dtype of ``hidden``; None where not asked for.
+        logprobs: [T] log-probability of each label, 0 where there is none; None where not asked
+            for.
+    """
+
+    loss: torch.Tensor
+    n_labels: torch.Tensor
+    d_hidden: torch.Tensor | None
+    logprobs: torch.Tensor | None
+
+
+def cross_entropy_reference(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    want_grad: bool = True,
+    want_logprobs: bool = False,
+    packed: torch.Tensor | None = None,
+    rows: int | None = None,
+) -> CrossEntropy:
+    """By all logits at once and autograd.
+
+    Args:
+        hidden: [T, d] normalised final states.
+        head: [V, d].
+        labels: [T] int64 ids that the rows must predict, :data:`IGNORED` for none.
+        weights: [T] factor of each row's loss; None = 1.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        want_grad: whether the gradient is computed.
+        want_logprobs: whether log-probabilities are returned.
+        packed: of ``head``, see :func:`invivo.kernels.linear.pack`; not used here.
+        rows: how many rows at a time; not used here.
+    """
+    wide = _wide(hidden)
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_(want_grad)
+        logits = linear(leaf, head).to(wide)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logprobs = torch.log_softmax(logits, dim=-1)
+        labelled = labels != IGNORED
+        chosen = logprobs.gather(1, labels.where(labelled, 0)[:, None]).squeeze(1)
+        chosen = chosen.where(labelled, 0.0)
+        loss = -(chosen if weights is None else chosen * weights.to(wide)).sum()
+        d_hidden = torch.autograd.grad(loss, leaf)[0] if want_grad else None
+    return CrossEntropy(
+        loss.detach(), labelled.sum(), d_hidden, chosen.detach() if want_logprobs else None
+    )
+
+
+def cross_entropy(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    want_grad: bool = True,
+    want_logprobs: bool = False,
+    packed: torch.Tensor | None = None,
+    rows: int | None = None,
+) -> CrossEntropy:
+    """:func:`cross_entropy_reference`, ``rows`` labelled rows at a time (None: by memory)."""
+    wide = _wide(hidden)
+    hidden, head = hidden.detach(), head.detach()
+    at = torch.nonzero(labels != IGNORED).squeeze(1)
+    if rows is None:
+        row_bytes = head.shape[0] * torch.empty((), dtype=wide).element_size()
+        rows = max(16, LOGITS_BYTES // row_bytes)
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    d_hidden = torch.zeros_like(hidden) if want_grad else None
+    logprobs = None
+    if want_logprobs:
+        logprobs = torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device)
+    with torch.no_grad():
+        for piece in at.split(rows):
+            target = labels[piece]
+            logits = linear(hidden[piece], head, packed=packed).to(wide)
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            chosen = logits.gather(1, target[:, None])
+            lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+            logprob = (chosen - lse).squeeze(1)
+            weight = None if weights is None else weights[piece].to(wide)
+            loss -= logprob.sum() if weight is None else (logprob * weight).sum()
+            if logprobs is not None:
+                logprobs[piece] = logprob
+            if d_hidden is None:
+                continue
+            slope = None if softcap is None else 1.0 - (logits / softcap).square_()
+            grad = logits.sub_(lse).exp_()
+            grad.scatter_add_(1, target[:, None], torch.full_like(chosen, -1.0))
+            if slope is not None:
+                grad *= slope
+            if weight is not None:
+                grad *= weight[:, None]
+            d_hidden[piece] = grad.to(hidden.dtype) @ head
+    return CrossEntropy(loss, torch.tensor(at.shape[0], device=hidden.device), d_hidden, logprobs)
+
+
+def _wide(hidden: torch.Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
