@@ -8,12 +8,17 @@ Prefill is one forward pass over a prompt, and the logits of its last row. Floor
 reads all weights but the embedding once and the keys and values of every row; prefill does two
 operations a weight and token and the attention's. transformers runs its own generate (static
 batch, dynamic cache, SDPA), its step is the time of 24 new tokens less that of 8, over 16.
+
+The rows named "engine" are the whole engine, scheduler and sampling included: as many requests at
+once, 512 random prompt tokens each and 128 greedy new ones. A decode step is the median time of an
+iteration in which all of them decode; prefill is the time until the last has its first token.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -21,13 +26,15 @@ from pathlib import Path
 import torch
 
 from gpu_timing import Ceilings, Row, event_ms, measure_ceilings, report
+from invivo.engine.engine import Engine, EngineConfig
 from invivo.engine.graphs import DecodeGraphs
+from invivo.engine.types import Output, Request, SamplingParams
 from invivo.kernels.paging import PagedLayout, blocks_needed, contiguous_layout
 from invivo.models.cache import KVCache, allocate_kv_cache
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
 from invivo.models.hub_config import config_from_hf
-from invivo.models.load import random_model
+from invivo.models.load import LoadedModel, random_model
 
 BLOCK = 16
 CONTEXT = 576
@@ -73,6 +80,8 @@ def main() -> None:
     with torch.inference_mode():
         decoder = random_model(config, device="cuda", dtype=torch.bfloat16)
         rows = time_decodes(decoder, ceilings) + time_prefills(decoder, ceilings)
+        torch.cuda.empty_cache()
+        rows += time_engine(decoder, ceilings)
         del decoder
         gc.collect()
         torch.cuda.empty_cache()
@@ -202,6 +211,74 @@ def prefill(
 ) -> torch.Tensor:
     hidden = decoder(tokens, layout, cache)
     return decoder.logits(hidden[layout.span_start[1:].long() - 1])
+
+
+def time_engine(decoder: Decoder, ceilings: Ceilings) -> list[Row]:
+    config = decoder.config
+    model = LoadedModel(
+        name="llama-8b-shape",
+        path=Path(),
+        config=config,
+        decoder=decoder,
+        tokenizer=None,
+        fingerprint="",
+    )
+    start = time.perf_counter()
+    engine = Engine(model, EngineConfig(max_model_len=4096))
+    ready_s = time.perf_counter() - start
+    rows = [Row("engine start, all decode graphs", 1e3 * ready_s, 0.0)]
+    for batch in (1, 32, 128, 256):
+        prefill_ms, step_ms = serve(engine, batch)
+        n_bytes = 2 * read_weights(config) + batch * CONTEXT * kv_bytes(config)
+        n_flops = 2 * read_weights(config) * batch
+        rows.append(
+            Row(
+                f"engine decode B={batch} context 512 to 640",
+                step_ms,
+                ceilings.floor_ms(n_bytes, n_flops),
+                note=f"{1e3 * batch / step_ms:,.0f} tok/s",
+            )
+        )
+        rows.append(
+            Row(
+                f"engine prefill {batch} x 512",
+                prefill_ms,
+                ceilings.floor_ms(2 * read_weights(config), n_flops * 512),
+                note=f"{1e3 * 512 * batch / prefill_ms:,.0f} tok/s",
+            )
+        )
+    engine.close()
+    return rows
+
+
+def serve(engine: Engine, batch: int, n_prompt: int = 512, n_new: int = 128) -> tuple[float, float]:
+    """Milliseconds until all have their first token, and of a step in which all decode."""
+    seen = [0] * batch
+    done = [False] * batch
+
+    def listen(index: int, output: Output) -> None:
+        seen[index] += len(output.tokens)
+        done[index] = output.final
+
+    generator = torch.Generator().manual_seed(batch)
+    vocabulary = engine.model.config.vocab_size
+    prompts = torch.randint(0, vocabulary, (batch, n_prompt), generator=generator).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=n_new, ignore_eos=True)
+    start = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        request = Request(id=f"b{batch}-{i}", tokens=tuple(prompt), params=params)
+        engine.submit(request, partial(listen, i))
+    prefill_ms = 0.0
+    steps = []
+    while not all(done):
+        before = time.perf_counter()
+        engine.step()
+        now = time.perf_counter()
+        if not prefill_ms and all(seen):
+            prefill_ms = 1e3 * (now - start)
+        elif prefill_ms and max(seen) < n_new:
+            steps.append(1e3 * (now - before))
+    return prefill_ms, statistics.median(steps)
 
 
 # --- transformers ---------------------------------------------------------------------------
