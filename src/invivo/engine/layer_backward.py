@@ -1,0 +1,476 @@
+"""The hand-written backward of one layer for one window, from what the tape kept.
+
+Each kept tensor is read, each other one rebuilt by cheap operations from those; the graph of the
+memory plan (:mod:`invivo.engine.training_graph`) says that this suffices. Frozen weights get no
+gradient. A bypass is differentiated by autograd over that bypass alone, a mixture of experts by
+autograd over its feed-forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from invivo.engine.tape import output_parts
+from invivo.engine.train_sequence import TrainSequence
+from invivo.engine.trained_hooks import TrainedHooks
+from invivo.kernels.activation import activation, gated_activation
+from invivo.kernels.activation_backward import activation_backward, gated_activation_backward
+from invivo.kernels.attention_backward import attention_backward
+from invivo.kernels.norm import rms_norm
+from invivo.kernels.norm_backward import layer_norm_backward, rms_norm_backward
+from invivo.kernels.rotary import apply_rotary_reference
+from invivo.models.bypass import Bypass
+from invivo.models.cache import KVCache
+from invivo.models.decoder import Decoder, Layer
+from invivo.models.feedforward.mlp import MLP
+from invivo.models.mixers.attention import Attention
+from invivo.models.norm import Norm
+
+
+class LayerBackward:
+    """Backward units of the tape mode."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, hooks: TrainedHooks) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._hooks = hooks
+
+    def run(
+        self,
+        sequence: TrainSequence,
+        bypass: Bypass,
+        rows: tuple[int, int],
+        layers: tuple[int, int],
+    ) -> torch.Tensor | None:
+        """Gradient by the residual stream before ``layers``; parameters gather theirs in ``.grad``.
+
+        Args:
+            bypass: differentiable, for these rows.
+            rows, layers: ranges, the ends exclusive.
+
+        Returns:
+            [s, d], None where nothing reads it.
+        """
+        assert sequence.dx is not None
+        dx: torch.Tensor | None = sequence.dx[slice(*rows)]
+        with torch.no_grad():
+            for layer in reversed(range(*layers)):
+                window = _Window(self._decoder, self._cache, self._hooks, sequence, bypass, rows)
+                window.enter(layer)
+                assert dx is not None
+                if layer == self._decoder.config.n_layers - 1:
+                    dx = norm_backward(self._decoder.final_norm, dx, window.layer_output())
+                dx = window.backward(dx)
+        return dx
+
+
+def norm_backward(norm: Norm, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Gradient of a norm of the decoder by its input x [s, d]."""
+    if norm.is_rms:
+        return rms_norm_backward(dy, x, norm.weight, norm.eps, unit_offset=norm.unit_offset)
+    return layer_norm_backward(dy, x, norm.weight, norm.eps)
+
+
+class _Window:
+    """One layer over rows [start, stop) of one sequence."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        hooks: TrainedHooks,
+        sequence: TrainSequence,
+        bypass: Bypass,
+        rows: tuple[int, int],
+    ) -> None:
+        assert sequence.tape is not None
+        self.decoder = decoder
+        self.config = decoder.config
+        self.cache = cache
+        self.hooks = hooks
+        self.sequence = sequence
+        self.tape = sequence.tape
+        self.bypass = bypass
+        self.start, self.stop = rows
+        self.dtype = decoder.embed.dtype
+        self.index = -1
+
+    def enter(self, layer: int) -> None:
+        """Turn to ``layer``."""
+        self.index = layer
+        self.layer: Layer = self.decoder.layers[layer]  # type: ignore[assignment]
+        self.mixer: Attention = self.layer.mixer
+        self.hooked = self.hooks.names.get(layer, frozenset())
+        self.reads = self.hooks.reads.get(layer, frozenset())
+        self.last_hook = self.hooks.last_hook if layer == self.hooks.bottom else None
+        self.made: dict[str, torch.Tensor] = {}
+
+    # --- tensors of the forward pass ------------------------------------------------------------
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor of the forward pass, these rows: from the tape, or rebuilt."""
+        value = self.made.get(name)
+        if value is None:
+            value = self.tape.read(self.index, name, self.start, self.stop)
+            if value is None:
+                value = _REBUILT[name](self)
+            self.made[name] = value
+        return value
+
+    def held(self, name: str) -> bool:
+        return (self.index, name) in self.tape.held
+
+    def layer_input(self) -> torch.Tensor:
+        """The residual stream between two layers: behind the hook at the end of the one below."""
+        below = self.index - 1
+        if below < 0:
+            return self.embeddings()
+        kept = self.tape.read(below, "resid.post", self.start, self.stop)
+        assert kept is not None
+        hooked = "resid.post" in self.hooks.names.get(below, ())
+        return self.bypass.rows("resid.post", below, kept) if hooked else kept
+
+    def layer_output(self) -> torch.Tensor:
+        return self.hook_rows("resid.post", self.get("resid.post"))
+
+    def embeddings(self) -> torch.Tensor:
+        positions = self.sequence.positions(self.start, self.stop)
+        tokens = self.sequence.tokens[self.start : self.stop]
+        return self.decoder.embedded(tokens, positions, self.bypass)
+
+    def resid_pre(self) -> torch.Tensor:
+        return self.hook_rows("resid.pre", self.get("layer.input"))
+
+    def attn_in_plain(self) -> torch.Tensor:
+        norm = self.layer.norm1
+        return self.get("resid.pre") if norm is None else norm.forward(self.get("resid.pre"))
+
+    def attn_in(self) -> torch.Tensor:
+        return self.hook_rows("attn.in", self.get("attn.in.plain"))
+
+    def resid_mid(self) -> torch.Tensor:
+        return self.get("resid.pre") + self.hook_rows("attn.out", self.get("attn.out"))
+
+    def resid_mid_hooked(self) -> torch.Tensor:
+        return self.hook_rows("resid.mid", self.get("resid.mid"))
+
+    def mlp_in_plain(self) -> torch.Tensor:
+        norm, x = self.layer.norm2, self.get("resid.mid.hooked")
+        return x if norm is None else norm.forward(x)
+
+    def mlp_in(self) -> torch.Tensor:
+        return self.hook_rows("mlp.in", self.get("mlp.in.plain"))
+
+    def resid_post(self) -> torch.Tensor:
+        return self.get("resid.mid.hooked") + self.hook_rows("mlp.out", self.get("mlp.out"))
+
+    def attn_out(self) -> torch.Tensor:
+        post = self.layer.post1
+        return self.attn_proj() if post is None else post.forward(self.get("attn.proj"))
+
+    def attn_proj(self) -> torch.Tensor:
+        y = self.linear_output("o")
+        return self.bypass(self.index, "o", self.linear_input("o", y), y)
+
+    def mlp_out(self) -> torch.Tensor:
+        post = self.layer.post2
+        assert post is not None
+        return post.forward(self.get("mlp.proj"))
+
+    def neuron(self) -> torch.Tensor:
+        kind = self.config.activation
+        if not self.config.gated_mlp:
+            return activation(self.get("mlp.up"), kind)
+        return gated_activation(torch.cat((self.get("mlp.gate"), self.get("mlp.up")), -1), kind)
+
+    def hooked_neuron(self) -> torch.Tensor:
+        return self.hook_rows("mlp.neuron", self.get("mlp.neuron"))
+
+    def hook_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return self.bypass.rows(name, self.index, value) if name in self.hooked else value
+
+    def after_hook(self, part: str) -> torch.Tensor:
+        """A part of a map's output that a trained vector scaled, from that before the vector."""
+        if part.startswith("attn."):
+            linear = "qkv"
+        else:
+            linear = "gate_up" if self.config.gated_mlp else "up"
+        y = self.linear_output(linear)
+        y = self.bypass(self.index, linear, self.linear_input(linear, y), y)
+        for name, cut in output_parts(self.config, linear):
+            if self.held(f"{name}.unscaled"):
+                self.made[name] = y[:, cut]
+        return self.made[part]
+
+    def linear_input(self, linear: str, y: torch.Tensor) -> torch.Tensor:
+        """[s, d_in] what a map and the bypass beside it read; a placeholder where none reads."""
+        if linear in self.reads:
+            return self.get(_LINEAR_READS[linear]).flatten(1)
+        return y.new_zeros(()).expand(y.shape[0], 1)
+
+    def linear_output(self, linear: str) -> torch.Tensor:
+        """What a map gave before its hook, where that is kept; zeros elsewhere."""
+        parts = output_parts(self.config, linear)
+        width = parts[-1][1].stop
+        y = torch.zeros(
+            self.stop - self.start, width, dtype=self.dtype, device=self.sequence.tokens.device
+        )
+        for name, cut in parts:
+            kept = self.tape.read(self.index, f"{name}.unscaled", self.start, self.stop)
+            if kept is not None:
+                y[:, cut] = kept
+        return y
+
+    def query_final(self) -> torch.Tensor:
+        """Queries as they attend: normalised, cut and turned."""
+        q = self.heads("attn.q")
+        if self.mixer.qk_norm != "none":
+            q = self.normed("attn.q")
+        if self.mixer.qkv_clip is not None:
+            q = q.clamp(-self.mixer.qkv_clip, self.mixer.qkv_clip)
+        return self.turned(q, backward=False)
+
+    def heads(self, name: str) -> torch.Tensor:
+        return self.get(name).view(self.stop - self.start, -1, self.mixer.head_dim)
+
+    def normed(self, name: str) -> torch.Tensor:
+        x, weight = self.qk_norm_input(name)
+        m = self.mixer
+        y = rms_norm(x, weight, m.eps, unit_offset=m.unit_offset)
+        return y.view(self.stop - self.start, -1, m.head_dim)
+
+    def qk_norm_input(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.heads(name)
+        weight = self.mixer.q_norm if name == "attn.q" else self.mixer.k_norm
+        return (x if self.mixer.qk_norm == "head" else x.flatten(1)), weight
+
+    def turned(self, x: torch.Tensor, *, backward: bool) -> torch.Tensor:
+        """x [s, heads, D] by the rotary angles, or by their transpose."""
+        rope = self.decoder.rope_of(self.index)
+        if rope is None:
+            return x
+        cos, sin = rope
+        positions = self.sequence.positions(self.start, self.stop)
+        return apply_rotary_reference(x, x[:, :0], cos, -sin if backward else sin, positions)[0]
+
+    # --- backward -------------------------------------------------------------------------------
+    def backward(self, dx: torch.Tensor) -> torch.Tensor | None:
+        """Gradient by the layer's input from that by its output [s, d]; None: nobody reads it."""
+        d_mid = self.feedforward_backward(dx)
+        d_x = None if d_mid is None else self.attention_backward(d_mid)
+        if d_x is not None and self.index == 0 and "embed" in self.bypass.at:
+            self.vjp(self.embeddings, [], d_x)
+        return d_x
+
+    def feedforward_backward(self, dx: torch.Tensor) -> torch.Tensor | None:
+        """Gradient by ``resid.mid`` before any bypass there."""
+        dx_end = self.rows_vjp("resid.post", dx)
+        d_out = None if dx_end is None else self.rows_vjp("mlp.out", dx_end)
+        if dx_end is None or d_out is None:
+            return None
+        if self.layer.post2 is not None:
+            d_out = norm_backward(self.layer.post2, d_out, self.get("mlp.proj"))
+        d_in: torch.Tensor | None
+        if isinstance(self.layer.feedforward, MLP):
+            d_in = self.mlp_backward(self.layer.feedforward, d_out)
+        else:
+            moe = self.layer.feedforward
+            d_in = self.vjp(moe.forward, [self.get("mlp.in")], d_out)[0]
+        d_in = None if d_in is None else self.rows_vjp("mlp.in", d_in)
+        if d_in is None:
+            return None
+        if self.layer.norm2 is not None:
+            d_in = norm_backward(self.layer.norm2, d_in, self.get("resid.mid.hooked"))
+        return self.rows_vjp("resid.mid", dx_end + d_in)
+
+    def mlp_backward(self, mlp: MLP, d_out: torch.Tensor) -> torch.Tensor | None:
+        kind = self.config.activation
+        d_neuron = self.linear_vjp("down", mlp.down, d_out)
+        if d_neuron is None:
+            return None
+        d_neuron = self.rows_vjp("mlp.neuron", d_neuron)
+        if d_neuron is None:
+            return None
+        if mlp.gated:
+            d_up = gated_activation_backward(
+                d_neuron, self.get("mlp.gate"), self.get("mlp.up"), kind
+            )
+            return self.linear_vjp("gate_up", mlp.gate_up, d_up)
+        if self.held("mlp.sign"):
+            d_up = d_neuron * self.get("mlp.sign")
+        else:
+            d_up = activation_backward(d_neuron, self.get("mlp.up"), kind)
+        return self.linear_vjp("up", mlp.up, d_up)
+
+    def attention_backward(self, d_mid: torch.Tensor) -> torch.Tensor | None:
+        mixer, sequence = self.mixer, self.sequence
+        d_out = self.rows_vjp("attn.out", d_mid)
+        if d_out is None:
+            return None
+        if self.layer.post1 is not None:
+            d_out = norm_backward(self.layer.post1, d_out, self.get("attn.proj"))
+        d_z = self.linear_vjp("o", mixer.o, d_out)
+        if d_z is None:
+            return None
+        keys, values = self.cache.layers[self.index]
+        assert sequence.table is not None
+        dk, dv = sequence.sums[self.index]
+        dq = attention_backward(
+            d_z.view(d_z.shape[0], -1, mixer.head_dim),
+            self.get("attn.q.final").view(d_z.shape[0], -1, mixer.head_dim),
+            keys,
+            values,
+            sequence.table,
+            self.start,
+            self.get("attn.z").view(d_z.shape[0], -1, mixer.head_dim),
+            self.get("attn.lse"),
+            scale=mixer.scale,
+            window=mixer.window,
+            softcap=mixer.softcap,
+            dk=dk,
+            dv=dv,
+        )
+        d_k = self.turned(self.complete(dk), backward=True)
+        k_hooked = self.rows_vjp("attn.kvhead.k", d_k)
+        v_hooked = self.rows_vjp("attn.kvhead.v", self.complete(dv))
+        if k_hooked is None or v_hooked is None:
+            return None
+        d_qkv = torch.cat(
+            [
+                self.map_output_backward("attn.q", self.turned(dq, backward=True)),
+                self.map_output_backward("attn.k", k_hooked),
+                self.map_output_backward("attn.v", v_hooked),
+            ],
+            dim=-1,
+        )
+        d_in = self.linear_vjp("qkv", mixer.qkv, d_qkv)
+        d_in = None if d_in is None else self.rows_vjp("attn.in", d_in)
+        if d_in is None:
+            return None
+        if self.layer.norm1 is not None:
+            d_in = norm_backward(self.layer.norm1, d_in, self.get("resid.pre"))
+        return self.rows_vjp("resid.pre", d_mid + d_in)
+
+    def complete(self, total: torch.Tensor | None) -> torch.Tensor:
+        """The window's own rows of a sum [L, G, D]: no window is left that reads them."""
+        if total is None:
+            shape = (self.stop - self.start, self.config.n_kv_heads, self.config.head_dim)
+            return torch.zeros(shape, dtype=self.dtype, device=self.sequence.tokens.device)
+        return total[self.start : self.stop].to(self.dtype)
+
+    def map_output_backward(self, name: str, d: torch.Tensor) -> torch.Tensor:
+        """Back through clip and QK-norm to what the map gave: [s, heads, D] -> [s, heads * D]."""
+        d = self.clip_backward(name, d)
+        if self.mixer.qk_norm != "none" and name != "attn.v":
+            x, weight = self.qk_norm_input(name)
+            m = self.mixer
+            d = rms_norm_backward(d.reshape(x.shape), x, weight, m.eps, unit_offset=m.unit_offset)
+        return d.flatten(1)
+
+    def clip_backward(self, name: str, d: torch.Tensor) -> torch.Tensor:
+        """Zero where the clip cut."""
+        clip = self.mixer.qkv_clip
+        if clip is None:
+            return d
+        if self.held(f"{name}.inside"):
+            inside = self.get(f"{name}.inside").view(d.shape)
+        elif self.mixer.qk_norm != "none" and name != "attn.v":
+            inside = self.normed(name).abs() <= clip
+        else:
+            inside = self.heads(name).abs() <= clip
+        return d * inside
+
+    # --- bypasses -------------------------------------------------------------------------------
+    def rows_vjp(self, name: str, d: torch.Tensor) -> torch.Tensor | None:
+        """Through the hook at a site; None where it is the last one."""
+        if name not in self.hooked:
+            return d
+        layer, bypass = self.index, self.bypass
+        # Steering vectors and virtual rows read nothing, so that nothing may be kept for them.
+        value = self.get(_READ_BY[name]) if name in self.reads else torch.zeros_like(d)
+        if self.is_last(name):
+            self.vjp(lambda: bypass.rows(name, layer, value), [], d)
+            return None
+        return self.vjp(lambda v: bypass.rows(name, layer, v), [value], d)[0]
+
+    def is_last(self, name: str) -> bool:
+        """Whether nothing trained lies before this hook."""
+        if self.last_hook == "attn.kvhead.k":  # keys and values have theirs side by side
+            return name in ("attn.kvhead.k", "attn.kvhead.v")
+        return name == self.last_hook
+
+    def linear_vjp(
+        self, linear: str, weight: torch.Tensor, d_out: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Through a frozen map and the hook beside it; None where it is the last hook."""
+        if linear not in self.hooked:
+            return d_out @ weight
+        layer, bypass = self.index, self.bypass
+        parts = output_parts(self.config, linear)
+        scaled = any(self.held(f"{name}.unscaled") for name, _ in parts)
+        y = self.linear_output(linear) if scaled else torch.zeros_like(d_out)
+        x = self.linear_input(linear, y)
+        if linear == self.last_hook:
+            self.vjp(lambda: bypass(layer, linear, x, y), [], d_out)
+            return None
+        d_x, d_y = self.vjp(lambda a, b: bypass(layer, linear, a, b), [x, y], d_out)
+        return d_x.addmm_(d_y, weight) if linear in self.reads else d_y @ weight
+
+    @staticmethod
+    def vjp(
+        function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], d_out: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Gradients by ``inputs``; parameters inside gather theirs in ``.grad``."""
+        with torch.enable_grad():
+            leaves = [value.detach().requires_grad_() for value in inputs]
+            out = function(*leaves)
+            if out.requires_grad:
+                torch.autograd.backward([out], [d_out.view(out.shape)])
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+
+def _after(part: str) -> Callable[[_Window], torch.Tensor]:
+    return lambda window: window.after_hook(part)
+
+
+_REBUILT: dict[str, Callable[[_Window], torch.Tensor]] = {
+    "layer.input": _Window.layer_input,
+    "resid.pre": _Window.resid_pre,
+    "attn.in.plain": _Window.attn_in_plain,
+    "attn.in": _Window.attn_in,
+    "attn.q": _after("attn.q"),
+    "attn.k": _after("attn.k"),
+    "attn.v": _after("attn.v"),
+    "attn.q.final": _Window.query_final,
+    "attn.proj": _Window.attn_proj,
+    "attn.out": _Window.attn_out,
+    "resid.mid": _Window.resid_mid,
+    "resid.mid.hooked": _Window.resid_mid_hooked,
+    "mlp.in.plain": _Window.mlp_in_plain,
+    "mlp.in": _Window.mlp_in,
+    "mlp.gate": _after("mlp.gate"),
+    "mlp.up": _after("mlp.up"),
+    "mlp.neuron": _Window.neuron,
+    "mlp.neuron.hooked": _Window.hooked_neuron,
+    "mlp.out": _Window.mlp_out,
+    "resid.post": _Window.resid_post,
+}
+# What the bypass at a site reads: the site's tensor before it.
+_READ_BY = {
+    "resid.pre": "layer.input",
+    "attn.in": "attn.in.plain",
+    "attn.out": "attn.out",
+    "resid.mid": "resid.mid",
+    "mlp.in": "mlp.in.plain",
+    "mlp.neuron": "mlp.neuron",
+    "mlp.out": "mlp.out",
+    "resid.post": "resid.post",
+}
+_LINEAR_READS = {
+    "qkv": "attn.in",
+    "o": "attn.z",
+    "gate_up": "mlp.in",
+    "up": "mlp.in",
+    "down": "mlp.neuron.hooked",
+}

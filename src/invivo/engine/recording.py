@@ -1,0 +1,162 @@
+"""Fills the tapes of training rows while the flat batch runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from invivo.engine.tape import Tape, output_parts
+from invivo.kernels.attention_backward import attention_lse
+from invivo.models.bypass import Bypass
+from invivo.models.cache import KVCache
+from invivo.models.decoder import Decoder, Layer
+
+# Tape names that a site gives, where no bypass may change it on the way there.
+_FROM_SITE: dict[str, tuple[str, ...]] = {
+    "resid.pre": ("layer.input",),
+    "resid.post": ("resid.post",),
+    "resid.mid": ("resid.mid",),
+    "attn.proj": ("attn.proj",),
+    "attn.out": ("attn.out",),
+    "attn.head.z": ("attn.z", "attn.lse"),
+    "mlp.gate": ("mlp.gate",),
+    "mlp.up": ("mlp.up", "mlp.sign"),
+    "mlp.neuron": ("mlp.neuron",),
+    "mlp.proj": ("mlp.proj",),
+    "mlp.out": ("mlp.out",),
+}
+_QUERY_NAMES = ("attn.q.final", "attn.lse")
+
+
+@dataclass(slots=True)
+class Piece:
+    """Rows [start, stop) of a sequence, which begin at row ``row`` of the flat batch.
+
+    Attributes:
+        table: physical blocks of the sequence, on the device.
+    """
+
+    tape: Tape
+    table: torch.Tensor
+    start: int
+    stop: int
+    row: int
+
+    def of(self, value: torch.Tensor) -> torch.Tensor:
+        """This piece's rows of a tensor of the flat batch."""
+        return value[self.row : self.row + self.stop - self.start]
+
+
+class Recording:
+    """The taps of one pass. Sequences of several jobs may ride in one batch.
+
+    Give the decoder both: ``forward(..., bypass=recording.bypass, taps=recording)``.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, inner: Bypass | None, pieces: Sequence[Piece]
+    ) -> None:
+        """``inner`` is the bypass of the flat batch, None where no row has one."""
+        self._decoder = decoder
+        self._cache = cache
+        self._pieces = pieces
+        self.bypass: Bypass = _RecordingBypass(decoder, inner, pieces)
+        config = decoder.config
+        self._query_site = [
+            "attn.head.q" if kind.rope is None else "attn.head.q.rot" for kind in config.layers
+        ]
+        self._wanted: set[tuple[str, int]] = set()
+        at, last = self.bypass.at, config.n_layers - 1
+        for layer, name in {key for piece in pieces for key in piece.tape.held}:
+            if name in _QUERY_NAMES:
+                self._wanted.add((self._query_site[layer], layer))
+            for site, names in _FROM_SITE.items():
+                # Behind a hook the value is another: there the wrapped bypass keeps it.
+                hooked = site in at or (site == "resid.post" and "resid.pre" in at and layer < last)
+                if name in names and not hooked:
+                    self._wanted.add((site, layer))
+        self._queries: list[torch.Tensor] = []
+
+    def wants(self, site: str, layer: int) -> bool:
+        return (site, layer) in self._wanted
+
+    def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        """Copy the rows of every piece."""
+        if site == self._query_site[layer]:
+            self._queries = [piece.of(value) for piece in self._pieces]
+            for piece, rows in zip(self._pieces, self._queries, strict=True):
+                piece.tape.write(layer, "attn.q.final", piece.start, rows)
+            return value
+        for name in _FROM_SITE[site]:
+            if name == "attn.lse":
+                self._write_lse(layer)
+                continue
+            for piece in self._pieces:
+                rows = piece.of(value)
+                if name == "mlp.sign":
+                    rows = rows > 0
+                piece.tape.write(layer, name, piece.start, rows)
+        return value
+
+    def _write_lse(self, layer: int) -> None:
+        """Of the queries just seen, whose keys are in the cache by now."""
+        block: Layer = self._decoder.layers[layer]  # type: ignore[assignment]
+        mixer = block.mixer
+        for piece, queries in zip(self._pieces, self._queries, strict=True):
+            if (layer, "attn.lse") in piece.tape.held:
+                lse = attention_lse(
+                    queries,
+                    self._cache.layers[layer][0],
+                    piece.table,
+                    piece.start,
+                    scale=mixer.scale,
+                    window=mixer.window,
+                    softcap=mixer.softcap,
+                )
+                piece.tape.write(layer, "attn.lse", piece.start, lse)
+        self._queries = []
+
+
+class _RecordingBypass:
+    """The batch's bypass; on its way what lies before and behind it is kept."""
+
+    def __init__(self, decoder: Decoder, inner: Bypass | None, pieces: Sequence[Piece]) -> None:
+        self._config = decoder.config
+        self._inner = inner
+        self._pieces = pieces
+        self._held = {key for piece in pieces for key in piece.tape.held}
+        self.at: frozenset[str] = frozenset() if inner is None else inner.at
+
+    def __call__(self, layer: int, linear: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        parts = output_parts(self._config, linear)
+        for name, cut in parts:
+            self._keep(layer, f"{name}.unscaled", y[:, cut])
+        if self._inner is not None:
+            y = self._inner(layer, linear, x, y)
+        if linear == "qkv":
+            for name, cut in parts:
+                self._keep(layer, name, y[:, cut])
+                clip = self._config.qkv_clip
+                if clip is not None and (layer, f"{name}.inside") in self._held:
+                    self._write(layer, f"{name}.inside", y[:, cut].abs() <= clip)
+        return y
+
+    def rows(self, name: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        if name == "resid.pre":
+            self._keep(layer, "layer.input", value)
+            if "resid.post" not in self.at:
+                self._keep(layer - 1, "resid.post", value)
+        elif name in _FROM_SITE:
+            self._keep(layer, name, value)
+        assert self._inner is not None
+        return self._inner.rows(name, layer, value)
+
+    def _keep(self, layer: int, name: str, value: torch.Tensor) -> None:
+        if (layer, name) in self._held:
+            self._write(layer, name, value)
+
+    def _write(self, layer: int, name: str, value: torch.Tensor) -> None:
+        for piece in self._pieces:
+            piece.tape.write(layer, name, piece.start, piece.of(value))

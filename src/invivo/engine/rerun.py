@@ -1,0 +1,131 @@
+"""Backward of a window by running its layers again under autograd.
+
+A window is a function of its tokens (or of its rows' residual stream at some layer) and of the
+keys and values before it. The rerun takes those past keys and values as leaves; the gradients of
+the window's own keys and values, summed over all later windows, go in beside that of its output.
+This holds for any bypass, mixer and feed-forward.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from invivo.engine.train_sequence import TrainSequence
+from invivo.engine.trained_hooks import TrainedHooks
+from invivo.kernels.attention_backward import gather_rows
+from invivo.kernels.paging import PagedLayout
+from invivo.models.bypass import Bypass
+from invivo.models.cache import KVCache
+from invivo.models.decoder import Decoder
+
+Memory = tuple[torch.Tensor, torch.Tensor]
+
+
+def rerun_backward(
+    decoder: Decoder,
+    cache: KVCache,
+    hooks: TrainedHooks,
+    sequence: TrainSequence,
+    bypass: Bypass,
+    rows: tuple[int, int],
+    layers: tuple[int, int],
+    start_from: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Gradient by the residual stream before ``layers``; parameters gather theirs in ``.grad``.
+
+    Args:
+        bypass: differentiable, for these rows.
+        rows, layers: ranges, the ends exclusive.
+        start_from: [s, d] residual stream of the rows before the first of the layers; None: the
+            embeddings.
+
+    Returns:
+        [s, d], None where nothing reads it.
+    """
+    assert sequence.dx is not None
+    start, stop = rows
+    first, last = layers
+    goes_on = first > hooks.bottom or hooks.last_hook is None
+    with torch.enable_grad():
+        if start_from is None:
+            tokens, positions = sequence.tokens[start:stop], sequence.positions(start, stop)
+            x = decoder.embedded(tokens, positions, bypass)
+        else:
+            x = start_from.detach()
+        if goes_on and not x.requires_grad:
+            x.requires_grad_()
+        if goes_on:
+            x.retain_grad()
+        past: list[Memory] = []
+        memory: list[Memory] = []
+        for layer in range(first, last):
+            leaves, grown = _past(cache, sequence, layer, start, stop, hooks.carried.get(layer))
+            past.append(leaves)
+            memory.append(grown)
+        layout = window_layout(sequence, start, stop)
+        pending, residual = decoder.run_layers(
+            x, layout, memory, first=first, last=last, bypass=bypass
+        )
+        if last == decoder.config.n_layers:
+            out = _final(decoder, pending, residual)
+        else:
+            out = residual if pending is None else residual + pending
+        outputs, gradients = [out], [sequence.dx[start:stop]]
+        for layer, grown in enumerate(memory, first):
+            for new, total in zip(grown, sequence.sums.get(layer, (None, None)), strict=True):
+                own = new[0, start:stop]
+                if total is not None and own.requires_grad:
+                    outputs.append(own)
+                    gradients.append(total[start:stop].to(own.dtype))
+        torch.autograd.backward(outputs, gradients)
+    for layer, leaves in enumerate(past, first):
+        for leaf, total in zip(leaves, sequence.sums.get(layer, (None, None)), strict=True):
+            if total is not None and leaf.grad is not None:
+                total[:start] += leaf.grad
+    return x.grad
+
+
+def window_layout(sequence: TrainSequence, start: int, stop: int) -> PagedLayout:
+    """Rows [start, stop) of one sequence whose keys lie in one block of ``stop`` tokens."""
+    device = sequence.tokens.device
+    n = stop - start
+    return PagedLayout(
+        positions=sequence.positions(start, stop),
+        slots=torch.arange(start, stop, device=device),
+        span_start=torch.tensor([0, n], dtype=torch.int32, device=device),
+        kv_len=torch.tensor([stop], dtype=torch.int32, device=device),
+        block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
+        block_size=stop,
+        n_decode=int(n == 1),
+        max_query=n,
+        max_kv=stop,
+        span_start_host=[0, n],
+        kv_len_host=[stop],
+    )
+
+
+def _past(
+    cache: KVCache,
+    sequence: TrainSequence,
+    layer: int,
+    start: int,
+    stop: int,
+    carried: tuple[bool, bool] | None,
+) -> tuple[Memory, Memory]:
+    """Leaves [start, G, D] of the keys and values before the window, and one block
+    [1, stop, G, D] each that begins with them."""
+    assert sequence.table is not None
+    leaves, grown = [], []
+    for pages, wanted in zip(cache.layers[layer], carried or (False, False), strict=True):
+        leaf = gather_rows(pages, sequence.table, 0, start)
+        leaf.requires_grad_(wanted)
+        room = leaf.new_zeros(stop - start, *leaf.shape[1:])
+        leaves.append(leaf)
+        grown.append(torch.cat((leaf, room)).unsqueeze(0))
+    return (leaves[0], leaves[1]), (grown[0], grown[1])
+
+
+def _final(decoder: Decoder, pending: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    if pending is None:
+        return decoder.final_norm.forward(residual)
+    return decoder.final_norm.add(pending, residual)[0]

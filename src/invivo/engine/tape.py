@@ -1,0 +1,170 @@
+"""What a forward pass keeps for the hand-written backward: the tensors that the memory plan says.
+
+The plan (:mod:`invivo.engine.memory_plan`) decides which tensors of which layers are kept; a
+:class:`Tape` holds them for one sequence. Mixtures of experts keep less than planned: their
+feed-forward is rerun from its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from invivo.engine.memory_plan import choose_kept, differentiate
+from invivo.engine.trainable import Trainable
+from invivo.engine.trained_hooks import TrainedHooks
+from invivo.engine.training_graph import build_graph
+from invivo.models.config import ModelConfig
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# What the plan adds to a site's name for the tensor behind an adapter, a steering vector.
+_AFTER_HOOK = (".steered", ".adapted")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One kept tensor: numbers of a row and their dtype ("bit": one bit each)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+TapePlan = dict[tuple[int, str], Entry]  # by layer and name
+
+
+def planned_tape(
+    config: ModelConfig,
+    trainables: Sequence[Trainable],
+    *,
+    dtype: torch.dtype,
+    input_gradients: bool = False,
+) -> TapePlan:
+    """The tensors of the plan, without the loss's gradient and the insides of mixtures.
+
+    What attention's queries are called depends on norm, clip and rotary embedding; the ones that
+    meet the keys are "attn.q.final" here.
+    """
+    name_of = {kind: name for name, kind in DTYPES.items()}
+    if input_gradients and all(each.kind != "soft_prompt" for each in trainables):
+        # Keeps what a gradient by the embeddings needs.
+        trainables = [*trainables, Trainable("soft_prompt", size=1)]
+    graph = build_graph(config, trainables, length=1, dtype=name_of[dtype])
+    kept = choose_kept(graph, differentiate(graph), rebuild=True, compress=True)
+    final = {op.inputs[0] for op in graph.ops if op.kind == "attention"}
+    plan: TapePlan = {}
+    for key in sorted(kept.tape):
+        tensor = graph.tensors[key]
+        if tensor.layer < 0 or tensor.name.startswith("moe."):
+            continue
+        name = "attn.q.final" if key in final else tensor.name
+        plan[_before_hook(tensor.layer, name)] = Entry(tensor.shape, tensor.dtype)
+    return plan
+
+
+def _before_hook(layer: int, name: str) -> tuple[int, str]:
+    """Where a bypass sits at a site, the tensor before it is what is kept: the one after it is
+    as cheap to rebuild as the other way round."""
+    for suffix in _AFTER_HOOK:
+        name = name.removesuffix(suffix)
+    return (layer - 1, "resid.post") if name == "resid.pre" else (layer, name)
+
+
+def layer_inputs(config: ModelConfig, hooks: TrainedHooks, *, dtype: torch.dtype) -> TapePlan:
+    """The residual stream before each layer that a rerun, layer by layer, starts from."""
+    name = next(name for name, kind in DTYPES.items() if kind == dtype)
+    entry = Entry((config.d_model,), name)
+    first = max(1, hooks.bottom)
+    return {(layer, "layer.input"): entry for layer in range(first, config.n_layers)}
+
+
+@dataclass(slots=True)
+class Tape:
+    """Kept tensors of one sequence of ``length`` rows, each [L, ...]; bits eight to a byte."""
+
+    held: dict[tuple[int, str], torch.Tensor]
+    plan: TapePlan
+
+    @classmethod
+    def allocate(cls, plan: TapePlan, length: int, device: torch.device) -> Tape:
+        held = {}
+        for key, entry in plan.items():
+            if entry.dtype == "bit":
+                width = -(-_count(entry.shape) // 8)
+                held[key] = torch.zeros(length, width, dtype=torch.uint8, device=device)
+            else:
+                dtype = DTYPES[entry.dtype]
+                held[key] = torch.zeros(length, *entry.shape, dtype=dtype, device=device)
+        return cls(held, plan)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.held.values())
+
+    def write(self, layer: int, name: str, start: int, value: torch.Tensor) -> None:
+        """Rows [start, start + n): value [n, ...], bools where the plan keeps bits."""
+        held = self.held.get((layer, name))
+        if held is None:
+            return
+        if self.plan[layer, name].dtype == "bit":
+            value = pack_bits(value.reshape(value.shape[0], -1))
+        held[start : start + value.shape[0]] = value.reshape(-1, *held.shape[1:])
+
+    def read(self, layer: int, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Rows [start, stop) of a kept tensor, None if it is not kept. Bits come as bools."""
+        held = self.held.get((layer, name))
+        if held is None:
+            return None
+        rows = held[start:stop]
+        entry = self.plan[layer, name]
+        if entry.dtype != "bit":
+            return rows
+        return unpack_bits(rows, _count(entry.shape)).view(-1, *entry.shape)
+
+
+def pack_bits(bits: torch.Tensor) -> torch.Tensor:
+    """[n, w] bool -> [n, ceil(w / 8)] uint8."""
+    n, width = bits.shape
+    full = torch.zeros(n, -(-width // 8) * 8, dtype=torch.uint8, device=bits.device)
+    full[:, :width] = bits
+    powers = 2 ** torch.arange(8, device=bits.device)
+    return (full.view(n, -1, 8) * powers).sum(-1).to(torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """The inverse of :func:`pack_bits`: [n, ceil(w / 8)] uint8 -> [n, w] bool."""
+    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    bits = packed[:, :, None].bitwise_right_shift(shifts).bitwise_and(1)
+    return bits.flatten(1)[:, :width].bool()
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def output_parts(config: ModelConfig, linear: str) -> list[tuple[str, slice]]:
+    """Tape names of the parts of a linear map's output, and where they lie."""
+    if linear == "qkv":
+        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        return [
+            ("attn.q", slice(0, q)),
+            ("attn.k", slice(q, q + kv)),
+            ("attn.v", slice(q + kv, q + 2 * kv)),
+        ]
+    if linear == "o":
+        return [("attn.proj" if config.post_norm else "attn.out", slice(0, config.d_model))]
+    if linear == "gate_up":
+        f = config.d_ff
+        return [("mlp.gate", slice(0, f)), ("mlp.up", slice(f, 2 * f))]
+    if linear == "up":
+        return [("mlp.up", slice(0, config.d_ff))]
+    return [("mlp.proj" if config.post_norm else "mlp.out", slice(0, config.d_model))]

@@ -1,0 +1,85 @@
+"""One text that is being learned: what lives from the first row forward to the last one back.
+
+Several documents of a packed micro-step are several of these: no row then sees another document,
+positions start anew, and no window spans a border. Their losses and gradients add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from invivo.engine.tape import Tape
+from invivo.kernels.cross_entropy import IGNORED
+
+Sums = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def next_token_labels(tokens: torch.Tensor, learned: torch.Tensor | None = None) -> torch.Tensor:
+    """What each row must predict: the token after it.
+
+    Args:
+        tokens: [L] int64.
+        learned: [L] bool, which tokens are to be learned; None = all. The label of row t is
+            ignored where token t + 1 is not learned.
+
+    Returns:
+        [L] int64, the last one :data:`~invivo.kernels.cross_entropy.IGNORED`.
+    """
+    labels = torch.full_like(tokens, IGNORED)
+    labels[:-1] = tokens[1:] if learned is None else tokens[1:].where(learned[1:], IGNORED)
+    return labels
+
+
+@dataclass(slots=True, eq=False)
+class TrainSequence:
+    """A text of L tokens on the engine's device, and the state of its micro-step.
+
+    Attributes:
+        tokens: [L] int64; virtual tokens of a prefix or soft prompt included.
+        labels: [L] int64, what row t must predict, -100 for nothing.
+        blocks: physical blocks in the paged cache, enough for L tokens.
+        weights: [L] factor of each row's loss; None = 1.
+        position_offset: added to the index to give the position (LongRoPE).
+        job: name that its backward units bear.
+        forwarded: rows that have run forward.
+        loss: [] sum so far, on the device.
+        n_labels: [] int64 labelled rows so far, on the device.
+        dx: [L, d] first the loss's gradient by the final states, then, as the backward goes down,
+            by the residual stream.
+        sums: gradients of keys and values by layer, each [L, G, D], None where nobody reads them.
+        tape: what the forward keeps; None when the backward reruns it from the tokens.
+        d_embeddings: [L, d] gradient by the first residual stream, where it was asked for.
+        row, layer: how far the backward is: rows from ``row`` on are done for the layers under
+            way, layers from ``layer`` on are done for the rows under way.
+        window, layers: rows and layers under way.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    blocks: list[int]
+    weights: torch.Tensor | None = None
+    position_offset: int = 0
+    job: str = ""
+    forwarded: int = 0
+    loss: torch.Tensor | None = None
+    n_labels: torch.Tensor | None = None
+    dx: torch.Tensor | None = None
+    sums: dict[int, Sums] = field(default_factory=dict)
+    tape: Tape | None = None
+    d_embeddings: torch.Tensor | None = None
+    row: int = 0
+    layer: int = 0
+    window: tuple[int, int] = (0, 0)
+    layers: tuple[int, int] = (0, 0)
+    table: torch.Tensor | None = None  # blocks on the device
+
+    @property
+    def length(self) -> int:
+        return int(self.tokens.shape[0])
+
+    def positions(self, start: int, stop: int) -> torch.Tensor:
+        """[stop - start] int64."""
+        offset = self.position_offset
+        return torch.arange(start + offset, stop + offset, device=self.tokens.device)

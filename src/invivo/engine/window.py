@@ -1,0 +1,280 @@
+"""Token-level fine-tuning: forward windows, backward units, exact whatever the cuts.
+
+A window of a training sequence runs forward in the flat batch like any other rows. Its backward
+is cut into *units*: rows [start, stop) through layers [first, last), given out in an order in
+which each finds the gradients it needs complete. Cutting changes no gradient.
+
+Two ways (``mode``):
+
+- ``rerun`` runs the rows again under autograd (:mod:`invivo.engine.rerun`): any bypass, any mixer;
+- ``tape`` reads what the forward kept (:mod:`invivo.engine.tape`) and follows hand-written
+  gradients (:mod:`invivo.engine.layer_backward`): two thirds of the arithmetic.
+
+Two orders (``order``):
+
+- ``window``: all layers of the last window, then of the one before. The gradients of all layers'
+  keys and values are held for the whole sequence, a rerun needs nothing else.
+- ``layer``: all windows of the last layer, then the layer below. One layer's key and value
+  gradients are held; a rerun keeps the input of every layer.
+
+The loss is a sum. Divide the gradients once, by the labelled rows of the whole optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from invivo.engine.bypasses import BypassSpec, Parameters, TrainBypass
+from invivo.engine.layer_backward import LayerBackward
+from invivo.engine.recording import Piece
+from invivo.engine.rerun import rerun_backward
+from invivo.engine.tape import Tape, TapePlan, layer_inputs, planned_tape
+from invivo.engine.train_sequence import TrainSequence
+from invivo.engine.trained_hooks import trained_hooks
+from invivo.engine.types import BackwardUnit
+from invivo.kernels.cross_entropy import CrossEntropy, cross_entropy
+from invivo.models.cache import KVCache
+from invivo.models.decoder import Decoder
+
+Mode = Literal["rerun", "tape"]
+Order = Literal["window", "layer"]
+
+
+class WindowTrainer:
+    """Runs the micro-steps of one set of trained bypasses over the frozen decoder.
+
+    Gradients gather in ``.grad`` of the parameters until somebody takes them.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        specs: Sequence[BypassSpec],
+        parameters: Parameters,
+        *,
+        mode: Mode = "rerun",
+        order: Order = "window",
+        input_gradients: bool = False,
+    ) -> None:
+        """Plan what is kept.
+
+        Args:
+            cache: the paged cache that the forward windows write.
+            specs: what is trained.
+            parameters: by name, see :mod:`invivo.engine.bypasses`; leaves that require gradients.
+            input_gradients: also compute the gradient by the embeddings.
+
+        Raises:
+            InvalidRequest: see :func:`invivo.engine.trained_hooks.trained_hooks`.
+            UnsupportedModel: ``tape`` for a mixer that the memory plan does not know.
+        """
+        config = decoder.config
+        self.decoder = decoder
+        self.mode: Mode = mode
+        self.order: Order = order
+        self._cache = cache
+        self.bypass = TrainBypass(config, specs, parameters)
+        trainables = [spec.trainable for spec in specs]
+        self._hooks = trained_hooks(config, trainables, input_gradients=input_gradients)
+        self._input_gradients = input_gradients
+        self._n_layers = config.n_layers
+        dtype = decoder.embed.dtype
+        self._plan: TapePlan | None = None
+        self._backward: LayerBackward | None = None
+        if mode == "tape":
+            self._plan = planned_tape(
+                config, trainables, dtype=dtype, input_gradients=input_gradients
+            )
+            self._backward = LayerBackward(decoder, cache, self._hooks)
+        elif order == "layer":
+            self._plan = layer_inputs(config, self._hooks, dtype=dtype)
+
+    # --- forward ------------------------------------------------------------------------------
+    @property
+    def records(self) -> bool:
+        """Whether forward windows must run under a :class:`~invivo.engine.recording.Recording`."""
+        return bool(self._plan)
+
+    def begin(self, sequence: TrainSequence) -> None:
+        """Make room for a micro-step of ``sequence``, forgetting any that was under way."""
+        device, n = sequence.tokens.device, sequence.length
+        decoder = self.decoder
+        wide = torch.float64 if decoder.embed.dtype == torch.float64 else torch.float32
+        sequence.table = torch.tensor(sequence.blocks, dtype=torch.int64, device=device)
+        sequence.forwarded = 0
+        sequence.loss = torch.zeros((), dtype=wide, device=device)
+        sequence.n_labels = torch.zeros((), dtype=torch.int64, device=device)
+        shape = (n, decoder.config.d_model)
+        sequence.dx = torch.zeros(shape, dtype=decoder.embed.dtype, device=device)
+        sequence.tape = None
+        if self._plan:
+            sequence.tape = Tape.allocate(self._plan, n, device)
+        sequence.sums = {}
+        sequence.d_embeddings = None
+        sequence.row, sequence.layer = n, self._n_layers
+
+    def piece(self, sequence: TrainSequence, start: int, stop: int, row: int) -> Piece:
+        """What a recording needs of rows [start, stop), which begin at ``row`` of the batch."""
+        assert sequence.tape is not None
+        assert sequence.table is not None
+        return Piece(sequence.tape, sequence.table, start, stop, row)
+
+    def forward_done(
+        self,
+        sequence: TrainSequence,
+        start: int,
+        stop: int,
+        hidden: torch.Tensor,
+        *,
+        want_logprobs: bool = False,
+    ) -> CrossEntropy:
+        """Take the final states of a window that ran forward.
+
+        Args:
+            hidden: [stop - start, d] normalised final states.
+
+        Returns:
+            This window's loss; its gradient is kept for the backward.
+        """
+        assert start == sequence.forwarded, "windows run forward in order, each row once"
+        assert sequence.dx is not None
+        decoder = self.decoder
+        weights = None if sequence.weights is None else sequence.weights[start:stop]
+        result = cross_entropy(
+            hidden,
+            decoder.embed if decoder.head is None else decoder.head,
+            sequence.labels[start:stop],
+            weights,
+            softcap=decoder.config.logit_softcap,
+            want_logprobs=want_logprobs,
+            packed=decoder.head_packed,
+        )
+        assert result.d_hidden is not None
+        sequence.dx[start:stop] = result.d_hidden
+        assert sequence.loss is not None
+        assert sequence.n_labels is not None
+        sequence.loss += result.loss
+        sequence.n_labels += result.n_labels
+        sequence.forwarded = stop
+        return result
+
+    # --- backward -----------------------------------------------------------------------------
+    @property
+    def bottom(self) -> int:
+        """The lowest layer that a backward visits."""
+        return self._hooks.bottom
+
+    def next_unit(
+        self, sequence: TrainSequence, tokens: int, layers: int | None = None
+    ) -> BackwardUnit | None:
+        """The unit that must run next, at most ``tokens`` rows by ``layers`` layers.
+
+        A unit of window order that stopped between layers goes on with the same rows, one of
+        layer order with the same layers. None when the micro-step is done.
+
+        Args:
+            layers: None takes what suits the order: all layers, or one. A rerun in window order
+                always takes all.
+        """
+        assert sequence.forwarded == sequence.length, "the backward begins after the last window"
+        assert tokens >= 1
+        if self.done(sequence):
+            return None
+        rows, through = sequence.window, sequence.layers
+        fresh_rows = (max(0, sequence.row - tokens), sequence.row)
+        if self.order == "window":
+            if layers is None or self.mode == "rerun":
+                layers = self._n_layers
+            if sequence.layer == self._n_layers:
+                rows = fresh_rows
+            through = (max(self.bottom, sequence.layer - layers), sequence.layer)
+        else:
+            if sequence.row == sequence.length:
+                through = (max(self.bottom, sequence.layer - (layers or 1)), sequence.layer)
+            rows = fresh_rows
+        return BackwardUnit(sequence.job, *rows, *through)
+
+    def done(self, sequence: TrainSequence) -> bool:
+        """Whether nothing is left of the backward."""
+        if self.order == "window":
+            return sequence.row == 0
+        return sequence.layer == self.bottom
+
+    def units(
+        self, sequence: TrainSequence, tokens: int, layers: int | None = None
+    ) -> list[BackwardUnit]:
+        """All units that are left, in order, cut evenly; runs nothing."""
+        before = sequence.row, sequence.layer, sequence.window, sequence.layers
+        found = []
+        while (unit := self.next_unit(sequence, tokens, layers)) is not None:
+            found.append(unit)
+            self._advance(sequence, unit)
+        sequence.row, sequence.layer, sequence.window, sequence.layers = before
+        return found
+
+    def run(self, sequence: TrainSequence, unit: BackwardUnit) -> None:
+        """Run the unit that :meth:`next_unit` gave.
+
+        The gradient by the embeddings, where asked for, is in ``sequence.d_embeddings``.
+        """
+        rows, layers = (unit.start, unit.stop), (unit.first_layer, unit.last_layer)
+        self._make_sums(sequence, layers)
+        bypass = self.bypass.window(*rows)
+        if self._backward is not None:
+            dx = self._backward.run(sequence, bypass, rows, layers)
+        else:
+            if self.order == "window":  # nothing but the tokens to start from
+                layers = (0, self._n_layers)
+            x = None
+            if layers[0] > 0:
+                assert sequence.tape is not None
+                x = sequence.tape.read(layers[0], "layer.input", *rows)
+            dx = rerun_backward(
+                self.decoder, self._cache, self._hooks, sequence, bypass, rows, layers, x
+            )
+        if dx is not None:
+            assert sequence.dx is not None
+            sequence.dx[unit.start : unit.stop] = dx
+        self._advance(sequence, unit)
+        self._release(sequence)
+
+    def _advance(self, sequence: TrainSequence, unit: BackwardUnit) -> None:
+        sequence.window = unit.start, unit.stop
+        sequence.layers = unit.first_layer, unit.last_layer
+        if self.order == "window":
+            sequence.layer = unit.first_layer
+            if sequence.layer == self.bottom:
+                sequence.row, sequence.layer = unit.start, self._n_layers
+        else:
+            sequence.row = unit.start
+            if sequence.row == 0:
+                sequence.row, sequence.layer = sequence.length, unit.first_layer
+
+    def _make_sums(self, sequence: TrainSequence, layers: tuple[int, int]) -> None:
+        """Room for the gradients of keys and values of these layers, if there is none yet."""
+        config = self.decoder.config
+        shape = (sequence.length, config.n_kv_heads, config.head_dim)
+        wide = torch.float64 if self.decoder.embed.dtype == torch.float64 else torch.float32
+        device = sequence.tokens.device
+        for layer in range(*layers):
+            if layer not in sequence.sums:
+                k, v = (
+                    torch.zeros(shape, dtype=wide, device=device) if wanted else None
+                    for wanted in self._hooks.carried[layer]
+                )
+                sequence.sums[layer] = (k, v)
+
+    def _release(self, sequence: TrainSequence) -> None:
+        """Let go of what no later unit reads."""
+        if self.order == "layer":
+            for layer in [layer for layer in sequence.sums if layer >= sequence.layer]:
+                del sequence.sums[layer]
+        if self.done(sequence):
+            if self._input_gradients:
+                sequence.d_embeddings = sequence.dx
+            sequence.sums = {}
+            sequence.tape = sequence.dx = None
