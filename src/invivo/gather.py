@@ -102,7 +102,7 @@ class Gathering:
     def _feed(self) -> None:
         while True:
             with self._lock:
-                if not self._todo or len(self._inside) >= self._engine.config.max_running:
+                if not self._todo or len(self._inside) >= self._engine.scheduler.limits.max_running:
                     return
                 gathered = self._todo.pop()
                 self._inside[gathered.request.id] = gathered

@@ -90,15 +90,20 @@ def serve(
         ),
     ] = None,
     max_running: Annotated[
-        int,
-        typer.Option("--max-running", min=1, help="Sequences in a batch.", rich_help_panel=LIMITS),
-    ] = 256,
+        int | None,
+        typer.Option(
+            "--max-running",
+            min=1,
+            help="Sequences in a batch; 256 on a GPU, 64 on a CPU if not given.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
     max_batch_tokens: Annotated[
         int | None,
         typer.Option(
             "--max-batch-tokens",
             min=1,
-            help="Tokens of an iteration; 2048 on a GPU, 512 on a CPU if not given.",
+            help="Tokens of an iteration; 2048 on a GPU, 192 on a CPU if not given.",
             rich_help_panel=LIMITS,
         ),
     ] = None,

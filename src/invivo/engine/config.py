@@ -12,8 +12,9 @@ class EngineConfig:
     """Sizes and switches of an engine.
 
     Attributes:
-        max_batch_tokens: token rows of one iteration; None = 2048 on a GPU, 512 on a CPU.
-        max_running: sequences that hold memory at the same time.
+        max_batch_tokens: token rows of one iteration; None = 2048 on a GPU, 192 on a CPU (an
+            iteration of more makes running chats wait, and 192 rows are nearly as efficient).
+        max_running: sequences that hold memory at the same time; None = 256 on a GPU, 64 on a CPU.
         block_size: tokens a block of the KV cache.
         kv_bytes: size of the KV cache; None = what ``memory_fraction`` of a GPU leaves, on a CPU
             2 GiB or a quarter of free memory.
@@ -28,7 +29,7 @@ class EngineConfig:
     """
 
     max_batch_tokens: int | None = None
-    max_running: int = 256
+    max_running: int | None = None
     block_size: int = 16
     kv_bytes: int | None = None
     max_model_len: int | None = None
@@ -42,33 +43,52 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("max_running", 1),
             ("block_size", 1),
             ("max_waiting", 0),
             ("max_adapters", 1),
             ("max_lora_rank", 1),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise InvalidRequest(
-                    f"must be a whole number of at least {least}", field=name, given=value
-                )
-        if not 0 < self.memory_fraction <= 1:
+            _check_whole(name, getattr(self, name), least)
+        for name, least in (
+            ("max_batch_tokens", 2),
+            ("max_running", 1),
+            ("kv_bytes", 1),
+            ("max_model_len", 2),
+        ):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), least)
+        share = self.memory_fraction
+        if not isinstance(share, int | float) or not 0 < share <= 1:
             raise InvalidRequest(
                 "must lie above 0 and be at most 1",
                 field="memory_fraction",
-                given=self.memory_fraction,
+                given=share,
             )
+
+    def batch_sizes(self, *, on_gpu: bool) -> tuple[int, int]:
+        """(max_running, max_batch_tokens), those left open chosen so that they suit the given."""
+        running, rows = (256, 2048) if on_gpu else (64, 192)
+        if self.max_running is not None:
+            running = self.max_running
+            rows = max(rows, 2 * running)
+        elif self.max_batch_tokens is not None:
+            running = min(running, max(1, self.max_batch_tokens // 2))
+        return running, self.max_batch_tokens or rows
 
     def model_length(self, trained: int) -> int:
         """Longest prompt + output for a model whose positions reach to ``trained``."""
         asked = self.max_model_len
         if asked is None:
             return trained
-        if not 2 <= asked <= trained:
+        if asked > trained:
             raise InvalidRequest(
                 f"must lie between 2 and the model's own {trained}",
                 field="max_model_len",
                 given=asked,
             )
         return asked
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidRequest(f"must be a whole number of at least {least}", field=name, given=value)

@@ -81,14 +81,15 @@ class Engine:
         self.device = weight.device
         on_gpu = self.device.type == "cuda"
         c = self.config
+        max_running, max_batch_tokens = c.batch_sizes(on_gpu=on_gpu)
         self.max_model_len = c.model_length(model.config.max_positions)
         if room_to_pack(model.decoder):
             model.decoder.pack()
         limits = limits_of(
             model.decoder,
             block_size=c.block_size,
-            max_batch_tokens=c.max_batch_tokens or (2048 if on_gpu else 512),
-            max_running=c.max_running,
+            max_batch_tokens=max_batch_tokens,
+            max_running=max_running,
             max_length=self.max_model_len,
             prefix_cache=c.prefix_cache,
             kv_bytes=c.kv_bytes,
@@ -116,12 +117,12 @@ class Engine:
                 model.decoder,
                 cache,
                 self.adapters,
-                max_rows=c.max_running,
+                max_rows=max_running,
                 max_blocks=-(-self.max_model_len // c.block_size),
             )
             graphs.capture()
         self._stepper = Stepper(
-            model.decoder, cache, self.adapters, graphs, max_running=c.max_running
+            model.decoder, cache, self.adapters, graphs, max_running=max_running
         )
         self._grammars = GrammarCompiler(
             model.tokenizer,
@@ -178,7 +179,7 @@ class Engine:
                     raise Conflict(
                         "a request with this id is running", field="id", given=request.id
                     )
-                most = self.config.max_running + self.config.max_waiting
+                most = self.scheduler.limits.max_running + self.config.max_waiting
                 if inbox.n_sequences + request.n > most:
                     raise Overloaded(
                         f"{inbox.n_sequences} sequences are running or waiting, at most {most} may",
@@ -219,7 +220,7 @@ class Engine:
             adapters=self.adapters.list(),
             running=running,
             waiting=max(0, self._inbox.n_sequences - running),
-            max_running=self.config.max_running,
+            max_running=s.limits.max_running,
             preemptions=s.n_preemptions,
             kv={
                 "used": s.blocks_used,
