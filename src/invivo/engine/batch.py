@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from invivo.engine.scheduler import Limits
-from invivo.engine.types import Plan
+from invivo.engine.types import Plan, VirtualRows
 from invivo.kernels.paging import PagedLayout
 
 
@@ -32,6 +32,7 @@ class FlatBatch:
         sample_spans: their indices in ``plan.spans``.
         adapters: [T] int32 adapter slot of each token row, 0 = base model.
         adapter_slots: the different non-zero slots in this batch.
+        virtual: rows whose token an adapter supplies.
     """
 
     plan: Plan
@@ -45,6 +46,7 @@ class FlatBatch:
     sample_spans: list[int]
     adapters: torch.Tensor
     adapter_slots: list[int]
+    virtual: list[VirtualRows]
 
 
 class _Staging:
@@ -68,7 +70,8 @@ class BatchBuilder:
         self.limits = limits
         self.device = torch.device(device)
         self._on_cpu = self.device.type == "cpu"
-        rows, tokens = limits.max_running, limits.max_batch_tokens
+        rows = limits.max_running + limits.max_training
+        tokens = limits.max_batch_tokens
         width = -(-limits.max_length // limits.block_size)
         self._table = np.zeros((rows, width), dtype=np.int32)
         self._adapter = np.zeros(rows, dtype=np.int32)
@@ -91,9 +94,12 @@ class BatchBuilder:
         ids: list[int] = []
         pending: list[int] = []
         sample_spans: list[int] = []
+        virtual: list[VirtualRows] = []
         for i in range(n_decode):
             span = spans[i]
             seq, start = span.seq, span.start
+            if start < seq.n_virtual:
+                virtual.append(VirtualRows(i, i + 1, start, seq.adapter_slot))
             rows.append(seq.row)
             starts.append(start)
             if start < len(seq.tokens):
@@ -107,6 +113,11 @@ class BatchBuilder:
         kv_len = [start + 1 for start in starts]
         for i in range(n_decode, n_spans):
             span = spans[i]
+            seq, start = span.seq, span.start
+            if start < seq.n_virtual:
+                n = min(span.stop, seq.n_virtual) - start
+                first = span_start[-1]
+                virtual.append(VirtualRows(first, first + n, start, seq.adapter_slot))
             rows.append(span.seq.row)
             starts.append(span.start)
             kv_len.append(span.stop)
@@ -191,10 +202,11 @@ class BatchBuilder:
             sample_spans=sample_spans,
             adapters=int_at[adapters_at],
             adapter_slots=[int(slot) for slot in np.unique(self._adapter[rows]) if slot],
+            virtual=virtual,
         )
 
     def _update_tables(self, plan: Plan) -> None:
-        for seq in plan.admitted:
+        for seq in (*plan.admitted, *plan.held):
             self._adapter[seq.row] = seq.adapter_slot
             self._offset[seq.row] = seq.position_offset
             self._shifts = self._shifts or seq.position_offset != 0

@@ -153,16 +153,19 @@ class Engine:
         self._check_open()
         if request.arrival == 0:
             request = replace(request, arrival=time.monotonic())
-        validate_request(
-            request, vocab_size=self.model.config.vocab_size, max_model_len=self.longest(request)
-        )
-        grammar = request.params.grammar
-        matchers: list[Matcher | None] = [
-            self._grammars.matcher(grammar) if grammar is not None else None
-            for _ in range(request.n)
-        ]
         adapter = self.adapters.hold(request.adapter) if request.adapter is not None else None
         try:
+            n_virtual = 0 if adapter is None else adapter.n_virtual
+            validate_request(
+                request,
+                vocab_size=self.model.config.vocab_size,
+                max_model_len=self.longest(request) - n_virtual,
+            )
+            grammar = request.params.grammar
+            matchers: list[Matcher | None] = [
+                self._grammars.matcher(grammar) if grammar is not None else None
+                for _ in range(request.n)
+            ]
             job = make_job(
                 request,
                 on_output,
@@ -170,7 +173,9 @@ class Engine:
                 matchers=matchers,
                 tokenizer=self._tokenizer,
                 eos_ids=self._eos,
-                position_offset=long_text_offset(self.model.config, self._will_grow_to(request)),
+                position_offset=long_text_offset(
+                    self.model.config, n_virtual + self._will_grow_to(request)
+                ),
             )
             inbox = self._inbox
             with inbox.wake:
@@ -469,7 +474,7 @@ class Engine:
         self._counters.generated += 1
         if track.state.counts is not None:
             track.state.counts.update(seq.tokens, seq.n_prompt)
-        output = Output(seq.request.id, seq.index, [token], cached_tokens=seq.n_cached)
+        output = Output(seq.request.id, seq.index, [token], cached_tokens=_cached(seq))
         if logprob is not None:
             output.logprobs = [logprob]
         if not track.prompt_sent:
@@ -486,7 +491,7 @@ class Engine:
         record = track.job.record
         if record.state == "waiting":
             record.state = "running"
-            record.cached_tokens = track.seq.n_cached
+            record.cached_tokens = _cached(track.seq)
             now = time.time()
             self._counters.queue.add([max(0.0, now - record.started)], int(now))
 
@@ -506,7 +511,7 @@ class Engine:
         assert not track.ended
         track.ended = True
         output.finish_reason = reason
-        output.cached_tokens = seq.n_cached
+        output.cached_tokens = _cached(seq)
         if self._tracks.pop(seq, None) is not None:
             self.scheduler.finish(seq)
         self._stepper.forget(seq)
@@ -592,6 +597,11 @@ class Engine:
             raise Unavailable(self._inbox.failure, remedy="Restart the server")
         if self._inbox.closed:
             raise Unavailable("the engine is closed", remedy="Open a new one")
+
+
+def _cached(seq: Sequence) -> int:
+    """Cached tokens of the prompt that the caller gave."""
+    return max(0, seq.n_cached - seq.n_virtual)
 
 
 def _as_typed(error: Exception) -> InvivoError:

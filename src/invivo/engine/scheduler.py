@@ -16,6 +16,9 @@ Why every sequence of the best priority ends:
 - Admission is strictly in order: a large request at the head of the queue is not overtaken by small
   ones behind it.
 
+Training sequences hold memory of the same pool, in rows of their own, and are the first victims:
+whatever a request lacks is taken from them before any request waits or is preempted.
+
 The n continuations of a request need no rule of their own. The first takes the token budget until
 its prompt is computed; only then the others are admitted, and find the prompt's blocks in the
 prefix index.
@@ -44,6 +47,8 @@ class Limits:
         max_running: sequences that hold memory at the same time.
         max_length: prompt and output tokens of one sequence, by the model's context.
         max_adapters: different adapters among the running sequences, None = any number.
+        max_training: training sequences that hold memory at the same time, in rows of their own
+            behind those of the running ones.
         prefix_cache: whether prefixes are shared between sequences.
     """
 
@@ -53,6 +58,7 @@ class Limits:
     max_running: int = 256
     max_length: int = 2048
     max_adapters: int | None = None
+    max_training: int = 0
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -83,8 +89,10 @@ class Scheduler:
     Attributes:
         max_length: most tokens a sequence can have: the context or what the cache can hold.
         waiting, running: sequences in order of rank.
+        training: training sequences that hold memory, oldest first.
         prefix_queries, prefix_hits: prompt tokens looked up and found in the prefix cache.
         n_preemptions: sequences that lost their memory so far.
+        n_reclaimed: training sequences that lost theirs.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -95,10 +103,14 @@ class Scheduler:
         self.max_length = min(limits.max_length, self.pool.n_total * limits.block_size + 1)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.training: list[Sequence] = []
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.n_preemptions = 0
+        self.n_reclaimed = 0
         self._free_rows = list(range(limits.max_running - 1, -1, -1))
+        last_row = limits.max_running + limits.max_training - 1
+        self._free_training_rows = list(range(last_row, limits.max_running - 1, -1))
         self._adapter_users: dict[int, int] = {}
         self._live: dict[str, list[Sequence]] = {}
         self._n_queued = 0
@@ -200,11 +212,18 @@ class Scheduler:
     def failed(self, plan: Plan) -> list[Sequence]:
         """The plan did not run: finish its live sequences and return them.
 
-        What its spans should have written is not there, so all cached prefixes are dropped.
+        What its spans should have written is not there, so all cached prefixes are dropped and the
+        micro-steps of its training sequences begin anew.
         """
-        ended = [span.seq for span in plan.spans if span.seq.status is not Status.FINISHED]
-        for seq in ended:
-            self.finish(seq)
+        ended = []
+        for seq in plan.held:
+            self.let_go(seq)
+        for span in plan.spans:
+            if span.purpose is Purpose.TRAIN:
+                self.let_go(span.seq)
+            elif span.seq.status is not Status.FINISHED:
+                ended.append(span.seq)
+                self.finish(span.seq)
         self.pool.forget_all()
         for seq in self.running:
             seq.prefix_parent = None  # its own blocks are good, but the chain is gone
@@ -212,6 +231,71 @@ class Scheduler:
             if span.samples:
                 span.seq.n_pending -= 1
         return ended
+
+    # Memory of training.
+
+    def hold(self, seq: Sequence, plan: Plan) -> bool:
+        """Give a training sequence a row and blocks for all its tokens, if nobody misses them.
+
+        Call it after ``schedule``. A reserve stays free: a block for every running sequence, and
+        what admission keeps.
+
+        Returns:
+            False when there is no room now; nothing has changed then.
+
+        Raises:
+            InvalidRequest: the text can never fit.
+        """
+        assert not seq.blocks
+        size = self.limits.block_size
+        n_new = -(-len(seq.tokens) // size)
+        spare = 1 + self.pool.n_total // 100
+        longest = min(self.limits.max_length, (self.pool.n_total - spare) * size)
+        if len(seq.tokens) > longest:
+            raise InvalidRequest(
+                f"the text has {len(seq.tokens)} tokens, at most {longest} fit",
+                field="max_length",
+                remedy="Cut the training texts shorter or give the engine more cache",
+            )
+        if self.waiting or not self._free_training_rows:
+            return False
+        if n_new + spare + len(self.running) > self.pool.n_free:
+            return False
+        seq.row = self._free_training_rows.pop()
+        seq.blocks = self.pool.allocate(n_new)
+        seq.n_computed = 0
+        seq.status = Status.RUNNING
+        self.training.append(seq)
+        plan.held.append(seq)
+        plan.grown.append((seq, 0))
+        return True
+
+    def let_go(self, seq: Sequence) -> None:
+        """Take row and blocks from a training sequence, which must then begin anew; idempotent."""
+        if not seq.blocks:
+            return
+        self.training.remove(seq)
+        self._free_training_rows.append(seq.row)
+        self.pool.release(seq.blocks)
+        seq.blocks = []
+        seq.row = -1
+        seq.n_computed = 0
+        seq.status = Status.WAITING
+
+    def _reclaim(self, n_free: int, plan: Plan) -> None:
+        """Take memory back from training, newest first, until ``n_free`` blocks are free.
+
+        Nothing is taken where even all of it would not do.
+        """
+        pool = self.pool
+        if pool.n_free + sum(len(seq.blocks) for seq in self.training) < n_free:
+            return
+        while pool.n_free < n_free:
+            seq = self.training[-1]
+            self.let_go(seq)
+            seq.n_preempted += 1
+            self.n_reclaimed += 1
+            plan.reclaimed.append(seq)
 
     # One iteration, in order.
 
@@ -325,7 +409,9 @@ class Scheduler:
         n_revived = sum(1 for block in shared if pool.is_free(block))
         # Some blocks stay free for the decodes that run: without, a newcomer is preempted at once.
         reserve = 1 + pool.n_total // 100 if self.running else 0
-        if n_new + n_revived + reserve > pool.n_free:
+        needed = n_new + n_revived + reserve
+        self._reclaim(needed, plan)
+        if needed > pool.n_free:
             self._blocked = (seq, pool.n_released)
             return False
         self._blocked = None
@@ -383,6 +469,7 @@ class Scheduler:
     def _grow(self, seq: Sequence, plan: Plan) -> bool:
         """One more block for a decode; False when it had to give up its own memory instead."""
         pool = self.pool
+        self._reclaim(1, plan)
         while pool.n_free == 0:
             victim = self.running[-1]
             self._preempt(victim, plan)
@@ -434,7 +521,7 @@ def _readable(seq: Sequence) -> int:
     request = seq.request
     last = len(seq.tokens) - 1
     if request.kind == "score":
-        return max(0, min(last, request.score_from - 1))
+        return max(0, min(last, seq.n_virtual + request.score_from - 1))
     if request.kind == "embed":
         return last if request.pooling == "last" else 0
     wants_prompt = request.params.prompt_logprobs is not None and seq.index == 0

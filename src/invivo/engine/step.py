@@ -180,7 +180,7 @@ class Stepper:
         slots = batch.adapters if batch.adapter_slots else None
         if self._graphs is not None and n_sampled == n_rows and self._graphs.fits(layout):
             return None, self._graphs.run(tokens, layout, slots)
-        bypass = None if slots is None else self._adapters.bypass(slots)
+        bypass = None if slots is None else self._adapters.bypass(slots, batch.virtual)
         hidden = self._decoder.forward(tokens, layout, self._cache, bypass=bypass)
         if not n_sampled:
             return hidden, None
@@ -232,11 +232,13 @@ class Stepper:
                 if last:
                     out[i] = hidden[starts[i + 1] - 1].float()
                 continue
-            total = hidden[starts[i] : starts[i + 1]].sum(dim=0, dtype=torch.float32)
+            n_virtual = span.seq.n_virtual
+            first = starts[i] + max(0, min(n_virtual, span.stop) - span.start)
+            total = hidden[first : starts[i + 1]].sum(dim=0, dtype=torch.float32)
             if span.start > 0:
                 total += self._sums[span.seq]
             if last:
-                out[i] = total / span.seq.n_prompt
+                out[i] = total / (span.seq.n_prompt - n_virtual)
                 self._sums.pop(span.seq, None)
             else:
                 self._sums[span.seq] = total

@@ -51,7 +51,8 @@ class Track:
 
     Attributes:
         text: None where no text is wanted.
-        scored: log-probabilities of prompt tokens, from token ``scored_from`` on, as far as known.
+        scored: log-probabilities of prompt tokens, from token ``scored_from`` of the sequence on,
+            as far as known.
         prompt_sent: whether the log-probabilities of a generation's prompt need not be sent (any
             more).
         last_token: time.monotonic() of the last token, 0 before the first.
@@ -116,6 +117,7 @@ def make_job(
 ) -> Job:
     """The job of a request with one track for each of ``matchers``."""
     params = request.params
+    n_virtual = 0 if adapter is None else adapter.n_virtual
     record = RequestRecord(
         id=request.id,
         kind=request.kind,
@@ -131,12 +133,14 @@ def make_job(
         seq = Running(
             request=request,
             index=index,
-            tokens=list(request.tokens),
-            n_prompt=len(request.tokens),
+            tokens=[0] * n_virtual + list(request.tokens),
+            n_prompt=n_virtual + len(request.tokens),
+            n_virtual=n_virtual,
             position_offset=position_offset,
             needs_host_token=state.needs_host_token,
         )
         if state.counts is not None:
+            state.counts.n_read = n_virtual  # placeholders were never said
             state.counts.update(seq.tokens, seq.n_prompt)
         text = None
         if tokenizer is not None and request.kind == "generate":
@@ -149,7 +153,7 @@ def make_job(
                 text=text,
                 stops=StopText(params.stop),
                 scored=[None] * n_scored,
-                scored_from=scored_from,
+                scored_from=scored_from + n_virtual,
                 prompt_sent=index > 0 or params.prompt_logprobs is None,
             )
         )
