@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from invivo.cli import bench, chat, demo, generate, keys, models, score, serve
+from invivo.cli import bench, chat, demo, generate, keys, models, plan, score, serve
 from invivo.cli.output import examples, fail
 from invivo.errors import InvalidRequest, InvivoError
 
@@ -35,6 +35,7 @@ app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("score", epilog=score.EXAMPLES)(score.score)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 

@@ -571,12 +571,13 @@ def _rows(graph: Graph, nodes: Sequence[Gradient], held: Kept, length: int) -> t
     readers: dict[str, list[str]] = defaultdict(list)
     spared: dict[str, set[str]] = defaultdict(set)
     for node in nodes:
-        target = node.of if node.is_param else graph.tensors[node.of].name
+        kind = graph.ops[node.op].kind
+        reader = f"gradient of {node.of}" if node.is_param else f"{kind} backward"
         chosen = [o for o in node.reads if o <= held.read]
         for option in node.reads:
             for key in option:
                 if option in chosen:
-                    readers[key].append(target)
+                    readers[key].append(reader)
                 elif key not in held.read:
                     instead = min(chosen, key=len) if chosen else frozenset()
                     spared[key].update(graph.tensors[k].name for k in instead)
@@ -591,13 +592,13 @@ def _rows(graph: Graph, nodes: Sequence[Gradient], held: Kept, length: int) -> t
         if key in held.tape or key in held.cached:
             place = "tape" if key in held.tape else "cache"
             verdict = "compressed" if tensor.dtype == "bit" else "kept"
-            reason = "for the gradient of " + _some(readers[key])
+            reason = "for " + _some(readers[key])
             if not readers[key]:
                 reason = "to rebuild others from"
         elif key in held.read:
             verdict = "rebuilt"
             names = [graph.tensors[k].name for k in op.inputs] or ["token ids"]
-            reason = f"{op.kind} of {_some(names)}, for the gradient of {_some(readers[key])}"
+            reason = f"{op.kind} of {_some(names)} again, for {_some(readers[key])}"
         elif op.outputs.index(key) in RULES[op.kind].tiles and op.outputs in alive:
             verdict = "rebuilt"
             reason = f"piece by piece inside the kernel, by {op.kind} once more"
