@@ -8,11 +8,12 @@ import time
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 
@@ -39,6 +40,8 @@ from invivo.models.load import LoadedModel, load_model
 from invivo.sampling import Asked, asked_of
 from invivo.tools import plan_tools, tools_in_text
 
+T = TypeVar("T")
+
 GENERATE_TOKENS = 128  # max_tokens where nothing is said
 CHAT_TOKENS = 512
 
@@ -53,7 +56,7 @@ class LocalLM(LM):
 
     def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
         self.model = model
-        self.engine = Engine(model, config)
+        self.engine = _in_passing_thread(lambda: Engine(model, config))
         self._tokenizer = backend(model.tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -82,7 +85,7 @@ class LocalLM(LM):
                 remedy=f"Known: {', '.join(EngineConfig.__slots__)}",
             ) from error
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        lm = cls(load_model(name, device=where, dtype=dtype), config)
+        lm = cls(_in_passing_thread(lambda: load_model(name, device=where, dtype=dtype)), config)
         try:
             for adapter, path in (adapters or {}).items():
                 lm.load_adapter(adapter, path)
@@ -594,6 +597,18 @@ def _exp(x: float) -> float:
         return math.exp(x)
     except OverflowError:
         return math.inf
+
+
+def _in_passing_thread(work: Callable[[], T]) -> T:
+    """The result of ``work``, done in a thread that ends with it.
+
+    OpenMP keeps a team of workers for every thread that has run something in parallel, as long as
+    that thread lives. With a team of the caller's beside the engine's there are more workers than
+    processors; then all of them sleep between parallel regions, and waking them costs the engine
+    a quarter of its speed on a CPU.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 def _batch_of(prompt: Any) -> tuple[list[Any], bool]:
