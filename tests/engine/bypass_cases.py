@@ -61,6 +61,14 @@ def logits_of(
     model: LoadedModel, tokens: list[int], bypass: Bypass | None, n_virtual: int
 ) -> torch.Tensor:
     """[T, V] of a whole sequence, those of its virtual tokens left out."""
+    with torch.inference_mode():
+        return model.decoder.logits(hidden_of(model, tokens, bypass, n_virtual))
+
+
+def hidden_of(
+    model: LoadedModel, tokens: list[int], bypass: Bypass | None, n_virtual: int
+) -> torch.Tensor:
+    """[T, d], the final states of the same rows."""
     whole = [0] * n_virtual + tokens
     dtype = next(model.decoder.parameters()).dtype
     cache = allocate_kv_cache(
@@ -72,5 +80,5 @@ def logits_of(
     )
     layout = contiguous_layout([len(whole)])
     with torch.inference_mode():
-        hidden = model.decoder(torch.tensor(whole), layout, cache, bypass=bypass)
-        return model.decoder.logits(hidden)[n_virtual:]
+        hidden: torch.Tensor = model.decoder(torch.tensor(whole), layout, cache, bypass=bypass)
+    return hidden[n_virtual:]
