@@ -210,6 +210,10 @@ class FakeEngine:
             assert len(seq.blocks) * self.limits.block_size >= seq.n_computed
             for block in seq.blocks:
                 counts[block] += 1
+        for seq in self.scheduler.training:
+            assert len(seq.blocks) * self.limits.block_size >= len(seq.tokens)
+            for block in seq.blocks:
+                counts[block] += 1
         assert counts == [pool.references(block) for block in range(pool.n_blocks)]
         for seq in self.scheduler.waiting:
             assert (seq.blocks, seq.row, seq.n_computed) == ([], -1, 0)

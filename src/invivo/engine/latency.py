@@ -1,6 +1,6 @@
 """How long an iteration takes: a model of the engine's own step times, kept up while it runs.
 
-    f = max(flat, base + per_row * rows) + context * c + pairs * p
+    f = max(flat, base + per_row * rows) * [any rows] + context * c + pairs * p
         + backward_start * [any backward] + backward * b + training_start * [any training rows]
 
 Up to some number of rows a step costs what reading the weights costs; beyond it, what the
@@ -98,7 +98,8 @@ def _features(work: Work) -> tuple[Row, Row]:
         work.backward / _UNITS[6],
         float(work.train_rows > 0),
     ]
-    return [1.0, 0.0, 0.0, *rest], [0.0, 1.0, work.rows / _UNITS[2], *rest]
+    some = float(work.rows > 0)
+    return [some, 0.0, 0.0, *rest], [0.0, some, work.rows / _UNITS[2], *rest]
 
 
 def _dot(a: Row, b: Row) -> float:
@@ -117,7 +118,7 @@ class _Fit:
 
     def seconds(self, work: Work) -> float:
         flat, base, row, context, pairs, start, backward, training = self.weights
-        time = max(flat, base + row * work.rows / _UNITS[2])
+        time = max(flat, base + row * work.rows / _UNITS[2]) if work.rows else 0.0
         time += context * work.context / _UNITS[3] + pairs * work.pairs / _UNITS[4]
         if work.backward:
             time += start + backward * work.backward / _UNITS[6]

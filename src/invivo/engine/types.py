@@ -18,7 +18,7 @@ class Purpose(IntEnum):
     DECODE = 0  # one token of a running generation: sample
     PREFILL = 1  # prompt tokens: sample after the last
     SCORE = 2  # log-probabilities (or pooled states) of given tokens
-    TRAIN = 3  # fine-tuning forward: loss (reserved for co-serving)
+    TRAIN = 3  # fine-tuning forward: loss
 
 
 class Status(Enum):
@@ -239,7 +239,8 @@ class Span:
 
 @dataclass(slots=True)
 class BackwardUnit:
-    """A piece of the backward pass of a fine-tuning window (reserved for co-serving)."""
+    """A piece of the backward pass of a fine-tuning sequence: rows [start, stop) through layers
+    [first_layer, last_layer), from the last to the first."""
 
     job: str
     start: int
@@ -250,12 +251,16 @@ class BackwardUnit:
 
 @dataclass(slots=True)
 class Plan:
-    """Everything one iteration does; spans of one token come first.
+    """Everything one iteration does; spans of one token come first, training windows last.
 
     Attributes:
+        backward: pieces of fine-tuning backward, run in this order after the flat batch.
         admitted: sequences that start, or start again after a preemption, with this plan.
         grown: (sequence, index of its first new block) for every sequence that got blocks.
         preempted: sequences that lost their memory to make room.
+        held: training sequences that got memory with this plan: their micro-step begins, anew if
+            it was under way.
+        reclaimed: training sequences whose memory inference took back.
     """
 
     spans: list[Span]
@@ -263,6 +268,8 @@ class Plan:
     admitted: list[Sequence] = field(default_factory=list)
     grown: list[tuple[Sequence, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    held: list[Sequence] = field(default_factory=list)
+    reclaimed: list[Sequence] = field(default_factory=list)
     n_tokens: int = 0
     n_decode: int = 0  # leading spans of one token
 

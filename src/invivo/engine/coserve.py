@@ -1,0 +1,361 @@
+"""Fine-tuning in what inference leaves: how much training joins the next iteration. No torch here.
+
+Inference first: the scheduler plans it as if there were no training, and nothing here changes that
+plan. Then
+
+    slack = min over requests (when their next token is due) - when the iteration starts - f(plan)
+
+is filled with forward windows, which join the flat batch, and with units of backward, which follow
+it. How much fits is found by inverting the latency model with its safety factor. Without any
+inference an iteration lasts a quantum, so that an arrival waits at most that long. Jobs take turns
+by tokens served over their share. Policies that alternate instead of filling hand whole training
+iterations (one text forward and backward) to one job at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Protocol
+
+from invivo.engine.latency import LatencyModel, Work
+from invivo.engine.policies import Load, Policy, Slo
+from invivo.engine.scheduler import Scheduler
+from invivo.engine.types import BackwardUnit, Plan, Purpose, Sequence, Span, Status
+from invivo.errors import InvalidRequest
+
+
+class Trainee(Protocol):
+    """A job that has something to compute, as far as policy must know it.
+
+    Attributes:
+        name: of the job; its units bear it.
+        share: weight among the jobs, positive.
+        seq: the text being learned; its memory and ``n_computed`` (rows planned forward) are kept
+            here. A new text is a new sequence.
+        n_layers: that a backward goes through.
+        cuts_layers: whether a unit may stop between layers.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def seq(self) -> Sequence: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def cuts_layers(self) -> bool: ...
+
+    def next_unit(self, tokens: int, layers: int | None) -> BackwardUnit | None:
+        """The unit that must run next, at most that large; None when the backward is done.
+
+        Asked only once the forward is complete. Neither argument makes it smaller by growing.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of training's pieces.
+
+    Attributes:
+        min_window: fewest rows worth a window (or the text's rest); each costs a start.
+        unit_rows: rows of a unit that does not fit through all layers.
+        max_unit: most rows of a unit.
+        quantum_ms: length of an iteration without inference.
+    """
+
+    min_window: int = 16
+    unit_rows: int = 256
+    max_unit: int = 2048
+    quantum_ms: float = 50.0
+
+
+@dataclass(slots=True)
+class _Pace:
+    """When a sequence's tokens came: the first, the latest, and how many."""
+
+    first: float
+    last: float
+    n: int
+
+
+class Coserver:
+    """Plans iterations of inference and training. Used from the scheduler's thread.
+
+    Attributes:
+        served: tokens by job: half for a row's forward, half for its backward through all layers.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        latency: LatencyModel,
+        slo: Slo,
+        policy: Policy,
+        *,
+        sizes: Sizes | None = None,
+    ) -> None:
+        """
+        Raises:
+            InvalidRequest: a policy that only the simulator knows.
+        """
+        if policy.simulated:
+            raise InvalidRequest(
+                "this policy exists in the simulator only",
+                field="policy",
+                given=policy.name,
+                remedy="Serve with co-serve, temporal:N, dynamic-temporal or none; "
+                "compare with `invivo simulate`",
+            )
+        self.scheduler = scheduler
+        self.latency = latency
+        self.slo = slo
+        self.policy = policy
+        self.sizes = sizes or Sizes()
+        self.served: dict[str, float] = {}
+        self._paces: dict[Sequence, _Pace] = {}
+        self._turn: Sequence | None = None  # the text of a whole training iteration under way
+        self._since = 0  # iterations of inference since the last one
+        self._iteration = 0.0  # running mean of their predicted seconds
+
+    def plan(
+        self, now: float, trainees: Items[Trainee], *, busy_until: float | None = None
+    ) -> Plan | None:
+        """The next iteration, committed as by :meth:`Scheduler.schedule`: it must be run.
+
+        Args:
+            now: seconds on the clock of ``Request.arrival``.
+            trainees: jobs that have work now.
+            busy_until: when a step that is still running will be done.
+
+        Returns:
+            None when nothing can run.
+        """
+        start = now if busy_until is None else max(now, busy_until)
+        order = self._in_turn(trainees)
+        chosen = self._whole_iteration(order)
+        if chosen is not None:
+            plan = Plan(spans=[])
+            self._add(plan, Work(0), chosen, math.inf)
+            if plan.spans or plan.backward:
+                return plan
+        inference = self.scheduler.schedule(now)
+        if inference is not None:
+            self._since += 1
+        if self.policy.sharing != "fill" or not order:
+            if inference is not None:
+                self._average(self.latency.predict(work_of(inference)))
+            return inference
+        if inference is None and self.scheduler.has_work:
+            return None  # all wait for a token in flight: their next iteration comes first
+        plan = inference or Plan(spans=[])
+        work = work_of(plan)
+        budget = self.budget(plan, work, start)
+        for trainee in order:
+            work = self._add(plan, work, trainee, budget)
+        if not plan.spans and not plan.backward:
+            # The smallest piece outlasts the quantum: nobody is here to mind.
+            for trainee in order:
+                self._add(plan, work, trainee, math.inf, smallest=True)
+                if plan.spans or plan.backward:
+                    return plan
+            return None
+        return plan
+
+    def folded(self, plan: Plan, at: float) -> None:
+        """The tokens of ``plan`` have been known since ``at``."""
+        paces = self._paces
+        for span in plan.spans:
+            if not span.samples:
+                continue
+            pace = paces.get(span.seq)
+            if pace is None:
+                paces[span.seq] = _Pace(at, at, 1)
+            else:
+                pace.last, pace.n = at, pace.n + 1
+        if len(paces) > 64 + 2 * (self.scheduler.n_running + self.scheduler.n_waiting):
+            self._paces = {s: p for s, p in paces.items() if s.status is not Status.FINISHED}
+
+    def budget(self, plan: Plan, work: Work, start: float) -> float:
+        """Seconds that the whole iteration may last, safety included, from ``start`` on.
+
+        ``plan`` holds inference alone, and ``work`` is its work. Infinite is never the answer:
+        without inference it is the quantum.
+        """
+        if not self.scheduler.has_work:
+            return self.sizes.quantum_ms / 1e3
+        slo, latency = self.slo, self.latency
+        patience = slo.patience * slo.ttft_ms / 1e3
+        if any(start - seq.request.arrival > patience for seq in self.scheduler.waiting):
+            return 0.0
+        alone = latency.predict(work) * latency.safety if plan.spans else 0.0
+        planned = {span.seq for span in plan.spans if span.samples}
+        full = 0.0  # seconds of a full iteration; most of the time nobody asks
+        due = math.inf
+        ahead = 0  # rows of prompts that must run before and with the one looked at
+        for seq in (*self.scheduler.running, *self.scheduler.waiting):
+            in_flight = seq.n_pending - (seq in planned)
+            pace = self._paces.get(seq)
+            if pace is None and in_flight:
+                pace = _Pace(start, start, 1)
+            elif pace is not None and in_flight:
+                pace = _Pace(pace.first, start, pace.n + 1)
+            rows = seq.n_tokens - seq.n_computed - (seq in planned)
+            if pace is not None:
+                mean = pace.first + pace.n * slo.pace
+                deadline = min(mean, pace.last + slo.burst * slo.pace)
+                if seq not in planned:
+                    deadline -= alone
+            else:
+                deadline = seq.request.arrival + slo.ttft_ms / 1e3
+            if seq not in planned and rows > 1:
+                ahead += rows
+                full = full or self._full_iteration()
+                deadline -= full * -(-ahead // self.scheduler.limits.max_batch_tokens)
+            due = min(due, deadline)
+        return due - start
+
+    # Whose turn it is.
+
+    def _in_turn(self, trainees: Items[Trainee]) -> list[Trainee]:
+        """Jobs by tokens served over share; a newcomer starts level with the least served."""
+        if not trainees:
+            return []
+        served = self.served
+        names = {trainee.name for trainee in trainees}
+        known = [served[t.name] / t.share for t in trainees if t.name in served]
+        for name in [name for name in served if name not in names]:
+            del served[name]  # comes back, if it does, as a newcomer
+        level = min(known, default=0.0)
+        for trainee in trainees:
+            served.setdefault(trainee.name, level * trainee.share)
+        return sorted(trainees, key=lambda t: served[t.name] / t.share)
+
+    def _whole_iteration(self, order: Items[Trainee]) -> Trainee | None:
+        """The job that has the device for itself, under a policy that alternates."""
+        if self.policy.sharing != "alternate" or not order:
+            self._turn = None
+            return None
+        under_way = next((t for t in order if t.seq is self._turn and _has_work(t)), None)
+        if under_way is not None:
+            return under_way
+        if self._turn is not None:
+            self._turn, self._since = None, 0
+        first = next((t for t in order if _has_work(t)), None)
+        if first is None:
+            return None
+        if self.scheduler.has_work:
+            load = Load(
+                self.scheduler.n_waiting, self._since, self._iteration, self.seconds_of(first)
+            )
+            if not self.policy.yields(load, self.slo):
+                return None
+        self._turn = first.seq
+        return first
+
+    def seconds_of(self, trainee: Trainee) -> float:
+        """Predicted seconds of a whole micro-step of the trainee's text, alone."""
+        rows, length = self.scheduler.limits.max_batch_tokens, len(trainee.seq.tokens)
+        total = 0.0
+        for start in range(0, length, rows):
+            size = min(rows, length - start)
+            total += self.latency.predict(Work(0).with_window(start, size))
+        for start in range(0, length, self.sizes.max_unit):
+            size = min(self.sizes.max_unit, length - start)
+            total += self.latency.predict(Work(0).with_backward(size, trainee.n_layers))
+        return total
+
+    # How much of it.
+
+    def _add(
+        self, plan: Plan, work: Work, trainee: Trainee, budget: float, *, smallest: bool = False
+    ) -> Work:
+        """Give the trainee its piece of this iteration, the largest that fits (or the smallest
+        worth while); the work with it."""
+        seq = trainee.seq
+        length = len(seq.tokens)
+        if seq.n_computed < length:
+            start = seq.n_computed
+            left = length - start
+            rows = min(left, self.scheduler.limits.max_batch_tokens - plan.n_tokens)
+            least = min(left, self.sizes.min_window)
+            if smallest:
+                rows = min(rows, least)
+            size = self.latency.largest_window(work, start, rows, budget, minimum=least)
+            if not size or (not seq.blocks and not self.scheduler.hold(seq, plan)):
+                return work
+            plan.spans.append(Span(seq, start, start + size, Purpose.TRAIN, False))
+            plan.n_tokens += size
+            seq.n_computed += size
+            self.served[trainee.name] += size / 2
+            return work.with_window(start, size)
+        if smallest:
+            one = 1 if trainee.cuts_layers else None
+            unit = trainee.next_unit(self.sizes.min_window, one)
+        else:
+            unit = self._unit(work, trainee, budget)
+        if unit is None:
+            return work
+        plan.backward.append(unit)
+        rows, layers = unit.stop - unit.start, unit.last_layer - unit.first_layer
+        self.served[trainee.name] += rows * layers / trainee.n_layers / 2
+        return work.with_backward(rows, layers)
+
+    def _unit(self, work: Work, trainee: Trainee, budget: float) -> BackwardUnit | None:
+        """The largest unit that fits: rows through all layers first, then layers of few rows."""
+        sizes = self.sizes
+
+        def grown(tokens: int, layers: int | None) -> Work:
+            unit = trainee.next_unit(tokens, layers)
+            assert unit is not None
+            return work.with_backward(unit.stop - unit.start, unit.last_layer - unit.first_layer)
+
+        if trainee.next_unit(1, None) is None:
+            return None
+        limit = min(len(trainee.seq.tokens), sizes.max_unit)
+        most = self.latency.largest(lambda n: grown(n, None), limit, budget)
+        if most:
+            unit = trainee.next_unit(most, None)
+            assert unit is not None
+            whole = unit.start == 0 or most == limit
+            if not whole and unit.stop - unit.start < sizes.min_window:
+                most = 0
+            elif not whole or not trainee.cuts_layers:
+                return unit
+        if not trainee.cuts_layers:
+            return None
+        tokens = most or min(sizes.unit_rows, limit)
+        layers = self.latency.largest(lambda n: grown(tokens, n), trainee.n_layers, budget)
+        return trainee.next_unit(tokens, layers) if layers else None
+
+    def _full_iteration(self) -> float:
+        full = Work(self.scheduler.limits.max_batch_tokens)
+        return self.latency.predict(full) * self.latency.safety
+
+    def _average(self, seconds: float) -> None:
+        self._iteration += (seconds - self._iteration) / 32 if self._iteration else seconds
+
+
+def _has_work(trainee: Trainee) -> bool:
+    seq = trainee.seq
+    return seq.n_computed < len(seq.tokens) or trainee.next_unit(1, None) is not None
+
+
+def work_of(plan: Plan) -> Work:
+    """What a plan's time depends on."""
+    rows = train_rows = context = pairs = 0
+    for span in plan.spans:
+        size = span.stop - span.start
+        rows += size
+        if size == 1:
+            context += span.stop
+        else:
+            pairs += size * span.start + size * (size + 1) // 2
+        if span.purpose is Purpose.TRAIN:
+            train_rows += size
+    backward = sum((u.stop - u.start) * (u.last_layer - u.first_layer) for u in plan.backward)
+    return Work(rows, train_rows, context, pairs, backward)
