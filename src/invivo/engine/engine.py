@@ -39,6 +39,7 @@ from invivo.engine.types import (
     TokenLogprob,
 )
 from invivo.engine.validate import validate_request
+from invivo.engine.warmup import warm_up
 from invivo.errors import Conflict, InvivoError, Overloaded, Unavailable
 from invivo.models.cache import allocate_kv_cache
 from invivo.models.load import LoadedModel
@@ -111,6 +112,8 @@ class Engine:
             dtype=weight.dtype,
         )
         self._builder = BatchBuilder(limits, self.device)
+        if on_gpu:
+            warm_up(model.decoder, cache)
         graphs = None
         if on_gpu and c.cuda_graphs is not False:
             graphs = DecodeGraphs(
@@ -304,7 +307,9 @@ class Engine:
             except Exception as error:  # a bug of ours: say so to everyone rather than hang
                 log.exception("the engine has failed")
                 inbox.failure = f"the engine has failed: {type(error).__name__}"
-                self._fail_all(Unavailable(inbox.failure, remedy="Restart the server"))
+                self._fail_all(
+                    Unavailable(inbox.failure, remedy="Restart the server"), scheduled=False
+                )
                 return
 
     def _take_in(self) -> bool:
@@ -424,7 +429,8 @@ class Engine:
             try:
                 self._fold_span(i, span, result, now, gaps)
             except Exception as error:
-                log.exception("an output could not be handled")
+                if not isinstance(error, InvivoError):
+                    log.exception("an output could not be handled")
                 track = self._tracks.get(span.seq)
                 if track is not None:
                     self._end_job(track.job, _as_typed(error))
@@ -509,11 +515,12 @@ class Engine:
         """End a sequence, with its last output."""
         job, seq = track.job, track.seq
         assert not track.ended
-        track.ended = True
         output.finish_reason = reason
         output.cached_tokens = _cached(seq)
-        if self._tracks.pop(seq, None) is not None:
+        if seq in self._tracks:
             self.scheduler.finish(seq)
+            del self._tracks[seq]
+        track.ended = True
         self._stepper.forget(seq)
         job.unfinished -= 1
         if job.unfinished == 0:
@@ -571,8 +578,11 @@ class Engine:
             self._inbox.failure = f"the device has failed: {type(error).__name__}"
             self._fail_all(Unavailable(self._inbox.failure, remedy="Restart the server"))
 
-    def _fail_all(self, error: InvivoError) -> None:
+    def _fail_all(self, error: InvivoError, *, scheduled: bool = True) -> None:
+        """End every request; with ``scheduled`` False without the scheduler, which may have failed."""
         jobs = {id(track.job): track.job for track in self._tracks.values()}
+        if not scheduled:
+            self._tracks.clear()
         jobs |= {id(job): job for job in self._parked}
         self._parked.clear()
         for job in jobs.values():
