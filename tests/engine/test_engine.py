@@ -535,3 +535,39 @@ def test_statistics_add_up(tiny: LoadedModel) -> None:
     assert stats.recent[-1]["output_tokens"] == 6
     assert set(stats.tokens) == {"seconds", "decode", "prefill", "score", "train"}
     assert {p.name.lower() for p in Purpose} <= set(stats.totals)
+
+
+def test_an_engine_whose_scheduler_breaks_tells_everyone(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = small_engine(tiny)
+    ended = threading.Semaphore(0)
+    outputs: dict[str, Output] = {}
+
+    def receive(output: Output) -> None:
+        if output.final:
+            outputs[output.request_id] = output
+            ended.release()
+
+    def broken(*_: object) -> None:
+        raise IndexError("a bug")
+
+    monkeypatch.setattr(engine.scheduler, "schedule", broken)
+    monkeypatch.setattr(engine.scheduler, "finish", broken)
+    for name in ("a", "b", "c"):
+        engine.submit(Request(id=name, tokens=(1, 2)), receive)
+    engine.start()
+    for _ in range(3):
+        assert ended.acquire(timeout=20), f"only {sorted(outputs)} were told"
+    assert all(isinstance(output.error, InvivoError) for output in outputs.values())
+    assert engine.failure is not None
+    engine.close()
+
+
+def test_what_the_scheduler_compares_is_checked(tiny: LoadedModel) -> None:
+    engine = small_engine(tiny)
+    for field, value in (("priority", "high"), ("priority", 0.5), ("salt", ["x"])):
+        with pytest.raises(InvalidRequest) as caught:
+            ask(engine, [1, 2], **{field: value})
+        assert caught.value.field == field
+    run(engine, ask(engine, [1, 2], priority=-1, salt="x", max_tokens=2))

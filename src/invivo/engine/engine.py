@@ -39,7 +39,6 @@ from invivo.engine.types import (
     TokenLogprob,
 )
 from invivo.engine.validate import validate_request
-from invivo.engine.warmup import warm_up
 from invivo.errors import Conflict, InvivoError, Overloaded, Unavailable
 from invivo.models.cache import allocate_kv_cache
 from invivo.models.load import LoadedModel
@@ -112,8 +111,6 @@ class Engine:
             dtype=weight.dtype,
         )
         self._builder = BatchBuilder(limits, self.device)
-        if on_gpu:
-            warm_up(model.decoder, cache)
         graphs = None
         if on_gpu and c.cuda_graphs is not False:
             graphs = DecodeGraphs(

@@ -36,6 +36,8 @@ def validate_request(request: Request, *, vocab_size: int, max_model_len: int) -
     _check(
         request.kind == "generate" or request.n == 1, "n", "only generation takes n > 1", request.n
     )
+    _whole(request.priority, "priority", -(2**31), 2**31 - 1)
+    _check(isinstance(request.salt, str), "salt", "must be a text", request.salt)
     _check(request.pooling in ("mean", "last"), "pooling", "must be mean or last", request.pooling)
     if request.kind == "score":
         _whole(request.score_from, "score_from", 1, len(request.tokens) - 1)
