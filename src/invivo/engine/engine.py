@@ -39,6 +39,7 @@ from invivo.engine.types import (
     TokenLogprob,
 )
 from invivo.engine.validate import validate_request
+from invivo.engine.warmup import warm_up
 from invivo.errors import Conflict, InvivoError, Overloaded, Unavailable
 from invivo.models.cache import allocate_kv_cache
 from invivo.models.load import LoadedModel
@@ -111,6 +112,8 @@ class Engine:
             dtype=weight.dtype,
         )
         self._builder = BatchBuilder(limits, self.device)
+        if on_gpu:
+            warm_up(model.decoder, cache)
         graphs = None
         if on_gpu and c.cuda_graphs is not False:
             graphs = DecodeGraphs(
