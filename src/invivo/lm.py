@@ -360,7 +360,7 @@ class LM(ABC):
 
     @abstractmethod
     def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
-        """Load a LoRA adapter in the peft library's format; an existing name gets a new version."""
+        """Load an adapter in the peft library's format; an existing name gets a new version."""
 
     @abstractmethod
     def unload_adapter(self, name: str) -> None:

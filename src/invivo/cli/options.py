@@ -61,7 +61,7 @@ Adapters = Annotated[
         "--adapter",
         "-a",
         metavar="NAME=PATH",
-        help="Load a LoRA adapter (peft format); may be repeated.",
+        help="Load an adapter (peft format); may be repeated.",
         rich_help_panel=MODEL,
     ),
 ]

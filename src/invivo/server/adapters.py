@@ -1,4 +1,4 @@
-"""/v1/adapters: list, load (from the server's disk or by upload) and unload LoRA adapters.
+"""/v1/adapters: list, load (from the server's disk or by upload) and unload adapters.
 
 Only a JSON configuration and a safetensors file are ever taken; nothing that could hold code.
 """
