@@ -12,6 +12,7 @@ from invivo.models.bypass import Bypass
 from invivo.models.cache import allocate_kv_cache
 from invivo.models.config import ModelConfig
 from invivo.models.load import LoadedModel
+from invivo.models.sites import Taps
 
 # Places that every family of the tests has.
 KINDS: dict[str, tuple[BypassSpec, ...]] = {
@@ -66,7 +67,12 @@ def logits_of(
 
 
 def hidden_of(
-    model: LoadedModel, tokens: list[int], bypass: Bypass | None, n_virtual: int
+    model: LoadedModel,
+    tokens: list[int],
+    bypass: Bypass | None,
+    n_virtual: int,
+    *,
+    taps: Taps | None = None,
 ) -> torch.Tensor:
     """[T, d], the final states of the same rows."""
     whole = [0] * n_virtual + tokens
@@ -80,5 +86,7 @@ def hidden_of(
     )
     layout = contiguous_layout([len(whole)])
     with torch.inference_mode():
-        hidden: torch.Tensor = model.decoder(torch.tensor(whole), layout, cache, bypass=bypass)
+        hidden: torch.Tensor = model.decoder(
+            torch.tensor(whole), layout, cache, bypass=bypass, taps=taps
+        )
     return hidden[n_virtual:]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.bypass_cases import KINDS, logits_of, random_parameters
+from tests.engine.bypass_cases import KINDS, hidden_of, logits_of, random_parameters
 from tests.tiny import tiny_loaded
 
 from invivo.engine.adapters import AdapterStore
@@ -119,6 +119,48 @@ def test_every_hook_is_called_at_its_place(tiny: LoadedModel) -> None:
     for one, other in (("attn.out", "resid.mid"), ("mlp.out", "resid.post")):
         assert (answers[one] - answers[other]).abs().max() < 1e-5
     assert (answers["attn.in"] - answers["mlp.in"]).abs().max() > 1e-3
+
+
+class Onlooker:
+    """Taps that read everything and change nothing."""
+
+    def wants(self, site: str, layer: int) -> bool:
+        return True
+
+    def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_taps_beside_a_bypass_change_nothing(kind: str, tmp_path: Path) -> None:
+    model = tiny_loaded(tmp_path, "gemma3_text", dtype=torch.float64)
+    specs = KINDS[kind]
+    n = n_virtual(specs)
+    parameters = random_parameters(model.config, specs, dtype=torch.float64)
+    bypass = TrainBypass(model.config, specs, parameters).window(0, n + len(TOKENS))
+    plain = hidden_of(model, TOKENS, bypass, n)
+    tapped = hidden_of(model, TOKENS, bypass, n, taps=Onlooker())
+    assert (plain - tapped).abs().max() < 1e-10
+
+
+def test_bypasses_go_around_experts(tmp_path: Path) -> None:
+    model = tiny_loaded(tmp_path, "mixtral", dtype=torch.float64)
+    specs = (
+        BypassSpec("lora", ("q", "o"), 3),
+        BypassSpec("ia3"),
+        BypassSpec("adapter", size=2),
+        BypassSpec("prefix", size=2),
+    )
+    parameters = random_parameters(model.config, specs, dtype=torch.float64)
+    assert not any("down.ia3" in name for name in parameters)
+    store = AdapterStore(model.config, device="cpu", dtype=torch.float64, max_slots=1, max_rank=8)
+    store.publish("a", specs, parameters)
+    slot = store.place(store.hold("a"))
+    index = torch.full((2 + len(TOKENS),), slot, dtype=torch.int32)
+    served = store.bypass(index, [VirtualRows(0, 2, 0, slot)])
+    trained = TrainBypass(model.config, specs, parameters).window(0, 2 + len(TOKENS))
+    expected = logits_of(model, TOKENS, trained, 2)
+    assert (logits_of(model, TOKENS, served, 2) - expected).abs().max() < 1e-10
 
 
 @given(st.data())
