@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ import torch
 from tests.tiny import tiny_hf_model, tiny_model_folder
 
 import invivo
+from invivo.engine.types import Output, Request
 from invivo.errors import InvalidRequest, NotFound, TooLarge, Unavailable
+from invivo.gather import Gathering
 from invivo.lm import Completion, Score
 from invivo.local import LocalLM
 
@@ -147,6 +152,67 @@ def test_cancelled_tasks_and_closed_iterators_abort_their_requests(lm: LocalLM) 
     assert lm.stats()["totals"]["cancelled"] == before + 4
 
 
+def test_a_request_cancelled_while_it_is_submitted_does_not_run_on(
+    lm: LocalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling = threading.Event()
+    go_on = threading.Event()
+    submit = lm.engine.submit
+
+    def slowly(request: Request, on_output: Callable[[Output], None]) -> None:
+        compiling.set()
+        assert go_on.wait(20)
+        submit(request, on_output)
+
+    monkeypatch.setattr(lm.engine, "submit", slowly)
+    endless: dict[str, Any] = {"regex": "a+", "max_tokens": 900, "ignore_eos": True}
+
+    async def cancel_at_once() -> None:
+        async def whole() -> None:
+            await lm.agenerate("the", **endless)
+
+        async def streamed() -> None:
+            async for _ in lm.astream("the", **endless):
+                pass
+
+        for work in (whole, streamed):
+            compiling.clear()
+            go_on.clear()
+            before = lm.stats()["totals"]["cancelled"]
+            task = asyncio.create_task(work())
+            await asyncio.to_thread(compiling.wait, 20)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            go_on.set()
+            deadline = time.monotonic() + 20
+            while lm.stats()["totals"]["cancelled"] == before:
+                assert time.monotonic() < deadline, "it runs on"
+                await asyncio.sleep(0.01)
+
+    asyncio.run(cancel_at_once())
+
+
+def test_a_failure_while_a_batch_is_fed_reaches_the_one_who_waits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with invivo.load(str(folder), kv_bytes=4 << 20, max_running=2) as lm:
+        submit, count = lm.engine.submit, itertools.count()
+
+        def breaks(request: Request, on_output: Callable[[Output], None]) -> None:
+            if next(count) == 3:
+                raise RuntimeError("a bug")
+            submit(request, on_output)
+
+        monkeypatch.setattr(lm.engine, "submit", breaks)
+        gathering = Gathering(
+            lm.engine, lm._generation(["the"] * 6, {"max_tokens": 2}), lambda: None
+        )
+        gathering.start()
+        with pytest.raises(RuntimeError, match="a bug"):
+            gathering.future.result(timeout=20)
+
+
 def test_conversations_go_through_the_template(lm: LocalLM) -> None:
     messages = [{"role": "user", "content": "hello"}]
     text = lm.apply_chat_template(messages)
@@ -261,6 +327,13 @@ def test_errors_name_what_is_wrong(lm: LocalLM) -> None:
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"choice": "yes"}, "choice"),
         ({"regex": 3}, "regex"),
+        ({"n": "two"}, "n"),
+        ({"n": 10**12}, "n"),
+        ({"stop": 5}, "stop"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"choice": [object()]}, "choice"),
+        ({"json_schema": {"type": object()}}, "json_schema"),
+        ({"priority": "high"}, "priority"),
     ):
         with pytest.raises(InvalidRequest) as error:
             lm.generate("the", **keywords)
@@ -283,6 +356,12 @@ def test_errors_name_what_is_wrong(lm: LocalLM) -> None:
         lm.chat([{"content": "x"}])
     with pytest.raises(InvalidRequest, match="pair"):
         lm.score(("a", "b", "c"))
+    with pytest.raises(InvalidRequest, match="pair"):
+        lm.score([("a", "b"), ("a", "b", "c")])
+    with pytest.raises(InvalidRequest, match="empty"):
+        lm.score(("the cat", ""))
+    with pytest.raises(InvalidRequest, match="Unicode"):
+        lm.generate("\ud800")
     with pytest.raises(InvalidRequest, match="max_runing"):
         invivo.load("nowhere", max_runing=3)
 

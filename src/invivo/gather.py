@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from invivo.engine.engine import Engine
 from invivo.engine.types import Output, Request, TokenLogprob
-from invivo.errors import InvivoError, Overloaded, Unavailable
+from invivo.errors import Overloaded, Unavailable
 
 
 @dataclass(slots=True)
@@ -27,13 +27,13 @@ class Gathered:
     """Everything that came out of one request."""
 
     request: Request
-    strands: list[Strand]
+    strands: dict[int, Strand] = field(default_factory=dict)  # by continuation
     prompt_logprobs: list[TokenLogprob] | None = None
     embedding: list[float] | None = None
     cached_tokens: int = 0
 
     def add(self, output: Output) -> None:
-        strand = self.strands[output.index]
+        strand = self.strands.setdefault(output.index, Strand())
         strand.text.append(output.text)
         strand.tokens += output.tokens
         strand.logprobs += output.logprobs or ()
@@ -73,7 +73,7 @@ class Gathering:
     ) -> None:
         self._engine = engine
         self._lock = threading.Lock()
-        self._results = [Gathered(r, [Strand() for _ in range(r.n)]) for r in requests]
+        self._results = [Gathered(r) for r in requests]
         self._todo = list(reversed(self._results))
         self._inside: dict[str, Gathered] = {}
         self._on_done = on_done
@@ -118,6 +118,10 @@ class Gathering:
                 if again:
                     return
                 raise
+            with self._lock:
+                gone = self._ended
+            if gone:  # cancelled while it was submitted, when there was nothing to abort yet
+                self._engine.abort(gathered.request.id)
 
     def _on_output(self, output: Output) -> None:
         """Called from the engine's thread."""
@@ -137,7 +141,7 @@ class Gathering:
                 self._on_done()
             try:
                 self._feed()
-            except InvivoError as failure:
+            except Exception as failure:  # nobody else would tell the one who waits
                 self._fail(failure)
             self._settle()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 import uuid
 import weakref
@@ -233,7 +234,10 @@ class LocalLM(LM):
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         if not isinstance(text, str):
             raise InvalidRequest("must be a text", field="text", given=text)
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        except TypeError as error:  # half of a surrogate pair
+            raise InvalidRequest("is not valid Unicode", field="text", given=text) from error
 
     def detokenize(self, ids: Sequence[int]) -> str:
         most = self.model.config.vocab_size
@@ -351,11 +355,11 @@ class LocalLM(LM):
 
     async def _arun(self, requests: Sequence[Request]) -> list[Gathered]:
         gathering = Gathering(self.engine, requests)
-        if any(r.params.grammar is not None for r in requests):
-            await asyncio.to_thread(gathering.start)  # compiling a grammar takes a while
-        else:
-            gathering.start()
         try:
+            if any(r.params.grammar is not None for r in requests):
+                await asyncio.to_thread(gathering.start)  # compiling a grammar takes a while
+            else:
+                gathering.start()
             return await asyncio.wrap_future(gathering.future)
         except BaseException:
             gathering.cancel()
@@ -379,20 +383,28 @@ class LocalLM(LM):
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Output] = asyncio.Queue()
 
+        gone = threading.Event()
+
         def put(output: Output) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, output)
 
+        def submit() -> None:
+            self.engine.submit(request, put)
+            if gone.is_set():  # cancelled meanwhile, when there was nothing to abort yet
+                self.engine.abort(request.id)
+
         try:
             if request.params.grammar is not None:
-                await asyncio.to_thread(self.engine.submit, request, put)
+                await asyncio.to_thread(submit)
             else:
-                self.engine.submit(request, put)
+                submit()
             while True:
                 output = await queue.get()
                 yield self._delta(output)
                 if output.final:
                     return
         finally:
+            gone.set()
             self.engine.abort(request.id)
 
     # --- requests ---------------------------------------------------------------------------
@@ -435,6 +447,8 @@ class LocalLM(LM):
 
     def _scoring(self, item: ScoreItem, adapter: str | None, salt: str, top: int) -> Request:
         if isinstance(item, tuple):
+            if len(item) != 2:
+                raise InvalidRequest("a pair is (context, continuation)", field="text", given=item)
             ids, start = self._pair(*item)
         else:
             ids, start = self._ids(item, special=True), 1
@@ -455,6 +469,13 @@ class LocalLM(LM):
         The rule of the lm-evaluation harness: blanks at the end of the context move to the
         continuation, both are tokenised as one text, and the context's own tokens are cut off.
         """
+        if not continuation:
+            raise InvalidRequest(
+                "the continuation must not be empty",
+                field="text",
+                given=continuation,
+                remedy="Give the text whose log-probability is wanted",
+            )
         if isinstance(context, str) and isinstance(continuation, str):
             bare = context.rstrip()
             whole = self.tokenize(context + continuation, special=True)
@@ -521,7 +542,7 @@ class LocalLM(LM):
                 finish_reason=strand.finish_reason or "error",
                 logprobs=None if request.params.logprobs is None else self._tokens(strand.logprobs),
             )
-            for i, strand in enumerate(gathered.strands)
+            for i, strand in sorted(gathered.strands.items())
         ]
         return Completion(
             id=request.id,
@@ -624,8 +645,6 @@ def _batch_of(prompt: Any) -> tuple[list[Any], bool]:
 
 def _score_items_of(text: Any) -> tuple[list[Any], bool]:
     if isinstance(text, tuple):
-        if len(text) != 2:
-            raise InvalidRequest("a pair is (context, continuation)", field="text", given=text)
         return [text], True
     return _batch_of(text)
 

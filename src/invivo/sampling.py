@@ -55,11 +55,11 @@ def asked_of(keywords: Mapping[str, Any], *, default_max_tokens: int) -> Asked:
             )
     plain = {name: keywords[name] for name in _PLAIN if name in keywords}
     if "stop_token_ids" in plain:
-        plain["stop_token_ids"] = tuple(plain["stop_token_ids"])
+        plain["stop_token_ids"] = _several("stop_token_ids", plain["stop_token_ids"])
     stop = keywords.get("stop") or ()
     params = SamplingParams(
         max_tokens=keywords.get("max_tokens", default_max_tokens),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop=(stop,) if isinstance(stop, str) else _several("stop", stop),
         logit_bias=_bias(keywords.get("logit_bias") or {}),
         grammar=_grammar(keywords),
         **plain,
@@ -72,6 +72,13 @@ def asked_of(keywords: Mapping[str, Any], *, default_max_tokens: int) -> Asked:
         priority=keywords.get("priority", 0),
         default_length="max_tokens" not in keywords,
     )
+
+
+def _several(name: str, value: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(value or ())
+    except TypeError as error:
+        raise InvalidRequest("must be a list", field=name, given=value) from error
 
 
 def _bias(bias: Mapping[Any, Any]) -> tuple[tuple[int, float], ...]:
@@ -99,12 +106,19 @@ def _grammar(keywords: Mapping[str, Any]) -> Grammar | None:
     if given[0] == "choice":
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise InvalidRequest("must be a list of strings", field="choice", given=value)
-        return Grammar("choice", json.dumps(list(value), ensure_ascii=False))
+        return Grammar("choice", _json("choice", list(value)))
     if value is True:
         return Grammar("json_schema", '{"type": "object"}')
     if isinstance(value, Mapping):
-        return Grammar("json_schema", json.dumps(value, ensure_ascii=False))
+        return Grammar("json_schema", _json("json_schema", value))
     return Grammar("json_schema", _text("json_schema", value))
+
+
+def _json(name: str, value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"cannot be written as JSON: {error}", field=name) from error
 
 
 def _text(name: str, value: object) -> str:
