@@ -115,6 +115,7 @@ def test_penalties_do_not_see_placeholders(tiny: LoadedModel) -> None:
 
 def test_virtual_tokens_take_room_in_the_context(tiny: LoadedModel) -> None:
     engine = engine_with_all(tiny, max_model_len=20)
+    assert [engine.adapters.n_virtual(name) for name in ("soft_prompt", "ia3", None)] == [5, 0, 0]
     with pytest.raises(TooLarge):
         ask(engine, [1] * 15, adapter="soft_prompt", **GREEDY)
     with pytest.raises(InvalidRequest, match="max_tokens"):

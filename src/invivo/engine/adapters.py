@@ -165,6 +165,12 @@ class AdapterStore:
         with self._lock:
             return [self._info(self._named[name]) for name in sorted(self._named)]
 
+    def n_virtual(self, name: str | None) -> int:
+        """Tokens of the context that ``name`` takes for itself; 0 for no or an unknown adapter."""
+        with self._lock:
+            adapter = self._named.get(name) if name is not None else None
+            return 0 if adapter is None else adapter.n_virtual
+
     def hold(self, name: str) -> Adapter:
         """The current version of ``name``, kept until ``drop``; raises NotFound."""
         with self._lock:
