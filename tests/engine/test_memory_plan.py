@@ -116,12 +116,13 @@ def test_the_four_orders_follow_their_closed_forms() -> None:
     names = [s.name for s in plan.schedules]
     assert names == ["v1 window-outer", "v1 layer-outer", "v2 window-outer", "v2 layer-outer"]
     v1, v1_layers, v2, v2_layers = plan.schedules
-    assert v1.parts == {"kv": kv, "dkv": 2 * dkv_of_a_layer}
+    dx = 64 * 2 * length  # the loss's gradient
+    assert v1.parts == {"kv": kv, "dkv": 2 * dkv_of_a_layer, "dx": dx}
     assert v1_layers.parts == {
         "kv": kv,
         "dkv": dkv_of_a_layer,
         "layer inputs": 2 * 64 * 2 * length,  # the first layer's comes from the tokens
-        "dx": 64 * 2 * length,
+        "dx": dx,
     }
     assert v2.parts == {"kv": kv, "dkv": 2 * dkv_of_a_layer, "tape": tape}
     assert v2_layers.parts == {"kv": kv, "dkv": dkv_of_a_layer, "tape": tape}

@@ -142,12 +142,12 @@ class _Window:
     def resid_pre(self) -> torch.Tensor:
         return self.hook_rows("resid.pre", self.get("layer.input"))
 
-    def attn_in_plain(self) -> torch.Tensor:
+    def attn_in(self) -> torch.Tensor:
         norm = self.layer.norm1
         return self.get("resid.pre") if norm is None else norm.forward(self.get("resid.pre"))
 
-    def attn_in(self) -> torch.Tensor:
-        return self.hook_rows("attn.in", self.get("attn.in.plain"))
+    def attn_in_hooked(self) -> torch.Tensor:
+        return self.hook_rows("attn.in", self.get("attn.in"))
 
     def resid_mid(self) -> torch.Tensor:
         return self.get("resid.pre") + self.hook_rows("attn.out", self.get("attn.out"))
@@ -155,12 +155,12 @@ class _Window:
     def resid_mid_hooked(self) -> torch.Tensor:
         return self.hook_rows("resid.mid", self.get("resid.mid"))
 
-    def mlp_in_plain(self) -> torch.Tensor:
+    def mlp_in(self) -> torch.Tensor:
         norm, x = self.layer.norm2, self.get("resid.mid.hooked")
         return x if norm is None else norm.forward(x)
 
-    def mlp_in(self) -> torch.Tensor:
-        return self.hook_rows("mlp.in", self.get("mlp.in.plain"))
+    def mlp_in_hooked(self) -> torch.Tensor:
+        return self.hook_rows("mlp.in", self.get("mlp.in"))
 
     def resid_post(self) -> torch.Tensor:
         return self.get("resid.mid.hooked") + self.hook_rows("mlp.out", self.get("mlp.out"))
@@ -276,7 +276,7 @@ class _Window:
             d_in = self.mlp_backward(self.layer.feedforward, d_out)
         else:
             moe = self.layer.feedforward
-            d_in = self.vjp(moe.forward, [self.get("mlp.in")], d_out)[0]
+            d_in = self.vjp(moe.forward, [self.get("mlp.in.hooked")], d_out)[0]
         d_in = None if d_in is None else self.rows_vjp("mlp.in", d_in)
         if d_in is None:
             return None
@@ -297,8 +297,9 @@ class _Window:
                 d_neuron, self.get("mlp.gate"), self.get("mlp.up"), kind
             )
             return self.linear_vjp("gate_up", mlp.gate_up, d_up)
-        if self.held("mlp.sign"):
-            d_up = d_neuron * self.get("mlp.sign")
+        if kind == "relu" and not self.held("mlp.up"):
+            sign = self.get("mlp.sign") if self.held("mlp.sign") else self.get("mlp.neuron") > 0
+            d_up = d_neuron * sign
         else:
             d_up = activation_backward(d_neuron, self.get("mlp.up"), kind)
         return self.linear_vjp("up", mlp.up, d_up)
@@ -316,6 +317,8 @@ class _Window:
         keys, values = self.cache.layers[self.index]
         assert sequence.table is not None
         dk, dv = sequence.sums[self.index]
+        queries = self.index > self.hooks.bottom or self.hooks.bottom_queries
+        mixed = queries or dk is not None  # the gradient of values alone does not read z
         dq = attention_backward(
             d_z.view(d_z.shape[0], -1, mixer.head_dim),
             self.get("attn.q.final").view(d_z.shape[0], -1, mixer.head_dim),
@@ -323,7 +326,7 @@ class _Window:
             values,
             sequence.table,
             self.start,
-            self.get("attn.z").view(d_z.shape[0], -1, mixer.head_dim),
+            self.get("attn.z").view(d_z.shape[0], -1, mixer.head_dim) if mixed else None,
             self.get("attn.lse"),
             scale=mixer.scale,
             window=mixer.window,
@@ -331,19 +334,17 @@ class _Window:
             dk=dk,
             dv=dv,
         )
-        d_k = self.turned(self.complete(dk), backward=True)
-        k_hooked = self.rows_vjp("attn.kvhead.k", d_k)
-        v_hooked = self.rows_vjp("attn.kvhead.v", self.complete(dv))
-        if k_hooked is None or v_hooked is None:
+        d_q = self.turned(dq, backward=True) if queries and dq is not None else None
+        d_k = None if dk is None else self.rows_vjp("attn.kvhead.k", self.complete(dk, turn=True))
+        d_v = None if dv is None else self.rows_vjp("attn.kvhead.v", self.complete(dv))
+        if self.is_last("attn.kvhead.k"):
             return None
-        d_qkv = torch.cat(
-            [
-                self.map_output_backward("attn.q", self.turned(dq, backward=True)),
-                self.map_output_backward("attn.k", k_hooked),
-                self.map_output_backward("attn.v", v_hooked),
-            ],
-            dim=-1,
-        )
+        parts = [
+            self.map_output_backward("attn.q", d_q, self.config.n_heads),
+            self.map_output_backward("attn.k", d_k, self.config.n_kv_heads),
+            self.map_output_backward("attn.v", d_v, self.config.n_kv_heads),
+        ]
+        d_qkv = torch.cat(parts, dim=-1)
         d_in = self.linear_vjp("qkv", mixer.qkv, d_qkv)
         d_in = None if d_in is None else self.rows_vjp("attn.in", d_in)
         if d_in is None:
@@ -352,19 +353,23 @@ class _Window:
             d_in = norm_backward(self.layer.norm1, d_in, self.get("resid.pre"))
         return self.rows_vjp("resid.pre", d_mid + d_in)
 
-    def complete(self, total: torch.Tensor | None) -> torch.Tensor:
+    def complete(self, total: torch.Tensor, *, turn: bool = False) -> torch.Tensor:
         """The window's own rows of a sum [L, G, D]: no window is left that reads them."""
-        if total is None:
-            shape = (self.stop - self.start, self.config.n_kv_heads, self.config.head_dim)
-            return torch.zeros(shape, dtype=self.dtype, device=self.sequence.tokens.device)
-        return total[self.start : self.stop].to(self.dtype)
+        own = total[self.start : self.stop].to(self.dtype)
+        return self.turned(own, backward=True) if turn else own
 
-    def map_output_backward(self, name: str, d: torch.Tensor) -> torch.Tensor:
-        """Back through clip and QK-norm to what the map gave: [s, heads, D] -> [s, heads * D]."""
+    def map_output_backward(self, name: str, d: torch.Tensor | None, n_heads: int) -> torch.Tensor:
+        """Back through clip and QK-norm to what the map gave: [s, heads, D] -> [s, heads * D].
+
+        None, which nobody reads, gives zeros.
+        """
+        m = self.mixer
+        if d is None:
+            width = n_heads * m.head_dim
+            return self.get("attn.lse").new_zeros(self.stop - self.start, width, dtype=self.dtype)
         d = self.clip_backward(name, d)
-        if self.mixer.qk_norm != "none" and name != "attn.v":
+        if m.qk_norm != "none" and name != "attn.v":
             x, weight = self.qk_norm_input(name)
-            m = self.mixer
             d = rms_norm_backward(d.reshape(x.shape), x, weight, m.eps, unit_offset=m.unit_offset)
         return d.flatten(1)
 
@@ -388,7 +393,11 @@ class _Window:
             return d
         layer, bypass = self.index, self.bypass
         # Steering vectors and virtual rows read nothing, so that nothing may be kept for them.
-        value = self.get(_READ_BY[name]) if name in self.reads else torch.zeros_like(d)
+        value = (
+            self.get("layer.input" if name == "resid.pre" else name)
+            if name in self.reads
+            else torch.zeros_like(d)
+        )
         if self.is_last(name):
             self.vjp(lambda: bypass.rows(name, layer, value), [], d)
             return None
@@ -437,8 +446,8 @@ def _after(part: str) -> Callable[[_Window], torch.Tensor]:
 _REBUILT: dict[str, Callable[[_Window], torch.Tensor]] = {
     "layer.input": _Window.layer_input,
     "resid.pre": _Window.resid_pre,
-    "attn.in.plain": _Window.attn_in_plain,
     "attn.in": _Window.attn_in,
+    "attn.in.hooked": _Window.attn_in_hooked,
     "attn.q": _after("attn.q"),
     "attn.k": _after("attn.k"),
     "attn.v": _after("attn.v"),
@@ -447,8 +456,8 @@ _REBUILT: dict[str, Callable[[_Window], torch.Tensor]] = {
     "attn.out": _Window.attn_out,
     "resid.mid": _Window.resid_mid,
     "resid.mid.hooked": _Window.resid_mid_hooked,
-    "mlp.in.plain": _Window.mlp_in_plain,
     "mlp.in": _Window.mlp_in,
+    "mlp.in.hooked": _Window.mlp_in_hooked,
     "mlp.gate": _after("mlp.gate"),
     "mlp.up": _after("mlp.up"),
     "mlp.neuron": _Window.neuron,
@@ -456,21 +465,10 @@ _REBUILT: dict[str, Callable[[_Window], torch.Tensor]] = {
     "mlp.out": _Window.mlp_out,
     "resid.post": _Window.resid_post,
 }
-# What the bypass at a site reads: the site's tensor before it.
-_READ_BY = {
-    "resid.pre": "layer.input",
-    "attn.in": "attn.in.plain",
-    "attn.out": "attn.out",
-    "resid.mid": "resid.mid",
-    "mlp.in": "mlp.in.plain",
-    "mlp.neuron": "mlp.neuron",
-    "mlp.out": "mlp.out",
-    "resid.post": "resid.post",
-}
 _LINEAR_READS = {
-    "qkv": "attn.in",
+    "qkv": "attn.in.hooked",
     "o": "attn.z",
-    "gate_up": "mlp.in",
-    "up": "mlp.in",
+    "gate_up": "mlp.in.hooked",
+    "up": "mlp.in.hooked",
     "down": "mlp.neuron.hooked",
 }

@@ -519,6 +519,9 @@ def _schedules(
     # Gradients of keys and values are summed over windows in float32 (float64 stays as it is).
     sum_bits = max(32, BITS[dtype])
     wanted = {node.of for node in nodes if not node.is_param}
+    for op in graph.ops:  # a prefix is keys and values: its gradient is summed where theirs are
+        if op.kind == "attention" and any(p.trained for p in op.params):
+            wanted.update(op.inputs[1:])
     sums = {
         layer: bits // BITS[dtype] * sum_bits
         for layer, bits in per_layer(k for k in cache if k in wanted).items()
@@ -541,7 +544,7 @@ def _schedules(
     return (
         schedule(
             "v1 window-outer",
-            {"dkv": all_sums},
+            {"dkv": all_sums, "dx": _bytes(stream, length)},
             sum(rerun.values()) + max(gradients.values(), default=0),
         ),
         schedule(

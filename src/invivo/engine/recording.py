@@ -18,6 +18,8 @@ _FROM_SITE: dict[str, tuple[str, ...]] = {
     "resid.pre": ("layer.input",),
     "resid.post": ("resid.post",),
     "resid.mid": ("resid.mid",),
+    "attn.in": ("attn.in",),
+    "mlp.in": ("mlp.in",),
     "attn.proj": ("attn.proj",),
     "attn.out": ("attn.out",),
     "attn.head.z": ("attn.z", "attn.lse"),
@@ -91,7 +93,8 @@ class Recording:
             return value
         for name in _FROM_SITE[site]:
             if name == "attn.lse":
-                self._write_lse(layer)
+                self._write_lse(layer, self._queries)
+                self._queries = []
                 continue
             for piece in self._pieces:
                 rows = piece.of(value)
@@ -100,11 +103,11 @@ class Recording:
                 piece.tape.write(layer, name, piece.start, rows)
         return value
 
-    def _write_lse(self, layer: int) -> None:
-        """Of the queries just seen, whose keys are in the cache by now."""
+    def _write_lse(self, layer: int, queries_of: list[torch.Tensor]) -> None:
+        """Of the queries just seen (none where nobody asked), whose keys are in the cache now."""
         block: Layer = self._decoder.layers[layer]  # type: ignore[assignment]
         mixer = block.mixer
-        for piece, queries in zip(self._pieces, self._queries, strict=True):
+        for piece, queries in zip(self._pieces, queries_of, strict=bool(queries_of)):
             if (layer, "attn.lse") in piece.tape.held:
                 lse = attention_lse(
                     queries,
@@ -116,7 +119,6 @@ class Recording:
                     softcap=mixer.softcap,
                 )
                 piece.tape.write(layer, "attn.lse", piece.start, lse)
-        self._queries = []
 
 
 class _RecordingBypass:

@@ -41,6 +41,7 @@ class TrainedHooks:
         reads: by layer, those of ``names`` whose bypass reads its input (a LoRA, an adapter, a
             vector on the MLP's neurons); the others only add, scale the output, or replace.
         carried: by layer, whether gradients of keys and of values are wanted.
+        bottom_queries: whether those of the queries of ``bottom`` are.
         bottom: lowest layer that the backward visits.
         last_hook: the first trained hook of ``bottom``, after which nothing is left to do; None
             where the gradient goes on to the layer's input.
@@ -49,6 +50,7 @@ class TrainedHooks:
     names: dict[int, frozenset[str]]
     reads: dict[int, frozenset[str]]
     carried: dict[int, tuple[bool, bool]]
+    bottom_queries: bool
     bottom: int
     last_hook: str | None
 
@@ -87,12 +89,15 @@ def trained_hooks(
     if bottom == lowest and not input_gradients:
         last_hook = min(names[bottom], key=ORDER.index)
     carried = dict.fromkeys(range(bottom, config.n_layers), (True, True))
+    bottom_queries = True
     if last_hook is not None and ORDER.index(last_hook) >= ORDER.index("qkv"):
+        bottom_queries = "q" in parts[bottom]
         carried[bottom] = ("k" in parts[bottom], "v" in parts[bottom])
     return TrainedHooks(
         names={layer: frozenset(hooks) for layer, hooks in names.items()},
         reads={layer: frozenset(hooks) for layer, hooks in reads.items()},
         carried=carried,
+        bottom_queries=bottom_queries,
         bottom=bottom,
         last_hook=last_hook,
     )

@@ -66,7 +66,7 @@ def attention_backward_reference(
     v_cache: torch.Tensor,
     blocks: torch.Tensor,
     start: int,
-    z: torch.Tensor,
+    z: torch.Tensor | None,
     lse: torch.Tensor,
     *,
     scale: float,
@@ -74,7 +74,7 @@ def attention_backward_reference(
     softcap: float | None = None,
     dk: torch.Tensor | None = None,
     dv: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """Gradient of the queries; those of keys and values are added to ``dk`` and ``dv``.
 
     Args:
@@ -83,25 +83,27 @@ def attention_backward_reference(
         k_cache, v_cache: [n_blocks, block_size, G, D]; query head h reads key head
             ``h // (H / G)``.
         blocks: [>= blocks of start + s] physical block of each logical block of the sequence.
-        z: [s, H, D].
+        z: [s, H, D]; None where only the gradient of the values is wanted.
         lse: [s, H], of :func:`attention_lse`.
         scale, window, softcap: as in :func:`invivo.kernels.attention.paged_attention`.
         dk, dv: [>= start + s, G, D] sums of the sequence, changed in place; None where nobody
             reads them.
 
     Returns:
-        [s, H, D] in the dtype of ``q``.
+        [s, H, D] in the dtype of ``q``; None without ``z``.
     """
     wide = _wide(q)
     n_rows, n_heads, _ = q.shape
     n_groups = k_cache.shape[2]
-    dq = torch.empty_like(q)
-    delta = (dz.to(wide) * z.to(wide)).sum(-1, keepdim=True)
+    dq = delta = None
+    if z is not None:
+        dq = torch.empty_like(q)
+        delta = (dz.to(wide) * z.to(wide)).sum(-1, keepdim=True)
     for first in range(0, n_rows, BLOCK_ROWS):
         rows = slice(first, min(first + BLOCK_ROWS, n_rows))
         queries = _grouped(q[rows], n_groups).to(wide)
         d_mixed = _grouped(dz[rows], n_groups).to(wide)
-        row_delta = _grouped(delta[rows], n_groups)
+        row_delta = None if delta is None else _grouped(delta[rows], n_groups)
         row_lse = _grouped(lse[rows].unsqueeze(-1).to(wide), n_groups)
         d_queries = torch.zeros_like(queries)
         for keys in _key_blocks(start + rows.start, start + rows.stop, window):
@@ -114,6 +116,8 @@ def attention_backward_reference(
                 probs = _masked(probs, hidden, 0.0)
             if dv is not None:
                 dv[keys] += torch.bmm(probs.transpose(1, 2), d_mixed).transpose(0, 1)
+            if row_delta is None:
+                continue
             d_scores = probs.mul_(torch.bmm(d_mixed, v.transpose(1, 2)).sub_(row_delta))
             if softcap is not None:
                 d_scores *= 1.0 - (capped / softcap).square_()
@@ -121,7 +125,8 @@ def attention_backward_reference(
             d_queries += torch.bmm(d_scores, k)
             if dk is not None:
                 dk[keys] += torch.bmm(d_scores.transpose(1, 2), queries).transpose(0, 1)
-        dq[rows] = _ungrouped(d_queries, n_heads).to(q.dtype)
+        if dq is not None:
+            dq[rows] = _ungrouped(d_queries, n_heads).to(q.dtype)
     return dq
 
 
@@ -132,7 +137,7 @@ def attention_backward(
     v_cache: torch.Tensor,
     blocks: torch.Tensor,
     start: int,
-    z: torch.Tensor,
+    z: torch.Tensor | None,
     lse: torch.Tensor,
     *,
     scale: float,
@@ -140,7 +145,7 @@ def attention_backward(
     softcap: float | None = None,
     dk: torch.Tensor | None = None,
     dv: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """:func:`attention_backward_reference`, by the fastest way for the device."""
     return attention_backward_reference(
         dz,

@@ -1,0 +1,281 @@
+"""Windows and units against one-shot autograd, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.engine.fine_tuning import (
+    BYPASSES,
+    CONFIGS,
+    Document,
+    by_windows,
+    one_shot,
+    random_decoder,
+    random_document,
+    random_parameters,
+    run_flat,
+    suited,
+    take_gradients,
+)
+from tests.models.pages import Pages, Text
+
+from invivo.engine.bypasses import n_virtual
+from invivo.engine.memory_plan import plan_activations
+from invivo.engine.train_sequence import TrainSequence, next_token_labels
+from invivo.engine.types import BackwardUnit
+from invivo.engine.window import Mode, Order, WindowTrainer
+
+WAYS: list[tuple[Mode, Order]] = [
+    ("rerun", "window"),
+    ("rerun", "layer"),
+    ("tape", "window"),
+    ("tape", "layer"),
+]
+
+
+def assert_close(got: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    scale = max(1.0, float(wanted.abs().max()))
+    error = float((got - wanted).abs().max()) / scale
+    assert error < 1e-9, f"{name}: {error}"
+
+
+def check(
+    model: str,
+    bypass: str,
+    mode: Mode,
+    order: Order,
+    *,
+    seed: int,
+    lengths: tuple[int, ...] = (13,),
+    input_gradients: bool = False,
+    weighted: bool = False,
+    neighbour: bool = False,
+) -> None:
+    config = CONFIGS[model]
+    specs = suited(config, BYPASSES[bypass])
+    if not specs:
+        return
+    decoder = random_decoder(model)
+    parameters = random_parameters(config, specs)
+    virtual = n_virtual(specs)
+    documents = [
+        random_document(config, n, seed=seed + i, n_virtual=virtual, weighted=weighted)
+        for i, n in enumerate(lengths)
+    ]
+    loss, gradients, streams = one_shot(decoder, specs, parameters, documents)
+    pages = Pages(decoder)
+    trainer = WindowTrainer(
+        decoder,
+        pages.cache,
+        specs,
+        parameters,
+        mode=mode,
+        order=order,
+        input_gradients=input_gradients,
+    )
+    got_loss, got_streams = by_windows(trainer, pages, documents, seed=seed, neighbour=neighbour)
+    got = take_gradients(parameters)
+    assert abs(got_loss - loss) < 1e-9 * max(1.0, abs(loss))
+    for name, wanted in gradients.items():
+        assert_close(got[name], wanted, name)
+    for stream, wanted in zip(got_streams, streams, strict=True):
+        if input_gradients:
+            assert stream is not None
+            assert_close(stream, wanted, "embeddings")
+
+
+@pytest.mark.parametrize("bypass", BYPASSES)
+@pytest.mark.parametrize("model", CONFIGS)
+def test_tape_gives_the_gradients_of_one_shot_autograd(model: str, bypass: str) -> None:
+    check(model, bypass, "tape", "window", seed=5)
+
+
+@pytest.mark.parametrize("bypass", BYPASSES)
+def test_every_bypass_in_every_way(bypass: str) -> None:
+    for mode, order in WAYS:
+        check("llama", bypass, mode, order, seed=6)
+
+
+@pytest.mark.parametrize("model", CONFIGS)
+def test_every_model_in_every_way(model: str) -> None:
+    for mode, order in WAYS:
+        check(model, "several", mode, order, seed=7, lengths=(9,), input_gradients=True)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    model=st.sampled_from(sorted(CONFIGS)),
+    bypass=st.sampled_from(sorted(BYPASSES)),
+    way=st.sampled_from(WAYS),
+    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=3),
+    seed=st.integers(0, 10_000),
+    input_gradients=st.booleans(),
+    weighted=st.booleans(),
+    neighbour=st.booleans(),
+)
+def test_no_cut_packing_or_neighbour_changes_a_gradient(
+    model: str,
+    bypass: str,
+    way: tuple[Mode, Order],
+    lengths: list[int],
+    seed: int,
+    input_gradients: bool,
+    weighted: bool,
+    neighbour: bool,
+) -> None:
+    check(
+        model,
+        bypass,
+        *way,
+        seed=seed,
+        lengths=tuple(lengths),
+        input_gradients=input_gradients,
+        weighted=weighted,
+        neighbour=neighbour,
+    )
+
+
+@pytest.mark.parametrize(("mode", "order"), WAYS)
+def test_windows_of_one_row_and_of_all_rows(mode: Mode, order: Order) -> None:
+    config, specs = CONFIGS["llama"], BYPASSES["lora all"]
+    decoder = random_decoder("llama")
+    parameters = random_parameters(config, specs)
+    doc = random_document(config, 7, seed=2)
+    _, wanted, _ = one_shot(decoder, specs, parameters, [doc])
+    for width in (1, 7):
+        pages = Pages(decoder)
+        trainer = WindowTrainer(decoder, pages.cache, specs, parameters, mode=mode, order=order)
+        sequence, text = fresh(doc, pages)
+        trainer.begin(sequence)
+        for start in range(0, 7, width):
+            run_flat(trainer, pages, sequence, [(text, width)], text, start, start + width)
+            text.n_done += width
+        units = trainer.units(sequence, width)
+        assert sum((u.stop - u.start) * (u.last_layer - u.first_layer) for u in units) == 7 * 3
+        for unit in units:
+            assert unit == trainer.next_unit(sequence, width)
+            trainer.run(sequence, unit)
+        assert trainer.next_unit(sequence, width) is None
+        assert trainer.done(sequence)
+        for name, got in take_gradients(parameters).items():
+            assert_close(got, wanted[name], name)
+
+
+@pytest.mark.parametrize(("mode", "order"), WAYS)
+def test_a_micro_step_begun_again_forgets_the_first(mode: Mode, order: Order) -> None:
+    """A victim of memory pressure loses its blocks in the middle of the forward."""
+    config, specs = CONFIGS["llama"], BYPASSES["lora q v"]
+    decoder = random_decoder("llama")
+    parameters = random_parameters(config, specs)
+    doc = random_document(config, 12, seed=4)
+    loss, wanted, _ = one_shot(decoder, specs, parameters, [doc])
+    pages = Pages(decoder)
+    trainer = WindowTrainer(decoder, pages.cache, specs, parameters, mode=mode, order=order)
+    sequence, text = fresh(doc, pages)
+    trainer.begin(sequence)
+    run_flat(trainer, pages, sequence, [(text, 5)], text, 0, 5)
+    again, text = fresh(doc, pages)
+    sequence.blocks = again.blocks
+    trainer.begin(sequence)
+    run_flat(trainer, pages, sequence, [(text, 12)], text, 0, 12)
+    for unit in trainer.units(sequence, 5):
+        trainer.run(sequence, unit)
+    assert abs(float(sequence.loss) - loss) < 1e-9
+    for name, got in take_gradients(parameters).items():
+        assert_close(got, wanted[name], name)
+
+
+@pytest.mark.parametrize("bypass", BYPASSES)
+@pytest.mark.parametrize("model", CONFIGS)
+def test_bytes_held_equal_the_plan(model: str, bypass: str) -> None:
+    config, length = CONFIGS[model], 24
+    specs = suited(config, BYPASSES[bypass])
+    if not specs:
+        return
+    virtual = n_virtual(specs)
+    decoder = random_decoder(model, dtype=torch.float32)
+    parameters = random_parameters(config, specs, dtype=torch.float32)
+    trainables = [spec.trainable for spec in specs]
+    of_prompt = sum(s.size for s in specs if s.kind == "soft_prompt")
+    plan = plan_activations(
+        config, trainables, length=length + virtual - of_prompt, dtype="float32"
+    )
+    inside_mixtures = sum(
+        row.n_bytes for row in plan.rows if row.held == "tape" and row.name.startswith("moe.")
+    )
+    doc = random_document(config, length, seed=1, n_virtual=virtual)
+    for mode, order in WAYS:
+        pages = Pages(decoder)
+        trainer = WindowTrainer(decoder, pages.cache, specs, parameters, mode=mode, order=order)
+        sequence, text = fresh(doc, pages)
+        trainer.begin(sequence)
+        run_flat(trainer, pages, sequence, [(text, sequence.length)], text, 0, sequence.length)
+        unit = trainer.next_unit(sequence, 4)
+        tape, sums = held_bytes(trainer, sequence, unit)
+        parts = dict(plan.schedule(f"{'v1' if mode == 'rerun' else 'v2'} {order}-outer").parts)
+        del parts["kv"]
+        assert sums == parts.pop("dkv"), (mode, order)
+        # The insides of mixtures are rerun and not kept.
+        assert tape == sum(parts.values()) - (inside_mixtures if mode == "tape" else 0)
+        take_gradients(parameters)
+
+
+def held_bytes(
+    trainer: WindowTrainer, sequence: TrainSequence, unit: BackwardUnit | None
+) -> tuple[int, int]:
+    """Bytes of the tape with the loss's gradient, and most bytes of sums, during a backward."""
+    assert unit is not None
+    assert sequence.dx is not None
+    tape = sequence.dx.numel() * sequence.dx.element_size()
+    if sequence.tape is not None:
+        tape += sequence.tape.n_bytes
+    trainer.run(sequence, unit)
+    most = 0
+    while True:
+        sums = [t for pair in sequence.sums.values() for t in pair if t is not None]
+        most = max(most, sum(t.numel() * t.element_size() for t in sums))
+        following = trainer.next_unit(sequence, 4)
+        if following is None:
+            break
+        trainer.run(sequence, following)
+    assert sequence.tape is None
+    assert not sequence.sums
+    return tape, most
+
+
+def fresh(doc: Document, pages: Pages) -> tuple[TrainSequence, Text]:
+    """The document as a training sequence with blocks of its own."""
+    text = Text(doc.tokens.tolist())
+    while len(text.blocks) * pages.block_size < len(text.tokens):
+        text.blocks.append(pages.free.pop())
+    return TrainSequence(doc.tokens, doc.labels, list(text.blocks), doc.weights), text
+
+
+def test_packed_matrices_train_as_plain_ones() -> None:
+    config, specs = CONFIGS["llama"], BYPASSES["lora all"]
+    doc = random_document(config, 20, seed=1)
+    found = []
+    for packs in (False, True):
+        decoder = random_decoder("llama", dtype=torch.float32)
+        if packs:
+            decoder.pack()
+        parameters = random_parameters(config, specs, dtype=torch.float32)
+        for mode, order in WAYS:
+            pages = Pages(decoder)
+            trainer = WindowTrainer(decoder, pages.cache, specs, parameters, mode=mode, order=order)
+            loss, _ = by_windows(trainer, pages, [doc], seed=3)
+            found.append((loss, take_gradients(parameters)))
+    first_loss, first = found[0]
+    for loss, gradients in found[1:]:
+        assert abs(loss - first_loss) < 1e-4
+        for name, wanted in first.items():
+            torch.testing.assert_close(gradients[name], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_labels_look_one_token_ahead_and_skip_what_is_not_learned() -> None:
+    tokens = torch.tensor([5, 6, 7, 8])
+    assert next_token_labels(tokens).tolist() == [6, 7, 8, -100]
+    learned = torch.tensor([True, False, True, True])
+    assert next_token_labels(tokens, learned).tolist() == [-100, 7, 8, -100]
