@@ -63,7 +63,8 @@ class Sizes:
 
     Attributes:
         min_window: fewest rows worth a window (or the text's rest); each costs a start.
-        unit_rows: rows of a unit that does not fit through all layers.
+        unit_rows: where a backward may stop between layers, fewest rows of a unit; it then takes
+            as many layers as fit.
         max_unit: most rows of a unit.
         quantum_ms: length of an iteration without inference.
     """
@@ -155,8 +156,7 @@ class Coserver:
         plan = inference or Plan(spans=[])
         work = work_of(plan)
         budget = self.budget(plan, work, start)
-        for trainee in order:
-            work = self._add(plan, work, trainee, budget)
+        self._fill(plan, work, order, budget)
         if not plan.spans and not plan.backward:
             # The smallest piece outlasts the quantum: nobody is here to mind.
             for trainee in order:
@@ -227,13 +227,13 @@ class Coserver:
             return []
         served = self.served
         names = {trainee.name for trainee in trainees}
-        known = [served[t.name] / t.share for t in trainees if t.name in served]
+        known = [self._level(t) for t in trainees if t.name in served]
         for name in [name for name in served if name not in names]:
             del served[name]  # comes back, if it does, as a newcomer
         level = min(known, default=0.0)
         for trainee in trainees:
             served.setdefault(trainee.name, level * trainee.share)
-        return sorted(trainees, key=lambda t: served[t.name] / t.share)
+        return sorted(trainees, key=self._level)
 
     def _whole_iteration(self, order: Items[Trainee]) -> Trainee | None:
         """The job that has the device for itself, under a policy that alternates."""
@@ -271,6 +271,20 @@ class Coserver:
 
     # How much of it.
 
+    def _fill(self, plan: Plan, work: Work, order: Items[Trainee], budget: float) -> None:
+        """A piece for each job in turn, until the turn is with one that had its piece already."""
+        served: list[Trainee] = []
+        for trainee in order:
+            if any(self._level(other) < self._level(trainee) for other in served):
+                return
+            before = work
+            work = self._add(plan, work, trainee, budget)
+            if work != before:
+                served.append(trainee)
+
+    def _level(self, trainee: Trainee) -> float:
+        return self.served[trainee.name] / trainee.share
+
     def _add(
         self, plan: Plan, work: Work, trainee: Trainee, budget: float, *, smallest: bool = False
     ) -> Work:
@@ -306,8 +320,12 @@ class Coserver:
         return work.with_backward(rows, layers)
 
     def _unit(self, work: Work, trainee: Trainee, budget: float) -> BackwardUnit | None:
-        """The largest unit that fits: rows through all layers first, then layers of few rows."""
+        """The largest unit that fits: rows through all layers, or fewer layers of some rows.
+
+        Few rows through all layers read every weight for little: where layers may be cut, they are.
+        """
         sizes = self.sizes
+        least = sizes.unit_rows if trainee.cuts_layers else sizes.min_window
 
         def grown(tokens: int, layers: int | None) -> Work:
             unit = trainee.next_unit(tokens, layers)
@@ -322,7 +340,7 @@ class Coserver:
             unit = trainee.next_unit(most, None)
             assert unit is not None
             whole = unit.start == 0 or most == limit
-            if not whole and unit.stop - unit.start < sizes.min_window:
+            if not whole and unit.stop - unit.start < least:
                 most = 0
             elif not whole or not trainee.cuts_layers:
                 return unit

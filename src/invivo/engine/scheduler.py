@@ -257,7 +257,8 @@ class Scheduler:
                 field="max_length",
                 remedy="Cut the training texts shorter or give the engine more cache",
             )
-        if self.waiting or not self._free_training_rows:
+        memory_is_short = self._blocked is not None and self._blocked[0] in self.waiting[:1]
+        if memory_is_short or not self._free_training_rows:
             return False
         if n_new + spare + len(self.running) > self.pool.n_free:
             return False
