@@ -20,6 +20,7 @@ import torch
 from tests.tiny import tiny_hf_model, tiny_model_folder
 
 import invivo
+from invivo.engine.bypasses import BypassSpec, init_parameters
 from invivo.engine.types import Output, Request
 from invivo.errors import InvalidRequest, NotFound, TooLarge, Unavailable
 from invivo.gather import Gathering
@@ -371,6 +372,15 @@ def test_the_default_length_shrinks_to_what_fits(lm: LocalLM) -> None:
     assert lm.generate(prompt, ignore_eos=True).completion_tokens == 6
     with pytest.raises(InvalidRequest, match="max_tokens"):
         lm.generate(prompt, max_tokens=7)
+
+
+def test_the_default_length_leaves_room_for_virtual_tokens(lm: LocalLM) -> None:
+    spec = BypassSpec("soft_prompt", size=4)
+    parameters = init_parameters(spec, lm.engine.model.config, seed=0)
+    lm.engine.adapters.publish("prompted", [spec], parameters)
+    answer = lm.generate([5] * 1018, adapter="prompted", ignore_eos=True)
+    assert (answer.prompt_tokens, answer.completion_tokens) == (1018, 2)
+    lm.unload_adapter("prompted")
 
 
 def test_info_and_stats_describe_what_is_served(lm: LocalLM) -> None:

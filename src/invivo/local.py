@@ -432,7 +432,8 @@ class LocalLM(LM):
     def _request(self, ids: Sequence[int], asked: Asked, prefix: str) -> Request:
         params = asked.params
         if asked.default_length and params.max_tokens is not None:
-            room = self.engine.scheduler.max_length - len(ids)
+            taken = len(ids) + self.engine.adapters.n_virtual(asked.adapter)
+            room = self.engine.scheduler.max_length - taken
             params = replace(params, max_tokens=max(1, min(params.max_tokens, room)))
         return Request(
             id=_new_id(prefix),
