@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.pages import logits_of
 from tests.tiny import FAMILIES, tiny_hf_model, tiny_model_folder
 
-from invivo.errors import UnsupportedModel
+from invivo.errors import InvalidRequest, UnsupportedModel
 from invivo.models.fingerprint import fingerprint_of
 from invivo.models.hub_config import config_from_hf
 from invivo.models.load import load_model, pick_dtype, random_model
@@ -59,6 +59,13 @@ def test_dtype_by_default_goes_by_device_and_checkpoint() -> None:
     assert pick_dtype({"text_config": {"torch_dtype": "bfloat16"}}, "cuda", None) == torch.bfloat16
     assert pick_dtype({}, "cuda", None) == torch.bfloat16
     assert pick_dtype({}, "cuda", "float32") == torch.float32
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99"])
+def test_devices_that_are_not_there_are_refused(tmp_path: Path, device: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        load_model(str(tiny_model_folder(tmp_path)), device=device)
+    assert caught.value.field == "device"
 
 
 def test_parameters_are_frozen(tmp_path: Path) -> None:

@@ -202,11 +202,25 @@ def test_a_failing_download_says_why(
 
 def test_a_process_that_was_faster_wins(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = resolve.resolve(str(gguf_file))
+    made = (first / "config.json").stat().st_ino
     real = resolve._is_ready
-    answers = iter([False])  # not there yet when asked, there when written
-    monkeypatch.setattr(resolve, "_is_ready", lambda f: next(answers, None) or real(f))
-    monkeypatch.setattr(resolve, "_remove", lambda folder: None)
+    answers = iter([False])  # not there yet when asked, there when about to be made
+    monkeypatch.setattr(resolve, "_is_ready", lambda f: next(answers, True) and real(f))
     assert resolve.resolve(str(gguf_file)) == first
+    assert (first / "config.json").stat().st_ino == made, "taken away from the other process"
+
+
+def test_a_process_that_was_faster_at_the_end_wins_too(
+    gguf_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = resolve.convert_gguf
+
+    def twice(source: Path, target: Path, **options: Any) -> Path:
+        convert(source, target, **options)
+        return convert(source, target, **options)
+
+    monkeypatch.setattr(resolve, "convert_gguf", twice)
+    assert (resolve.resolve(str(gguf_file)) / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["smollm2", "../nowhere", "/nowhere/at/all", "", "a b/c"])
@@ -226,6 +240,11 @@ def test_folders_that_hold_no_model_are_refused(tmp_path: Path, gguf_file: Path)
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(UnsupportedModel, match="must be a GGUF"):
         resolve.resolve(str(tmp_path / "model.bin"))
+
+
+def test_names_that_the_hub_never_gives_are_not_found() -> None:
+    with pytest.raises(NotFound, match="spelling"):
+        resolve.resolve("a--b/c..d")
 
 
 def test_hub_ids_without_network_say_what_to_do() -> None:

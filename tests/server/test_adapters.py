@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
+from safetensors.torch import load, save
 
 
 @pytest.fixture
@@ -84,6 +85,25 @@ def test_an_upload_of_anything_else_is_refused(http, server, parts, change, para
         assert error["param"] == param
     assert http.get("/v1/adapters").json()["data"] == []
     assert list(server.app.state.services.uploads.iterdir()) == []
+
+
+def test_a_refused_upload_does_not_tell_where_the_server_keeps_it(http, server, parts):
+    header = b"{not json}"
+    broken = len(header).to_bytes(8, "little") + header
+    answer = upload(http, "queries", parts | {"weights": broken})
+    assert answer.status_code == 400
+    assert str(server.app.state.services.uploads) not in answer.text
+    assert "adapter_model.safetensors" in answer.json()["error"]["message"]
+
+
+def test_an_upload_with_numbers_that_are_not_finite_names_the_tensor(http, parts):
+    tensors = load(parts["weights"])
+    key = sorted(tensors)[-1]
+    tensors[key][0, 0] = float("inf")
+    answer = upload(http, "queries", parts | {"weights": save(tensors)})
+    assert answer.status_code == 400
+    assert "finite" in answer.json()["error"]["message"]
+    assert http.get("/v1/adapters").json()["data"] == []
 
 
 def test_an_upload_with_a_missing_part_names_it(http, parts):

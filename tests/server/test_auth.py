@@ -212,6 +212,7 @@ def test_an_open_server_answers_its_own_machine_and_pages_only(lm):
     assert asyncio.run(status("127.0.0.1", host="[::")) == 403
     assert asyncio.run(status("127.0.0.1", origin="http://evil.example")) == 403
     assert asyncio.run(status("127.0.0.1", origin="null")) == 403
+    assert asyncio.run(status("127.0.0.1", origin="http://[")) == 403
     assert asyncio.run(status("127.0.0.1", origin="http://127.0.0.1")) == 200
 
 

@@ -80,3 +80,16 @@ def test_bad_keys_are_refused(store, arguments, error, field):
 def test_an_unknown_key_cannot_be_revoked(store):
     with pytest.raises(NotFound):
         store.revoke("nobody")
+
+
+def test_a_store_that_cannot_be_opened_says_so(tmp_path):
+    (tmp_path / "file").write_text("not a database, and long enough that SQLite sees it")
+    for url in (
+        "nonsense",
+        "nosuch://here",
+        f"sqlite:///{tmp_path / 'file' / 'below'}",
+        f"sqlite:///{tmp_path / 'file'}",
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            KeyStore(url)
+        assert caught.value.field == "database"

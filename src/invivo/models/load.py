@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from invivo.errors import UnsupportedModel
+from invivo.errors import InvalidRequest, UnsupportedModel
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
 from invivo.models.fingerprint import fingerprint_of
@@ -78,8 +78,10 @@ def load_model(
 
     Raises:
         NotFound: there is no such model.
+        InvalidRequest: there is no such device.
         UnsupportedModel: the folder's architecture or tensors cannot be read.
     """
+    device = _checked_device(device)
     folder = resolve(name)
     raw = read_json(folder / "config.json")
     config = _with_generation_eos(config_from_hf(raw), folder)
@@ -93,6 +95,24 @@ def load_model(
         tokenizer=load_tokenizer(folder),
         fingerprint=fingerprint_of(folder),
     )
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    n_gpus = torch.cuda.device_count()
+    if found is None or (found.type == "cuda" and (found.index or 0) >= n_gpus):
+        raise InvalidRequest(
+            "there is no such device here",
+            field="device",
+            given=str(device),
+            remedy=f"Give cpu, or one of {n_gpus} GPUs as cuda:0, cuda:1 ..."
+            if n_gpus
+            else "Give cpu; torch finds no GPU",
+        )
+    return found
 
 
 def pick_dtype(

@@ -172,6 +172,8 @@ def _converted(file: Path) -> Path:
 
 
 def _convert(source: Path, target: Path, progress: Progress | None) -> Path:
+    if _is_ready(target):  # another process was faster
+        return target
     if target.exists():  # made by an older converter
         _remove(target)
     try:
@@ -220,6 +222,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -234,7 +237,7 @@ def _from_hub(name: str) -> Path:
             given=name,
             remedy="Accept it on the model's page and log in with: hf auth login",
         ) from error
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise NotFound(
             "the Hub has no such model, or it is private",
             field="model",

@@ -128,6 +128,11 @@ def _load_form(services: Services, form: FormData) -> Adapter:
         with (folder / WEIGHTS_FILE).open("wb") as file:
             shutil.copyfileobj(weights.file, file)
         return _adapter(services, _load(services, name, folder))
+    except InvivoError as error:
+        # Whoever sent the files knows them by name, and need not learn where they lie here.
+        if error.given is not None and str(folder) in str(error.given):
+            error.given = str(error.given).replace(f"{folder}/", "")
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -116,7 +116,11 @@ def _check_origin(request: Request, settings: Settings) -> None:
     origin = request.headers.get("origin")
     if origin is None or origin in settings.allowed_origins:
         return
-    if urlsplit(origin).netloc != request.headers.get("host"):
+    try:
+        place = urlsplit(origin).netloc
+    except ValueError:  # not an origin that a browser sends
+        place = None
+    if place is None or place != request.headers.get("host"):
         raise Forbidden(
             "calls from this web origin are not allowed",
             field="Origin",

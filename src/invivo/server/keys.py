@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy as sql
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from invivo.errors import Conflict, InvalidRequest, NotFound
 
@@ -59,19 +59,21 @@ class KeyStore:
 
     Args:
         url: SQLAlchemy URL; the folder of a SQLite file is made, the file is the owner's only.
+
+    Raises:
+        InvalidRequest: the database cannot be opened.
     """
 
     def __init__(self, url: str) -> None:
-        parsed = sql.make_url(url)
-        if parsed.get_backend_name() == "sqlite" and parsed.database:
-            path = Path(parsed.database)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        self._engine = sql.create_engine(parsed)
-        if parsed.get_backend_name() == "sqlite":
-            sql.event.listen(self._engine, "connect", _quick_sqlite)
-        _metadata.create_all(self._engine)
+        try:
+            self._engine = _opened(sql.make_url(url))
+        except (OSError, SQLAlchemyError, ModuleNotFoundError) as error:
+            reason = str(error).splitlines()[0]
+            raise InvalidRequest(
+                f"the key store cannot be opened: {reason}",
+                field="database",
+                remedy="Give a SQLAlchemy URL that can be written, as sqlite:////path/keys.sqlite3",
+            ) from error
 
     def add(
         self,
@@ -188,6 +190,21 @@ class KeyStore:
 
     def close(self) -> None:
         self._engine.dispose()
+
+
+def _opened(url: sql.URL) -> sql.Engine:
+    """The database, with its table."""
+    is_sqlite = url.get_backend_name() == "sqlite"
+    if is_sqlite and url.database:
+        path = Path(url.database)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    engine = sql.create_engine(url)
+    if is_sqlite:
+        sql.event.listen(engine, "connect", _quick_sqlite)
+    _metadata.create_all(engine)
+    return engine
 
 
 def _named(name_or_id: str) -> sql.ColumnElement[bool]:
