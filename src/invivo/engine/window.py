@@ -56,7 +56,7 @@ class WindowTrainer:
         specs: Sequence[BypassSpec],
         parameters: Parameters,
         *,
-        mode: Mode = "rerun",
+        mode: Mode = "tape",
         order: Order = "window",
         input_gradients: bool = False,
     ) -> None:
