@@ -173,11 +173,12 @@ def test_windows_see_their_own_virtual_rows(data: st.DataObject) -> None:
     cut = data.draw(st.integers(1, total - 1))
     value = torch.zeros(total, 2)
     source = torch.arange(1.0, n + 1)[:, None].expand(n, 2)
-    whole = overlay(value, virtual_rows(0, total, segments, n), source, 0)
-    parts = [
-        overlay(value[a:b], virtual_rows(a, b, segments, n), source, 0)
-        for a, b in ((0, cut), (cut, total))
-    ]
+
+    def filled(a: int, b: int) -> torch.Tensor:
+        return overlay(value[a:b], [(rows, source, 0) for rows in virtual_rows(a, b, segments, n)])
+
+    whole = filled(0, total)
+    parts = [filled(a, b) for a, b in ((0, cut), (cut, total))]
     assert torch.equal(whole, torch.cat(parts))
     assert not value.any()
     for begin, length in zip(segments, lengths, strict=True):

@@ -50,6 +50,10 @@ THEIRS: dict[str, tuple[str, Any]] = {
         ),
     ),
     "prefix": ("llama", lambda: peft.PrefixTuningConfig(**PREFIX)),
+    "prefix, reparametrised": (
+        "llama",
+        lambda: peft.PrefixTuningConfig(**PREFIX, prefix_projection=True, encoder_hidden_size=8),
+    ),
     "prefix, QK-norm": ("qwen3", lambda: peft.PrefixTuningConfig(**PREFIX)),
     "prefix, GPT-2": ("gpt2", lambda: peft.PrefixTuningConfig(**PREFIX)),
     "prefix, partial rotary": ("phi3", lambda: peft.PrefixTuningConfig(**PREFIX)),

@@ -224,14 +224,13 @@ class AdapterBypass:
 
     def _fill(self, name: str, layer: int, value: torch.Tensor) -> torch.Tensor:
         """Virtual tokens get their embeddings, or their keys or values."""
+        fills: list[tuple[VirtualRows, torch.Tensor, int]] = []
         for piece in self._virtual:
             prefix = self._tables.prefix.get(piece.slot)
             if name == "embed":
                 prompt = self._tables.prompt.get(piece.slot)
                 if prompt is not None:
-                    offset = 0 if prefix is None else prefix[0].shape[1]
-                    value = overlay(value, [piece], prompt, offset)
+                    fills.append((piece, prompt, 0 if prefix is None else prefix[0].shape[1]))
             elif prefix is not None:
-                rows = prefix[0 if name.endswith("k") else 1][layer]
-                value = overlay(value, [piece], rows, 0)
-        return value
+                fills.append((piece, prefix[0 if name.endswith("k") else 1][layer], 0))
+        return overlay(value, fills)

@@ -231,16 +231,17 @@ def virtual_rows(
 
 
 def overlay(
-    value: torch.Tensor, rows: Sequence[VirtualRows], source: torch.Tensor, offset: int
+    value: torch.Tensor, fills: Sequence[tuple[VirtualRows, torch.Tensor, int]]
 ) -> torch.Tensor:
-    """``value`` with rows of virtual tokens replaced; differentiable in both.
+    """``value`` with rows of virtual tokens replaced; differentiable in everything.
 
     Args:
-        value: [T, ...].
-        source: [n, ...], what virtual tokens ``offset`` to ``offset + n`` become.
+        value: [T, ...]; not changed.
+        fills: rows, and what virtual tokens ``offset``, ``offset + 1``, ... become: [n, ...] and
+            ``offset``. Rows beyond it stay.
     """
     changed = value
-    for piece in rows:
+    for piece, source, offset in fills:
         first = max(piece.first, offset)
         last = min(piece.first + piece.stop - piece.start, offset + source.shape[0])
         if first >= last:
@@ -334,10 +335,10 @@ class TrainBypass:
     def rows(self, name: str, layer: int, value: torch.Tensor) -> torch.Tensor:
         if name == "embed":
             prompt = self._parameters["soft_prompt"]
-            return overlay(value, self._virtual, prompt, self.n_prefix)
+            return overlay(value, [(piece, prompt, self.n_prefix) for piece in self._virtual])
         if name in ("attn.kvhead.k", "attn.kvhead.v"):
             prefix = self._parameters[f"layers.{layer}.prefix_{name[-1]}"]
-            return overlay(value, self._virtual, prefix, 0)
+            return overlay(value, [(piece, prefix, 0) for piece in self._virtual])
         if name == "mlp.neuron":
             scale = self._parameters.get(f"layers.{layer}.down.ia3")
             return value if scale is None else value + value * (scale.to(value.dtype) - 1)

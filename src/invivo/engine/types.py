@@ -114,9 +114,9 @@ class AdapterInfo:
 
     Attributes:
         version: counts up each time the name is loaded again.
-        rank: largest rank of its matrices.
+        rank: largest rank, width or number of virtual tokens of its bypasses.
         running: requests that hold this version, waiting ones included.
-        n_parameters: numbers in its matrices.
+        n_parameters: numbers in it.
     """
 
     name: str
