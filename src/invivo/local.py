@@ -18,9 +18,17 @@ from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 
+from invivo.batches import (
+    batch_of,
+    check_messages,
+    conversations_of,
+    score_items_of,
+    text_or_ids,
+)
 from invivo.engine.adapters import Source
+from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
-from invivo.engine.engine import Engine, EngineConfig
+from invivo.engine.engine import Engine
 from invivo.engine.types import AdapterInfo, Output, Request, SamplingParams, TokenLogprob
 from invivo.errors import InvalidRequest
 from invivo.gather import Gathered, Gathering, failure_of
@@ -38,13 +46,10 @@ from invivo.lm import (
     Token,
 )
 from invivo.models.load import LoadedModel, load_model
-from invivo.sampling import Asked, asked_of
+from invivo.sampling import CHAT_TOKENS, GENERATE_TOKENS, Asked, asked_of
 from invivo.tools import plan_tools, tools_in_text
 
 T = TypeVar("T")
-
-GENERATE_TOKENS = 128  # max_tokens where nothing is said
-CHAT_TOKENS = 512
 
 
 class LocalLM(LM):
@@ -103,7 +108,7 @@ class LocalLM(LM):
         progress: bool = False,
         **sampling: Unpack[Sampling],
     ) -> Any:
-        prompts, single = _batch_of(prompt)
+        prompts, single = batch_of(prompt)
         requests = self._generation(prompts, sampling)
         done = [self._completion(g) for g in self._run(requests, progress)]
         return done[0] if single else done
@@ -113,7 +118,7 @@ class LocalLM(LM):
         prompt: str | list[int] | list[str] | list[list[int]],
         **sampling: Unpack[Sampling],
     ) -> Any:
-        prompts, single = _batch_of(prompt)
+        prompts, single = batch_of(prompt)
         requests = self._generation(prompts, sampling)
         done = [self._completion(g) for g in await self._arun(requests)]
         return done[0] if single else done
@@ -127,7 +132,7 @@ class LocalLM(LM):
         progress: bool = False,
         **sampling: Unpack[Sampling],
     ) -> Any:
-        conversations, single = _conversations_of(messages)
+        conversations, single = conversations_of(messages)
         requests = self._conversation(conversations, tools, tool_choice, sampling)
         done = [self._completion(g) for g in self._run(requests, progress)]
         return done[0] if single else done
@@ -140,7 +145,7 @@ class LocalLM(LM):
         tool_choice: str | Mapping[str, Any] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Any:
-        conversations, single = _conversations_of(messages)
+        conversations, single = conversations_of(messages)
         requests = self._conversation(conversations, tools, tool_choice, sampling)
         done = [self._completion(g) for g in await self._arun(requests)]
         return done[0] if single else done
@@ -183,7 +188,7 @@ class LocalLM(LM):
         top: int = 0,
         progress: bool = False,
     ) -> Any:
-        items, single = _score_items_of(text)
+        items, single = score_items_of(text)
         requests = [self._scoring(item, adapter, salt, top) for item in items]
         done = [self._score_of(g) for g in self._run(requests, progress)]
         return done[0] if single else done
@@ -196,7 +201,7 @@ class LocalLM(LM):
         salt: str = "",
         top: int = 0,
     ) -> Any:
-        items, single = _score_items_of(text)
+        items, single = score_items_of(text)
         requests = [self._scoring(item, adapter, salt, top) for item in items]
         done = [self._score_of(g) for g in await self._arun(requests)]
         return done[0] if single else done
@@ -211,7 +216,7 @@ class LocalLM(LM):
         salt: str = "",
         progress: bool = False,
     ) -> Any:
-        texts, single = _batch_of(text)
+        texts, single = batch_of(text)
         requests = [self._embedding(t, pooling, adapter, salt) for t in texts]
         done = [_vector(g, normalize) for g in self._run(requests, progress)]
         return done[0] if single else done
@@ -225,7 +230,7 @@ class LocalLM(LM):
         adapter: str | None = None,
         salt: str = "",
     ) -> Any:
-        texts, single = _batch_of(text)
+        texts, single = batch_of(text)
         requests = [self._embedding(t, pooling, adapter, salt) for t in texts]
         done = [_vector(g, normalize) for g in await self._arun(requests)]
         return done[0] if single else done
@@ -261,11 +266,7 @@ class LocalLM(LM):
                 field="messages",
                 remedy="Use generate with a prompt, or a chat model",
             )
-        for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise InvalidRequest(
-                    "must be mappings with a role", field="messages", given=message
-                )
+        check_messages(messages)
         text = self._rendered(messages, tools, add_generation_prompt)
         if tools and text == self._rendered(messages, None, add_generation_prompt):
             # The template passes the tools over: they are described in the messages instead.
@@ -448,8 +449,6 @@ class LocalLM(LM):
 
     def _scoring(self, item: ScoreItem, adapter: str | None, salt: str, top: int) -> Request:
         if isinstance(item, tuple):
-            if len(item) != 2:
-                raise InvalidRequest("a pair is (context, continuation)", field="text", given=item)
             ids, start = self._pair(*item)
         else:
             ids, start = self._ids(item, special=True), 1
@@ -520,13 +519,8 @@ class LocalLM(LM):
         )
 
     def _ids(self, prompt: Prompt, *, special: bool) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenize(prompt, special=special)
-        if isinstance(prompt, Sequence):
-            ids = [t for t in prompt if isinstance(t, int) and not isinstance(t, bool)]
-            if len(ids) == len(prompt):
-                return ids
-        raise InvalidRequest("must be a text or token ids", field="prompt", given=prompt)
+        given = text_or_ids(prompt)
+        return self.tokenize(given, special=special) if isinstance(given, str) else given
 
     # --- answers ----------------------------------------------------------------------------
     @property
@@ -631,33 +625,6 @@ def _in_passing_thread(work: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
-
-
-def _batch_of(prompt: Any) -> tuple[list[Any], bool]:
-    """Prompts as a list, and whether there was one alone."""
-    if isinstance(prompt, str):
-        return [prompt], True
-    if not isinstance(prompt, Sequence):
-        raise InvalidRequest("must be a text, token ids or a list of them", field="prompt")
-    if prompt and isinstance(prompt[0], int):
-        return [prompt], True
-    return list(prompt), False
-
-
-def _score_items_of(text: Any) -> tuple[list[Any], bool]:
-    if isinstance(text, tuple):
-        return [text], True
-    return _batch_of(text)
-
-
-def _conversations_of(messages: Any) -> tuple[list[Any], bool]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise InvalidRequest("must be a list of messages", field="messages", given=messages)
-    if not messages:
-        raise InvalidRequest("must not be empty", field="messages", given=messages)
-    if isinstance(messages[0], Mapping):
-        return [messages], True
-    return list(messages), False
 
 
 def _vector(gathered: Gathered, normalize: bool) -> list[float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, cast
 from urllib.parse import quote
 
+from invivo.batches import batch_of, conversations_of, score_items_of, text_or_ids
 from invivo.engine.types import AdapterInfo
 from invivo.errors import InvalidRequest
 from invivo.lm import LM, Delta, Message, ModelInfo, Prompt, Sampling, ScoreItem
@@ -233,8 +234,7 @@ class RemoteLM(LM):
     # --- the work, on the transport's loop --------------------------------------------------
 
     async def _generate(self, prompt: Any, sampling: Sampling, progress: bool = False) -> Any:
-        single = isinstance(prompt, str) or _is_tokens(prompt)
-        prompts = [prompt] if single else prompt
+        prompts, single = batch_of(prompt)
         bodies = [completion_body(self._info.name, one, sampling) for one in prompts]
         answers = await self._http.post_all(COMPLETIONS, bodies, progress=progress)
         made = [completion_of(answer, self._info.name) for answer in answers]
@@ -248,8 +248,7 @@ class RemoteLM(LM):
         sampling: Sampling,
         progress: bool = False,
     ) -> Any:
-        single = not messages or isinstance(messages[0], Mapping)
-        several = [messages] if single else messages
+        several, single = conversations_of(messages)
         name = self._info.name
         bodies = [chat_body(name, one, tools, tool_choice, sampling) for one in several]
         answers = await self._http.post_all(CHAT, bodies, progress=progress)
@@ -259,8 +258,8 @@ class RemoteLM(LM):
     async def _score(
         self, text: Any, adapter: str | None, salt: str, top: int, progress: bool = False
     ) -> Any:
-        single = isinstance(text, str | tuple) or _is_tokens(text)
-        items = [_item(one) for one in ([text] if single else text)]
+        given, single = score_items_of(text)
+        items = [_item(one) for one in given]
         shared: JsonBody = {"model": self._model(adapter), "top": top}
         answers = await self._in_parts("/v1/score", "items", items, shared, salt, progress)
         scores = [score_of(answer) for answer in answers]
@@ -275,8 +274,8 @@ class RemoteLM(LM):
         salt: str,
         progress: bool = False,
     ) -> Any:
-        single = isinstance(text, str) or _is_tokens(text)
-        inputs = [text] if single else list(text)
+        given, single = batch_of(text)
+        inputs = [text_or_ids(one) for one in given]
         shared: JsonBody = {
             "model": self._model(adapter),
             "pooling": pooling,
@@ -324,15 +323,7 @@ class RemoteLM(LM):
         return self._info.name if adapter is None else f"{self._info.name}:{adapter}"
 
 
-def _is_tokens(prompt: Any) -> bool:
-    return not isinstance(prompt, str | tuple) and len(prompt) > 0 and isinstance(prompt[0], int)
-
-
 def _item(one: Any) -> JsonBody:
     if isinstance(one, tuple):
-        return {"context": _part(one[0]), "text": _part(one[1])}
-    return {"text": _part(one)}
-
-
-def _part(part: Any) -> Any:
-    return part if isinstance(part, str) else list(part)
+        return {"context": text_or_ids(one[0]), "text": text_or_ids(one[1])}
+    return {"text": text_or_ids(one)}

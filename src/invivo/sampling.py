@@ -11,6 +11,9 @@ from typing import Any
 from invivo.engine.types import Grammar, SamplingParams
 from invivo.errors import InvalidRequest
 
+GENERATE_TOKENS = 128  # max_tokens where nothing is said
+CHAT_TOKENS = 512
+
 _PLAIN = {f.name for f in fields(SamplingParams)} - {"grammar", "logit_bias", "stop", "max_tokens"}
 _GRAMMARS = ("json_schema", "regex", "choice")
 KEYWORDS = (

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ class Transport:
             target=self._loop.run_forever, name="invivo-remote", daemon=True
         )
         self._thread.start()
+        self._lock = threading.Lock()
         self._closed = False
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
@@ -52,13 +53,22 @@ class Transport:
         future = self._submit(work)
         try:
             return future.result()
+        except CancelledError:  # by close, from another thread
+            raise _closed() from None
         except BaseException:
             future.cancel()
             raise
 
     async def hop(self, work: Coroutine[Any, Any, T]) -> T:
         """:meth:`wait` from another event loop; a cancelled caller cancels ``work``."""
-        return await asyncio.wrap_future(self._submit(work))
+        future = self._submit(work)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise _closed() from None
 
     async def request(self, method: str, path: str, **content: Any) -> JsonBody:
         """The JSON answer to one request.
@@ -136,19 +146,21 @@ class Transport:
 
     def close(self) -> None:
         """Cancels what runs; calling it twice is harmless."""
-        if self._closed:
-            return
-        self.wait(self._end())
-        self._closed = True
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        if self._closed:
-            work.close()
-            raise Unavailable("the connection is closed", remedy="Connect again")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:  # what is on its way before close is also cancelled by it
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise _closed()
 
     async def _events(self, path: str, body: JsonBody) -> AsyncGenerator[JsonBody, None]:
         try:
@@ -221,6 +233,10 @@ class _Pump:
             self._items.put_nowait(error)
         finally:
             await events.aclose()
+
+
+def _closed() -> Unavailable:
+    return Unavailable("the connection is closed", remedy="Connect again")
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from dataclasses import fields
 from typing import Any
 
 from invivo import errors
+from invivo.batches import check_messages, text_or_ids
 from invivo.engine.types import AdapterInfo, Grammar, SamplingParams
 from invivo.errors import InvalidRequest, InvivoError
 from invivo.lm import Choice, Completion, Delta, Message, ModelInfo, Prompt, Sampling, Score, Token
-from invivo.sampling import Asked, asked_of
+from invivo.sampling import CHAT_TOKENS, GENERATE_TOKENS, Asked, asked_of
 
 JsonBody = dict[str, Any]
 
@@ -57,9 +58,9 @@ def error_of(body: Any, status: int) -> InvivoError:
 
 def completion_body(model: str, prompt: Prompt, sampling: Sampling) -> JsonBody:
     """Body of /v1/completions for one prompt; raises InvalidRequest for unknown keywords."""
-    asked = asked_of(sampling, default_max_tokens=128)
+    asked = asked_of(sampling, default_max_tokens=GENERATE_TOKENS)
     body = _generation_body(model, asked)
-    body["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+    body["prompt"] = text_or_ids(prompt)
     if asked.params.logprobs is not None:
         body["logprobs"] = asked.params.logprobs
     return body
@@ -73,7 +74,8 @@ def chat_body(
     sampling: Sampling,
 ) -> JsonBody:
     """Body of /v1/chat/completions for one conversation."""
-    asked = asked_of(sampling, default_max_tokens=512)
+    check_messages(messages)
+    asked = asked_of(sampling, default_max_tokens=CHAT_TOKENS)
     body = _generation_body(model, asked)
     body["messages"] = [message_body(message) for message in messages]
     if tools:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -202,6 +204,13 @@ FAILURES = {
     "two grammars": (lambda m: m.generate("x", regex="a", choice=["b"]), InvalidRequest, None),
     "bad regex": (lambda m: m.generate("x", regex="(("), InvalidRequest, None),
     "bad schema": (lambda m: m.generate("x", json_schema="{"), InvalidRequest, "json_schema"),
+    "number": (lambda m: m.generate(5), InvalidRequest, "prompt"),
+    "nothing": (lambda m: m.generate([None]), InvalidRequest, "prompt"),
+    "embed number": (lambda m: m.embed(5), InvalidRequest, "prompt"),
+    "chat number": (lambda m: m.chat(5), InvalidRequest, "messages"),
+    "chat objects": (lambda m: m.chat([object()]), InvalidRequest, "messages"),
+    "triple": (lambda m: m.score(("a", "b", "c")), InvalidRequest, "text"),
+    "empty continuation": (lambda m: m.score(("a", "")), InvalidRequest, "text"),
     "empty prompt": (lambda m: m.generate([[]]), InvalidRequest, "prompt"),
     "long prompt": (lambda m: m.generate([5] * 2000), TooLarge, "prompt"),
     "no room": (lambda m: m.generate("x", max_tokens=5000), InvalidRequest, "max_tokens"),
@@ -333,6 +342,42 @@ def test_a_closed_connection_says_so(server):
     with pytest.raises(Unavailable) as caught:
         made.generate("the cat")
     assert "closed" in str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["generate", "stream", "agenerate", "astream"])
+def test_closing_tells_those_who_wait(server, way):
+    made = invivo.connect(server.url)
+    begun = threading.Event()
+
+    def plain():
+        begun.set()
+        made.generate("the cat", **LONG)
+
+    def streamed():
+        for _ in made.stream("the cat", **LONG):
+            begun.set()
+
+    async def gathered():
+        begun.set()
+        await made.agenerate("the cat", **LONG)
+
+    async def iterated():
+        async for _ in made.astream("the cat", **LONG):
+            begun.set()
+
+    works = {
+        "generate": plain,
+        "stream": streamed,
+        "agenerate": lambda: asyncio.run(gathered()),
+        "astream": lambda: asyncio.run(iterated()),
+    }
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(works[way])
+        assert begun.wait(20)
+        time.sleep(0.05)
+        made.close()
+        with pytest.raises(Unavailable, match="closed"):
+            waiting.result(timeout=20)
 
 
 def test_a_batch_waits_for_a_busy_server(lm):
