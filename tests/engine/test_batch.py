@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tests.engine.fake_engine import request_of, sequences_of
 
 from invivo.engine.batch import BatchBuilder, FlatBatch
 from invivo.engine.scheduler import Limits, Scheduler
-from invivo.engine.types import Plan
+from invivo.engine.types import Plan, Purpose, Span
 
 LIMITS = Limits(
     n_blocks=21, block_size=4, max_batch_tokens=40, max_running=6, max_length=60, max_adapters=3
@@ -116,6 +117,39 @@ def test_a_batch_stays_as_it_is_while_the_next_one_is_built() -> None:
     builder.build(following)
     after = [batch.tokens, batch.layout.slots, batch.layout.block_table]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_training_windows_follow_inference_with_the_adapter_of_their_job() -> None:
+    limits = replace(LIMITS, max_training=2)
+    scheduler, builder = Scheduler(limits), BatchBuilder(limits)
+    training = []
+    for slot in (2, 3):
+        request = request_of(f"job-{slot}", list(range(slot, slot + 21)))
+        training += sequences_of(request, adapter_slot=slot)
+    for step in range(12):
+        if step % 3 == 0:
+            for seq in sequences_of(request_of(str(step), [7, 8, 9], max_tokens=4), adapter_slot=1):
+                scheduler.add(seq)
+        plan = scheduler.schedule(0.0)
+        assert plan is not None
+        for seq in training:
+            if not seq.blocks:
+                assert scheduler.hold(seq, plan)
+            start, stop = seq.n_computed, min(seq.n_computed + 5, len(seq.tokens))
+            if start < stop:
+                plan.spans.append(Span(seq, start, stop, Purpose.TRAIN, False))
+                plan.n_tokens += stop - start
+                seq.n_computed = stop
+        batch = builder.build(plan)
+        check(batch, plan)
+        assert not {plan.spans[i].purpose for i in batch.sample_spans} & {Purpose.TRAIN}
+        for span in plan.spans:
+            if span.samples:
+                scheduler.record(span.seq, 1)
+                if len(span.seq.tokens) == span.seq.limit:
+                    scheduler.finish(span.seq)
+    assert [seq.row for seq in training] == [6, 7]
+    assert [seq.n_computed for seq in training] == [21, 21]
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from invivo.cli import bench, chat, demo, generate, keys, models, plan, score, serve
+from invivo.cli import bench, chat, demo, generate, keys, models, plan, score, serve, simulate
 from invivo.cli.output import examples, fail
 from invivo.errors import InvalidRequest, InvivoError
 
@@ -37,6 +37,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
+app.command("simulate", epilog=simulate.EXAMPLES)(simulate.simulate)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 

@@ -44,7 +44,7 @@ class Result:
         rate: requests a second.
         in_slo: share of requests whose first token and mean time per further token are in time.
         finetune: fine-tuning tokens a second (forward and backward done) while requests came.
-        inference: output tokens a second, from the first arrival to the last token.
+        inference: output tokens a second while requests came.
         alone: fine-tuning tokens a second without inference.
         ttft, tpot: seconds at the 50th and 99th percentile.
         preempted: requests that lost their memory to others.
@@ -215,6 +215,7 @@ class _Run:
             SimulatedJob(f"job-{i}", share, training) for i, share in enumerate(training.shares)
         ]
         self.trained = [0.0] * len(self.jobs)  # tokens, until the last arrival
+        self.drawn = 0  # tokens, until the last arrival
         self._arrivals = list(arrivals)
         self._came = 0
         self._served: dict[Sequence, _Served] = {}
@@ -258,6 +259,7 @@ class _Run:
                 served = self._served[span.seq]
                 served.first = served.first or self.now
                 served.last = self.now
+                self.drawn += before < self.horizon
                 self.scheduler.record(span.seq, 0)
                 if len(span.seq.tokens) == span.seq.limit:
                     self.scheduler.finish(span.seq)
@@ -294,14 +296,13 @@ class _Run:
             tpot.append(each)
             good += first <= slo.ttft_ms / 1e3 and each <= slo.tpot_ms / 1e3
         n = len(self._served)
-        outputs = sum(served.arrival.response for served in self._served.values())
         return Result(
             policy=name,
             rate=rate,
             requests=n,
             in_slo=good / n,
             finetune=sum(self.trained) / max(self.horizon, 1e-9),
-            inference=outputs / max(self.now - self._arrivals[0].at, 1e-9),
+            inference=self.drawn / max(self.horizon, 1e-9),
             alone=alone,
             ttft=(_percentile(ttft, 0.5), _percentile(ttft, 0.99)),
             tpot=(_percentile(tpot, 0.5), _percentile(tpot, 0.99)),
