@@ -358,6 +358,40 @@ def test_a_receiver_that_raises_is_cancelled_alone(
     assert "no thanks" in caplog.text
 
 
+def test_an_adapter_that_cannot_be_placed_ends_its_request_alone(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = small_engine(tiny)
+    width = tiny.config.d_model
+    engine.adapters.load(
+        "a",
+        (
+            {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]},
+            {
+                "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight": torch.ones(
+                    2, tiny.config.n_heads * tiny.config.head_dim
+                ),
+                "base_model.model.model.layers.0.self_attn.o_proj.lora_B.weight": torch.ones(
+                    width, 2
+                ),
+            },
+        ),
+    )
+    good = ask(engine, [1], max_tokens=6, ignore_eos=True)
+    engine.step()
+
+    def no_room(*_: object) -> int:
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine.adapters, "place", no_room)
+    bad = ask(engine, [1, 2], adapter="a", max_tokens=6)
+    run(engine, good, bad)
+    assert len(good.tokens()) == 6
+    assert bad.reason() == "error"
+    monkeypatch.undo()
+    settle(engine)
+
+
 # --- refusing ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("fields", "name"),

@@ -340,20 +340,22 @@ class Engine:
     def _enter(self, job: Job) -> bool:
         """Give a request to the scheduler; False when its adapter has to wait for a slot."""
         slot = version = 0
-        if job.adapter is not None:
-            slot = self.adapters.place(job.adapter)
-            if slot == 0:
-                return False
-            job.placed = True
-            version = job.adapter.version
         try:
+            if job.adapter is not None:
+                slot = self.adapters.place(job.adapter)
+                if slot == 0:
+                    return False
+                job.placed = True
+                version = job.adapter.version
             for track in job.tracks:
                 track.seq.adapter_slot = slot
                 track.seq.adapter_version = version
                 self.scheduler.add(track.seq)
                 self._tracks[track.seq] = track
-        except InvivoError as error:
-            self._end_job(job, error)
+        except Exception as error:  # the device may have no room for the adapter
+            if not isinstance(error, InvivoError):
+                log.exception("request %s could not begin", job.request.id)
+            self._end_job(job, _as_typed(error))
         return True
 
     def _abort(self, request_id: str) -> None:
@@ -579,7 +581,7 @@ class Engine:
             self._fail_all(Unavailable(self._inbox.failure, remedy="Restart the server"))
 
     def _fail_all(self, error: InvivoError, *, scheduled: bool = True) -> None:
-        """End every request; with ``scheduled`` False without the scheduler, which may have failed."""
+        """End every request; ``scheduled`` False does it without a scheduler that has failed."""
         jobs = {id(track.job): track.job for track in self._tracks.values()}
         if not scheduled:
             self._tracks.clear()
