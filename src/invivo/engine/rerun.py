@@ -62,7 +62,7 @@ def rerun_backward(
             leaves, grown = _past(cache, sequence, layer, start, stop, hooks.carried.get(layer))
             past.append(leaves)
             memory.append(grown)
-        layout = window_layout(sequence, start, stop)
+        layout = window_layout(sequence, start, stop, cache.block_size)
         pending, residual = decoder.run_layers(
             x, layout, memory, first=first, last=last, bypass=bypass
         )
@@ -73,7 +73,7 @@ def rerun_backward(
         outputs, gradients = [out], [sequence.dx[start:stop]]
         for layer, grown in enumerate(memory, first):
             for new, total in zip(grown, sequence.sums.get(layer, (None, None)), strict=True):
-                own = new[0, start:stop]
+                own = new.flatten(0, 1)[start:stop]
                 if total is not None and own.requires_grad:
                     outputs.append(own)
                     gradients.append(total[start:stop].to(own.dtype))
@@ -85,17 +85,18 @@ def rerun_backward(
     return x.grad
 
 
-def window_layout(sequence: TrainSequence, start: int, stop: int) -> PagedLayout:
-    """Rows [start, stop) of one sequence whose keys lie in one block of ``stop`` tokens."""
+def window_layout(sequence: TrainSequence, start: int, stop: int, block_size: int) -> PagedLayout:
+    """Rows [start, stop) of one sequence whose blocks follow each other from block 0."""
     device = sequence.tokens.device
     n = stop - start
+    n_blocks = -(-stop // block_size)
     return PagedLayout(
         positions=sequence.positions(start, stop),
         slots=torch.arange(start, stop, device=device),
         span_start=torch.tensor([0, n], dtype=torch.int32, device=device),
         kv_len=torch.tensor([stop], dtype=torch.int32, device=device),
-        block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
-        block_size=stop,
+        block_table=torch.arange(n_blocks, dtype=torch.int32, device=device)[None],
+        block_size=block_size,
         n_decode=int(n == 1),
         max_query=n,
         max_kv=stop,
@@ -112,16 +113,17 @@ def _past(
     stop: int,
     carried: tuple[bool, bool] | None,
 ) -> tuple[Memory, Memory]:
-    """Leaves [start, G, D] of the keys and values before the window, and one block
-    [1, stop, G, D] each that begins with them."""
+    """Leaves [start, G, D] of the keys and values before the window, and blocks
+    [>= stop / block_size, block_size, G, D] that begin with them."""
     assert sequence.table is not None
+    length = -(-stop // cache.block_size) * cache.block_size
     leaves, grown = [], []
     for pages, wanted in zip(cache.layers[layer], carried or (False, False), strict=True):
         leaf = gather_rows(pages, sequence.table, 0, start)
         leaf.requires_grad_(wanted)
-        room = leaf.new_zeros(stop - start, *leaf.shape[1:])
+        room = leaf.new_zeros(length - start, *leaf.shape[1:])
         leaves.append(leaf)
-        grown.append(torch.cat((leaf, room)).unsqueeze(0))
+        grown.append(torch.cat((leaf, room)).unflatten(0, (-1, cache.block_size)))
     return (leaves[0], leaves[1]), (grown[0], grown[1])
 
 
