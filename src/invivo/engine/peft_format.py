@@ -268,7 +268,9 @@ def _spec(given: Mapping[str, Any]) -> BypassSpec:
                 field=f"adapter_config.bypasses.{name}",
                 given=value,
             )
-    lists = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    lists: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
     if "kind" not in lists:
         raise InvalidRequest("is missing", field="adapter_config.bypasses.kind")
     return BypassSpec(**lists)
