@@ -25,6 +25,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from invivo.kernels.device import wants_grad
+
 ROWS_IN_PIECES = 2
 PIECES = 16
 # The blocks chosen for this many rows were the best or near it for 3 to 128 rows.
@@ -42,8 +44,7 @@ def linear(
     Args:
         packed: what :func:`pack` made of ``weight``; used where it is faster.
     """
-    wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.is_cuda or wants_grad or not _has_onednn(x):
+    if x.is_cuda or wants_grad(x, weight) or not _has_onednn(x):
         return F.linear(x, weight, bias)
     if x.shape[0] <= ROWS_IN_PIECES:
         return _in_pieces(x, weight, bias)

@@ -30,11 +30,23 @@ def apply_rotary_reference(
     """Turn q [T, H, D] and k [T, G, D] by the angles of their positions; differentiable.
 
     Args:
-        cos, sin: tables [max_positions, rotary_dim / 2].
+        cos, sin: tables [max_positions, rotary_dim / 2], or what :func:`rotary_rows` made of them.
         positions: [T] int64 rows of the tables.
     """
-    c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    c, s = rotary_rows(cos, sin, positions)
     return _turn(q, c, s), _turn(k, c, s)
+
+
+def rotary_rows(
+    cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tables' rows at ``positions``, [T, 1, rotary_dim / 2]; such rows are returned as given.
+
+    On a CPU it pays to pick them once a step and not once a layer.
+    """
+    if cos.dim() == 3:
+        return cos, sin
+    return cos.index_select(0, positions).unsqueeze(1), sin.index_select(0, positions).unsqueeze(1)
 
 
 def _turn_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -70,8 +82,7 @@ def apply_rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`apply_rotary_reference`, by the fastest way; may overwrite and return q and k."""
     if runs_on_cpu(q, k) and q.dtype == k.dtype == cos.dtype:
-        c = cos.index_select(0, positions).unsqueeze(1)
-        s = sin.index_select(0, positions).unsqueeze(1)
+        c, s = rotary_rows(cos, sin, positions)
         both = _side_by_side(q, k)
         if both is not None:
             _turn_in_place(both, c, s)

@@ -15,6 +15,7 @@ from torch import nn
 from invivo.errors import UnsupportedModel
 from invivo.kernels.linear import linear, pack
 from invivo.kernels.paging import PagedLayout
+from invivo.kernels.rotary import rotary_rows
 from invivo.models.bypass import Bypass, at_place
 from invivo.models.cache import KVCache
 from invivo.models.config import ModelConfig
@@ -295,10 +296,20 @@ class Decoder(nn.Module):
 
     def rope_of(self, layer: int) -> Table | None:
         """Cosine and sine tables of ``layer``; None without rotary embedding."""
+        which = self.config.layers[layer].rope
+        return None if which is None else self._rope_tables()[which]
+
+    def _rope_tables(self) -> list[Table]:
         if self._tables_for != (self.embed.device, self.embed.dtype):
             self._build_tables()
-        which = self.config.layers[layer].rope
-        return None if which is None else self._tables[which]
+        return self._tables
+
+    def _ropes_at(self, positions: torch.Tensor) -> list[Table]:
+        """The tables of every kind of layer; on a CPU their rows at ``positions``, picked once."""
+        tables = self._rope_tables()
+        if not positions.is_cpu:
+            return tables
+        return [rotary_rows(cos, sin, positions) for cos, sin in tables]
 
     def run_layers(
         self,
@@ -322,8 +333,10 @@ class Decoder(nn.Module):
         """
         last = self.config.n_layers if last is None else last
         pending: torch.Tensor | None = None
+        ropes, kinds = self._ropes_at(layout.positions), self.config.layers
         for i in range(first, last):
-            rope = self.rope_of(i)
+            which = kinds[i].rope
+            rope = None if which is None else ropes[which]
             kv = memory[i - first]
             pending, residual = self.layers[i](pending, residual, layout, kv, rope, bypass, taps)
         return pending, residual
