@@ -7,7 +7,8 @@ round an engine answers the same prompts (64 tokens of real text each) greedily 
 128 new tokens; decode speed is 127 tokens a prompt over the difference of the two times, so that
 reading the prompt does not count. Prefill is the time of a 512-token prompt with one new token.
 Ratios are medians over rounds of the ratio within a round. A run during which other processes
-took more than 5 % of the processors is repeated up to three times and marked if it stays so.
+took more than 5 % of the processors is repeated, at most three times; if it stays disturbed, it is
+marked and its round left out of the medians.
 
 The floor is the time to read all weights once at the memory bandwidth measured here, or to do
 the multiplications at the measured matrix speed, whichever is longer.
@@ -50,7 +51,7 @@ class Contestant:
     close: Callable[[], None]
     speed: dict[str, list[float]] = field(default_factory=dict)
     tokens: dict[str, list[list[int]]] = field(default_factory=dict)
-    disturbed: int = 0
+    disturbed: dict[str, list[bool]] = field(default_factory=dict)  # of each figure of ``speed``
 
 
 def main() -> None:
@@ -163,23 +164,25 @@ def start(name: str, python: str, folder: Path, threads: int) -> Contestant:
 def run_round(contestant: Contestant, prompts: list[list[int]], long_prompt: list[int]) -> None:
     for batch in BATCHES:
         chosen = prompts[:batch]
-        first, _ = timed(contestant, chosen, 1)
-        whole, tokens = timed(contestant, chosen, NEW)
-        record(contestant, f"decode {batch}", batch * (NEW - 1) / (whole - first))
-        record(contestant, f"end to end {batch}", batch * NEW / whole)
+        first, _, disturbed = timed(contestant, chosen, 1)
+        whole, tokens, also = timed(contestant, chosen, NEW)
+        speed = batch * (NEW - 1) / (whole - first)
+        record(contestant, f"decode {batch}", speed, disturbed or also)
+        record(contestant, f"end to end {batch}", batch * NEW / whole, also)
         contestant.tokens[f"decode {batch}"] = tokens
-    seconds, _ = timed(contestant, [long_prompt], 1)
-    record(contestant, f"prefill {LONG}", LONG / seconds)
+    seconds, _, disturbed = timed(contestant, [long_prompt], 1)
+    record(contestant, f"prefill {LONG}", LONG / seconds, disturbed)
 
 
-def record(contestant: Contestant, what: str, value: float) -> None:
+def record(contestant: Contestant, what: str, value: float, disturbed: bool) -> None:
     contestant.speed.setdefault(what, []).append(value)
+    contestant.disturbed.setdefault(what, []).append(disturbed)
 
 
 def timed(
     contestant: Contestant, prompts: list[list[int]], new: int
-) -> tuple[float, list[list[int]]]:
-    """Generate once while nobody else uses the machine, as far as that can be had."""
+) -> tuple[float, list[list[int]], bool]:
+    """Generate while nobody else uses the machine; seconds, tokens, whether somebody did."""
     for _ in range(3):
         wait_for_quiet()
         busy, own = processor_seconds()
@@ -187,9 +190,8 @@ def timed(
         busy_after, own_after = processor_seconds()
         others = (busy_after - busy) - (own_after - own)
         if others <= DISTURBED * seconds * (os.cpu_count() or 1):
-            return seconds, tokens
-    contestant.disturbed += 1
-    return seconds, tokens
+            return seconds, tokens, False
+    return seconds, tokens, True
 
 
 def wait_for_quiet(longest: float = 20.0) -> None:
@@ -293,7 +295,15 @@ def describe_last(contestant: Contestant) -> str:
     return f"{contestant.name} {' / '.join(shown)} tok/s"
 
 
+def quiet_rounds(what: str, *contestants: Contestant) -> list[int]:
+    """Rounds in which no run of these was disturbed; all rounds where there is none."""
+    flags = zip(*(c.disturbed[what] for c in contestants), strict=True)
+    quiet = [i for i, disturbed in enumerate(flags) if not any(disturbed)]
+    return quiet or list(range(len(contestants[0].speed[what])))
+
+
 def print_table(contestants: list[Contestant], floors: dict[str, float]) -> None:
+    """Medians over undisturbed rounds, and medians of the ratios within them."""
     print(f"\n{'tokens a second':16}{'floor':>9}", end="")
     for contestant in contestants:
         print(f"{contestant.name:>14}", end="")
@@ -304,17 +314,18 @@ def print_table(contestants: list[Contestant], floors: dict[str, float]) -> None
     for what in ours.speed:
         floor = floors.get(what)
         print(f"{what:16}{floor:9.1f}" if floor else f"{what:16}{'':9}", end="")
-        for contestant in contestants:
-            print(f"{statistics.median(contestant.speed[what]):14.1f}", end="")
+        for c in contestants:
+            middle = statistics.median(c.speed[what][i] for i in quiet_rounds(what, c))
+            print(f"{middle:14.1f}", end="")
         for other in contestants[1:]:
-            pairs = zip(ours.speed[what], other.speed[what], strict=True)
-            print(f"{statistics.median(a / b for a, b in pairs):15.2f}x", end="")
+            rounds = quiet_rounds(what, ours, other)
+            ratios = [ours.speed[what][i] / other.speed[what][i] for i in rounds]
+            print(f"{statistics.median(ratios):15.2f}x", end="")
         print()
-    for contestant in contestants:
-        if contestant.disturbed:
-            print(
-                f"{contestant.name}: {contestant.disturbed} runs were disturbed by other processes"
-            )
+    for c in contestants:
+        n = sum(map(sum, c.disturbed.values()))
+        if n:
+            print(f"{c.name}: {n} figures were disturbed by other processes and left out")
 
 
 def processor() -> str:
