@@ -153,7 +153,7 @@ def load_of(seed: int) -> Load:
     for _ in range(rng.randrange(6, 15)):
         asked = Ask(
             n_common=rng.choice([0, 5, 16, 31, 32, 60]),
-            own=tuple(rng.randrange(4) for _ in range(rng.randrange(1, 12))),
+            own=tuple(rng.randrange(4) for _ in range(rng.randrange(2, 12))),  # a score needs two
             way=rng.choice(["greedy", "greedy", "seeded", "prompt", "score", "mean", "last"]),
             max_tokens=rng.randrange(1, 25),
             adapter=rng.choice([None, None, *ADAPTERS]),
