@@ -25,6 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in marked:
             item.add_marker(skip)
 
+
 # The same cases in every run: a failure is the change's, not the day's.
 settings.register_profile("deterministic", derandomize=True)
 settings.load_profile("deterministic")
