@@ -18,6 +18,7 @@ from tests.tiny import tiny_loaded
 from invivo.engine import checkpoint
 from invivo.engine.bypasses import BypassSpec, TrainBypass, checked_specs, init_parameters
 from invivo.engine.checkpoint import checkpoints
+from invivo.engine.coserve import Sizes
 from invivo.engine.engine import Engine
 from invivo.engine.finetune import JobHandle
 from invivo.engine.job_spec import JobSpec, Text
@@ -242,15 +243,25 @@ def test_training_rows_ride_in_batches_of_inference(exact: LoadedModel) -> None:
 
 
 def test_the_published_adapter_answers_as_trained(tiny: LoadedModel) -> None:
+    tokens = [5, 6, 7, 8, 9, 10]
     engine = small_engine(tiny)
-    data = Listed([Text([5, 6, 7, 8, 9, 10], [6, 7, 8, 9, 10, -100])])
-    job = start(engine, JobSpec("five", LORA, 60, 0.03), data)
+    data = Listed([Text(tokens, [*tokens[1:], -100])])
+    job = start(engine, JobSpec("five", LORA, 30, 0.03), data)
     drive(engine, job)
     assert job.handle is not None
-    assert job.handle.losses[-1] < 0.1 < job.handle.losses[0]
-    asked = ask(engine, [5, 6], adapter="five", max_tokens=4, temperature=0.0, ignore_eos=True)
-    drive(engine, until=lambda: asked.done)
-    assert asked.tokens() == [7, 8, 9, 10]
+    assert job.handle.losses[-1] < 1.0 < 5.0 < job.handle.losses[0]
+    base, learned = (ask(engine, tokens, adapter=a, kind="score") for a in (None, "five"))
+    drive(engine, until=lambda: base.done and learned.done)
+    assert -sum(base.prompt_logprobs()) / 5 == pytest.approx(job.handle.losses[0], abs=1e-4)
+    bypass = TrainBypass(tiny.config, checked_specs(tiny.config, LORA), trained(engine, job))
+    cache = allocate_kv_cache(
+        tiny.config, n_blocks=blocks_needed([6]), block_size=16, device="cpu", dtype=torch.float32
+    )
+    with torch.no_grad():
+        hidden = tiny.decoder(torch.tensor(tokens), contiguous_layout([6]), cache, bypass=bypass)
+        logprobs = tiny.decoder.logits(hidden).log_softmax(-1)
+    expected = [float(logprobs[i, tokens[i + 1]]) for i in range(5)]
+    assert learned.prompt_logprobs() == pytest.approx(expected, abs=1e-4)
 
 
 # --- checkpoints -------------------------------------------------------------------------------
@@ -324,7 +335,7 @@ def test_a_full_disk_pauses_the_job_and_leaves_the_older_checkpoint(
 def test_a_paused_job_holds_nothing_and_goes_on_exactly(exact: LoadedModel) -> None:
     spec = JobSpec("j", LORA, 8, 0.01, gradient_accumulation=2)
     expected, parameters = plain_loop(exact, spec, texts(), torch.optim.AdamW)
-    engine = small_engine(exact, max_batch_tokens=16)
+    engine = small_engine(exact, max_batch_tokens=16, max_running=8)
     job = start(engine, spec, texts())
     assert job.handle is not None
     rng = random.Random(1)
@@ -347,7 +358,7 @@ def test_a_paused_job_holds_nothing_and_goes_on_exactly(exact: LoadedModel) -> N
 
 @pytest.mark.parametrize("after", range(1, 12, 2))
 def test_jobs_cancelled_anywhere_leave_nothing(tiny: LoadedModel, after: int) -> None:
-    engine = small_engine(tiny, max_batch_tokens=16)
+    engine = small_engine(tiny, max_batch_tokens=16, max_running=8)
     some = [start(engine, JobSpec(name, LORA, 50), texts()) for name in "ab"]
     asked = random_requests(engine, 3)
     for _ in range(after):
@@ -405,21 +416,28 @@ def test_a_running_request_keeps_its_version(exact: LoadedModel) -> None:
 
 # --- trouble -----------------------------------------------------------------------------------
 def test_training_gives_way_when_memory_is_short(exact: LoadedModel) -> None:
-    spec = JobSpec("j", LORA, 6, 0.01)
+    spec = JobSpec("j", LORA, 3, 0.01)
     expected, _ = plain_loop(exact, spec, texts(longest=120), torch.optim.AdamW)
     # 24 blocks: two long requests leave no room for a text.
     per_block = 2 * 3 * 2 * 8 * 16 * 8
-    engine = small_engine(exact, kv_bytes=24 * per_block, max_batch_tokens=16, tpot_ms=1000.0)
+    engine = small_engine(
+        exact, kv_bytes=24 * per_block, max_batch_tokens=16, max_running=8, tpot_ms=1000.0
+    )
     job = start(engine, spec, texts(longest=120))
     assert job.handle is not None
-    waves = 0
-    while not job.handle.ended.is_set():
-        asked = [ask(engine, [waves + 1] * 100, max_tokens=70, ignore_eos=True) for _ in range(2)]
-        drive(engine, until=lambda asked=asked: all(one.done for one in asked))
-        waves += 1
+    engine.step()
+    coserver = engine._finetuning._coserver
+    assert coserver is not None
+    coserver.sizes = Sizes(min_window=1, unit_rows=1, max_unit=1)  # a text takes long
+    rng = random.Random(2)
+    for _ in range(3):
         for _ in range(10):
             engine.step()
-        assert waves < 50
+        prompts = [[rng.randrange(290) for _ in range(100)] for _ in range(2)]
+        asked = [ask(engine, prompt, max_tokens=70, ignore_eos=True) for prompt in prompts]
+        drive(engine, until=lambda asked=asked: all(one.done for one in asked))
+    coserver.sizes = Sizes()
+    drive(engine, job)
     assert engine.scheduler.n_reclaimed > 0
     assert engine.stats().preemptions == 0
     assert job.handle.losses == pytest.approx(expected, abs=1e-9)
@@ -447,7 +465,7 @@ def test_steps_without_a_finite_loss_are_skipped_and_three_in_a_row_end_the_job(
 def test_what_goes_wrong_in_a_job_ends_the_job_alone(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    engine = small_engine(tiny, max_batch_tokens=24, tpot_ms=1000.0)
+    engine = small_engine(tiny, max_batch_tokens=24, max_running=8, tpot_ms=1000.0)
     asked = random_requests(engine, 5)
     data = texts()
     job, other = (
