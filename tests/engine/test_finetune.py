@@ -203,7 +203,9 @@ def test_a_job_equals_a_plain_loop_and_requests_beside_it_are_as_alone(
     engine = small_engine(exact, max_batch_tokens=48, max_running=8, tpot_ms=200.0)
     alone = random_requests(engine, 12)
     drive(engine, until=lambda: all(one.done for one in alone))
-    beside = small_engine(exact, max_batch_tokens=48, max_running=8, tpot_ms=200.0)
+    beside = small_engine(
+        exact, max_batch_tokens=48, max_running=8, tpot_ms=200.0, overlap=bool(options)
+    )
     job = start(beside, spec, texts(weighted=True))
     asked = random_requests(beside, 12)
     drive(beside, job)
@@ -278,14 +280,15 @@ def test_a_job_killed_after_a_checkpoint_goes_on_as_if_nothing_had_been(
 
     engine = small_engine(tiny, **options)
     first = start(engine, spec, texts(), tmp_path)
-    drive(engine, until=lambda: len(first.of("step")) == 6 and bool(first.of("checkpoint")))
+    drive(engine, until=lambda: len(first.of("step")) > 4 and bool(first.of("checkpoint")))
     del engine  # no farewell
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004"]
+    newest = checkpoints(tmp_path)[-1]
 
     engine = small_engine(tiny, **options)
     second = start(engine, spec, texts(), tmp_path)
     drive(engine, second)
-    assert second.events[0]["step"] == 4
+    assert second.events[0]["from"] == str(newest)
+    assert second.events[0]["step"] in (4, 8)
     assert undisturbed.handle is not None
     assert second.handle is not None
     assert second.handle.losses == undisturbed.handle.losses
