@@ -131,11 +131,9 @@ class AdapterStore:
         Raises:
             InvalidRequest: they do not fit the model or each other, are too large or not finite.
         """
-        _check_name(name)
-        specs = checked_specs(self._config, specs)
-        check_parameters(self._config, specs, parameters)
+        specs = self.check(name, specs, parameters)
         host = {name: tensor.detach().to("cpu", copy=True) for name, tensor in parameters.items()}
-        self._check_numbers(specs, host)
+        _check_finite(host)
         laid = lay_out(self._config, specs, host, self._dtype)
         with self._lock:
             version = self._versions.get(name, 0) + 1
@@ -152,6 +150,27 @@ class AdapterStore:
             if old is not None:
                 self._forget(old)
             return self._info(self._named[name])
+
+    def check(
+        self, name: str, specs: Sequence[BypassSpec], parameters: Parameters
+    ) -> tuple[BypassSpec, ...]:
+        """The checked specs of what could be published if all numbers were finite.
+
+        Raises:
+            InvalidRequest: as ``publish`` does.
+        """
+        _check_name(name)
+        specs = checked_specs(self._config, specs)
+        check_parameters(self._config, specs, parameters)
+        for spec in specs:
+            if spec.kind in ("lora", "adapter") and spec.size > self._max_rank:
+                raise InvalidRequest(
+                    f"has rank {spec.size}, the engine takes at most {self._max_rank}",
+                    field="adapter",
+                    given=", ".join(spec.on),
+                    remedy="Raise max_lora_rank",
+                )
+        return specs
 
     def unload(self, name: str) -> None:
         """Forget ``name``; its memory is given back when the last request with it has ended."""
@@ -266,21 +285,12 @@ class AdapterStore:
         self._in_slot[slot] = adapter
         adapter.slot = slot
 
-    def _check_numbers(self, specs: Sequence[BypassSpec], parameters: Parameters) -> None:
-        for spec in specs:
-            if spec.kind in ("lora", "adapter") and spec.size > self._max_rank:
-                raise InvalidRequest(
-                    f"has rank {spec.size}, the engine takes at most {self._max_rank}",
-                    field="adapter",
-                    given=", ".join(spec.on),
-                    remedy="Raise max_lora_rank",
-                )
-        for name, tensor in parameters.items():
-            # A number that is not finite would not stay within the rows of its own request.
-            if not bool(torch.isfinite(tensor).all()):
-                raise InvalidRequest(
-                    "holds numbers that are not finite", field="adapter", given=name
-                )
+
+def _check_finite(parameters: Parameters) -> None:
+    for name, tensor in parameters.items():
+        # A number that is not finite would not stay within the rows of its own request.
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidRequest("holds numbers that are not finite", field="adapter", given=name)
 
 
 def _check_name(name: str) -> None:

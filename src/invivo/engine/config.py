@@ -26,6 +26,10 @@ class EngineConfig:
         memory_fraction: share of a GPU's memory to use.
         overlap: prepare the next step while one runs; None = on a GPU.
         cuda_graphs: replay decode steps as CUDA graphs; None = on a GPU.
+        tpot_ms, ttft_ms: what fine-tuning leaves to requests: milliseconds per output token, and
+            to the first one (see :class:`invivo.engine.policies.Slo`).
+        policy: how fine-tuning shares the device with requests (:mod:`invivo.engine.policies`).
+        max_jobs: fine-tuning jobs at once.
     """
 
     max_batch_tokens: int | None = None
@@ -40,6 +44,10 @@ class EngineConfig:
     memory_fraction: float = 0.9
     overlap: bool | None = None
     cuda_graphs: bool | None = None
+    tpot_ms: float = 50.0
+    ttft_ms: float = 5000.0
+    policy: str = "co-serve"
+    max_jobs: int = 4
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -47,6 +55,7 @@ class EngineConfig:
             ("max_waiting", 0),
             ("max_adapters", 1),
             ("max_lora_rank", 1),
+            ("max_jobs", 1),
         ):
             _check_whole(name, getattr(self, name), least)
         for name, least in (

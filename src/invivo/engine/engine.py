@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -19,9 +20,12 @@ from invivo.engine.adapters import AdapterStore
 from invivo.engine.batch import BatchBuilder
 from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
+from invivo.engine.finetune import FineTuning, JobHandle, Riders
 from invivo.engine.grammar import GrammarCompiler, Matcher
 from invivo.engine.graphs import DecodeGraphs
+from invivo.engine.job_spec import DataSource, JobSpec, OnEvent
 from invivo.engine.memory import limits_of, room_to_pack
+from invivo.engine.policies import Slo, policy_of
 from invivo.engine.sampler import RowState
 from invivo.engine.scheduler import Scheduler
 from invivo.engine.stats import Counters, EngineStats, RequestRecord
@@ -95,6 +99,7 @@ class Engine:
             prefix_cache=c.prefix_cache,
             kv_bytes=c.kv_bytes,
             memory_fraction=c.memory_fraction,
+            max_training=c.max_jobs,
         )
         self.scheduler = Scheduler(limits)
         self.adapters = AdapterStore(
@@ -139,6 +144,20 @@ class Engine:
         self._parked: deque[Job] = deque()  # their adapter waits for a slot
         self._in_flight: Launched | None = None
         self._inbox = _Inbox()
+        self._finetuning = FineTuning(
+            model.decoder,
+            cache,
+            self.scheduler,
+            self.adapters,
+            base_name=model.name,
+            slo=Slo(c.tpot_ms, c.ttft_ms),
+            policy=policy_of(c.policy),
+            max_rows=max_batch_tokens,
+            max_jobs=c.max_jobs,
+            wake=self._wake,
+        )
+        self._busy_until: float | None = None  # when the step in flight will be done
+        self._last_fold = 0.0  # perf_counter seconds
         self._counters = Counters()
         self._thread: threading.Thread | None = None
 
@@ -209,6 +228,36 @@ class Engine:
                 self._inbox.aborted.append(request_id)
                 self._inbox.wake.notify()
 
+    def finetune(
+        self,
+        spec: JobSpec,
+        data: DataSource,
+        on_event: OnEvent,
+        folder: str | Path | None = None,
+    ) -> JobHandle:
+        """Start a job that trains beside the requests, in what they leave.
+
+        Args:
+            data: read from the engine's thread, must be quick.
+            on_event: called from the engine's thread with a dict: ``event`` (started, step,
+                skipped, published, checkpoint, checkpoint_failed, paused, resumed, or how it
+                ended: succeeded, failed, cancelled, stopped), ``job``, ``time``, and what belongs
+                to it.
+            folder: for checkpoints; where it has some, the job goes on from the newest.
+
+        Raises:
+            InvalidRequest: the bypasses do not fit, or the policy does not train.
+            Conflict: a live job has this name, or the checkpoints are of another job.
+            Overloaded: too many jobs.
+            Unavailable: the engine is closed or has failed.
+        """
+        self._check_open()
+        return self._finetuning.add(spec, data, on_event, None if folder is None else Path(folder))
+
+    def _wake(self) -> None:
+        with self._inbox.wake:
+            self._inbox.wake.notify_all()
+
     def longest(self, request: Request) -> int:
         """Most tokens that prompt and output of such a request can have together."""
         if request.kind == "generate":
@@ -242,6 +291,7 @@ class Engine:
             step=step,
             recent=[_listed(record) for record in reversed(list(c.recent))],
             histograms=c.histograms(),
+            jobs=self._finetuning.describe(),
         )
 
     @property
@@ -256,7 +306,7 @@ class Engine:
         self._thread.start()
 
     def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
-        """Refuse new requests and stop.
+        """Refuse new requests and stop; jobs stop at once and can go on from their checkpoints.
 
         Args:
             drain: let running and waiting requests finish first; otherwise they are cancelled.
@@ -273,6 +323,7 @@ class Engine:
             self._thread.join()
             self._thread = None
         elif self._thread is None:
+            self._finetuning.stop()
             while self.step():
                 pass
 
@@ -281,8 +332,9 @@ class Engine:
         """One iteration; False when there was nothing to do."""
         took = self._take_in()
         self._unpark()
+        self._finetuning.take_orders()
         previous, self._in_flight = self._in_flight, None
-        launched = self._launch()
+        launched, riders = self._launch()
         if previous is not None:
             self._fold(previous)
         if launched is not None:
@@ -290,6 +342,7 @@ class Engine:
                 self._in_flight = launched
             else:
                 self._fold(launched)
+        self._finetuning.settle(riders)
         return took or launched is not None or previous is not None
 
     def _run(self) -> None:
@@ -297,12 +350,22 @@ class Engine:
         while True:
             with inbox.wake:
                 inbox.wake.wait_for(
-                    lambda: inbox.submitted or inbox.aborted or inbox.live or inbox.closed
+                    lambda: (
+                        inbox.submitted
+                        or inbox.aborted
+                        or inbox.live
+                        or inbox.closed
+                        or self._finetuning.busy
+                    )
                 )
+                if inbox.closed:
+                    self._finetuning.stop()
                 if inbox.closed and not inbox.live and self._in_flight is None:
                     return
             try:
                 moved = self.step()
+                if not moved and self._finetuning.busy:
+                    time.sleep(0.001)  # a job waits for memory
                 assert moved or not self.scheduler.has_work, "nothing can run though work is left"
             except Exception as error:  # a bug of ours: say so to everyone rather than hang
                 log.exception("the engine has failed")
@@ -310,6 +373,7 @@ class Engine:
                 self._fail_all(
                     Unavailable(inbox.failure, remedy="Restart the server"), scheduled=False
                 )
+                self._finetuning.fail_all(error)
                 return
 
     def _take_in(self) -> bool:
@@ -369,17 +433,47 @@ class Engine:
             track = self._tracks[seq]
             self._finish(track, Output(request_id, seq.index), "cancelled")
 
-    def _launch(self) -> Launched | None:
+    def _launch(self) -> tuple[Launched | None, Riders | None]:
         plan: Plan | None = None
+        riders: Riders | None = None
         try:
-            plan = self.scheduler.schedule(time.monotonic())
+            now = time.monotonic()
+            plan = self._finetuning.plan(now, self._busy_until)
             if plan is None:
-                return None
+                self._busy_until = None
+                return None, None
+            if self._overlap:
+                start = max(now, self._busy_until or now)
+                self._busy_until = start + self._finetuning.predicted(plan)
+            riders = self._finetuning.board(plan)
+            if not plan.spans:
+                assert riders is not None
+                return (self._stepper.train(plan, riders) if riders.units else None), riders
             batch = self._builder.build(plan)
-            return self._stepper.launch(batch, self._work(plan, batch.sample_spans))
+            work = self._work(plan, batch.sample_spans)
+            if riders is None:
+                return self._stepper.launch(batch, work), None
+            try:
+                return self._stepper.launch(batch, work, riders), riders
+            except Exception as error:
+                return self._launch_without(riders, plan, error), riders
         except Exception as error:
+            if riders is not None:
+                self._finetuning.dropped(riders, None)
             self._step_failed(plan, error)
-            return None
+            return None, riders
+
+    def _launch_without(self, riders: Riders, plan: Plan, error: Exception) -> Launched | None:
+        """The step raised with training on board: again without. If it runs, training did it."""
+        plan.spans = [span for span in plan.spans if span.purpose is not Purpose.TRAIN]
+        plan.n_tokens = sum(span.stop - span.start for span in plan.spans)
+        plan.backward = []
+        launched = None
+        if plan.spans:
+            batch = self._builder.build(plan)
+            launched = self._stepper.launch(batch, self._work(plan, batch.sample_spans))
+        self._finetuning.dropped(riders, error)
+        return launched
 
     def _work(self, plan: Plan, sample_spans: list[int]) -> Work:
         """What the plan's sequences want beyond their forward pass."""
@@ -395,7 +489,7 @@ class Engine:
         work = Work(rows, positions)
         for i in range(len(plan.spans)):
             span = plan.spans[i]
-            if span.purpose is Purpose.DECODE:
+            if span.purpose is Purpose.DECODE or span.purpose is Purpose.TRAIN:
                 continue
             if span.seq.request.kind == "embed":
                 work.pooled.append((i, span.seq.request.pooling))
@@ -428,6 +522,8 @@ class Engine:
         gaps: list[float] = []
         for i, span in enumerate(plan.spans):
             by_purpose[span.purpose] += span.stop - span.start
+            if span.purpose is Purpose.TRAIN:
+                continue
             try:
                 self._fold_span(i, span, result, now, gaps)
             except Exception as error:
@@ -438,6 +534,13 @@ class Engine:
                     self._end_job(track.job, _as_typed(error))
         counters = self._counters
         counters.count_tokens(by_purpose, second)
+        ended = time.perf_counter()
+        self._finetuning.folded(plan, ended - max(launched.started, self._last_fold), now)
+        self._last_fold = ended
+        n_layers = self.model.config.n_layers
+        for unit in plan.backward:
+            rows, layers = unit.stop - unit.start, unit.last_layer - unit.first_layer
+            counters.backward += rows * layers / n_layers
         counters.step.add([result.seconds], second)
         if gaps:
             counters.itl.add(gaps, second)

@@ -101,6 +101,7 @@ def limits_of(
     prefix_cache: bool,
     kv_bytes: int | None,
     memory_fraction: float,
+    max_training: int = 0,
 ) -> Limits:
     """The scheduler's budgets for this decoder on its device."""
     n_blocks = kv_blocks(
@@ -119,4 +120,5 @@ def limits_of(
         max_running=max_running,
         max_length=max_length,
         prefix_cache=prefix_cache,
+        max_training=max_training,
     )

@@ -234,6 +234,16 @@ class Scheduler:
 
     # Memory of training.
 
+    @property
+    def longest_training(self) -> int:
+        """Most tokens of a training sequence."""
+        blocks = self.pool.n_total - self._training_spare
+        return min(self.limits.max_length, blocks * self.limits.block_size)
+
+    @property
+    def _training_spare(self) -> int:
+        return 1 + self.pool.n_total // 100
+
     def hold(self, seq: Sequence, plan: Plan) -> bool:
         """Give a training sequence a row and blocks for all its tokens, if nobody misses them.
 
@@ -247,10 +257,9 @@ class Scheduler:
             InvalidRequest: the text can never fit.
         """
         assert not seq.blocks
-        size = self.limits.block_size
-        n_new = -(-len(seq.tokens) // size)
-        spare = 1 + self.pool.n_total // 100
-        longest = min(self.limits.max_length, (self.pool.n_total - spare) * size)
+        n_new = -(-len(seq.tokens) // self.limits.block_size)
+        spare = self._training_spare
+        longest = self.longest_training
         if len(seq.tokens) > longest:
             raise InvalidRequest(
                 f"the text has {len(seq.tokens)} tokens, at most {longest} fit",

@@ -121,6 +121,7 @@ class EngineStats:
     step: dict[str, float | int | None]
     recent: list[dict[str, Any]]
     histograms: dict[str, Any]
+    jobs: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -142,6 +143,7 @@ class Counters:
     step: Latency = field(default_factory=lambda: Latency(ITL_BUCKETS))
     tokens: list[int] = field(default_factory=lambda: [0] * len(_PURPOSES))
     prompt_tokens: int = 0
+    backward: float = 0.0  # trained rows that ran backward through all layers
     generated: int = 0  # tokens drawn, the first one after each prefill included
     ends: dict[str, int] = field(
         default_factory=lambda: {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
@@ -180,6 +182,7 @@ class Counters:
     def totals(self) -> dict[str, int]:
         named = dict(zip(_PURPOSES, self.tokens, strict=True))
         return named | {
+            "backward": round(self.backward),
             "prompt": self.prompt_tokens,
             "generated": self.generated,
             "requests": self.requests,

@@ -15,12 +15,15 @@ import torch
 
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.batch import FlatBatch
+from invivo.engine.finetune import Riders
 from invivo.engine.graphs import DecodeGraphs
 from invivo.engine.sampler import LogprobRows, RowState, sample, token_logprobs
 from invivo.engine.transfer import index_on, to_host
 from invivo.engine.types import Plan, Sequence, StepResult, TokenLogprob
+from invivo.models.bypass import Bypass
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder
+from invivo.models.sites import Taps
 
 LOGITS_BYTES = 64 << 20  # prompt log-probabilities are computed in pieces of at most this size
 
@@ -104,10 +107,10 @@ class Stepper:
         self._sums: dict[Sequence, torch.Tensor] = {}
 
     @torch.inference_mode()
-    def launch(self, batch: FlatBatch, work: Work) -> Launched:
-        """Put one step on the device."""
+    def launch(self, batch: FlatBatch, work: Work, riders: Riders | None = None) -> Launched:
+        """Put one step on the device, its pieces of training after everything else."""
         started = time.perf_counter()
-        hidden, logits = self._forward(batch)
+        hidden, logits = self._forward(batch, riders)
         tokens = torch.empty(0, dtype=torch.int64)
         logprobs, logprob_rows = None, []
         if logits is not None:
@@ -133,10 +136,19 @@ class Stepper:
             done=None,
             started=started,
         )
-        if self._device.type == "cuda":
-            launched.done = torch.cuda.Event()
-            launched.done.record()
-        return launched
+        if riders is not None:
+            with torch.inference_mode(False):
+                riders.learn(hidden, batch.layout)
+        return self._marked(launched)
+
+    def train(self, plan: Plan, riders: Riders) -> Launched:
+        """Launch a plan that has backward units and no rows."""
+        started = time.perf_counter()
+        riders.learn(None, None)
+        none = torch.empty(0, dtype=torch.int64)
+        return self._marked(
+            Launched(plan, Work([], []), [], none, [], None, None, {}, None, started)
+        )
 
     def collect(self, launched: Launched) -> StepResult:
         """Wait for a step and read what came out."""
@@ -168,7 +180,15 @@ class Stepper:
         self._sums.pop(seq, None)
 
     # --- parts ------------------------------------------------------------------------------
-    def _forward(self, batch: FlatBatch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _marked(self, launched: Launched) -> Launched:
+        if self._device.type == "cuda":
+            launched.done = torch.cuda.Event()
+            launched.done.record()
+        return launched
+
+    def _forward(
+        self, batch: FlatBatch, riders: Riders | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Final states of all rows, and logits of the sampled ones.
 
         A replayed graph gives no states: where every row is sampled nobody asks for them.
@@ -180,8 +200,13 @@ class Stepper:
         slots = batch.adapters if batch.adapter_slots else None
         if self._graphs is not None and n_sampled == n_rows and self._graphs.fits(layout):
             return None, self._graphs.run(tokens, layout, slots)
-        bypass = None if slots is None else self._adapters.bypass(slots, batch.virtual)
-        hidden = self._decoder.forward(tokens, layout, self._cache, bypass=bypass)
+        bypass: Bypass | None = (
+            None if slots is None else self._adapters.bypass(slots, batch.virtual)
+        )
+        taps: Taps | None = None
+        if riders is not None:
+            bypass, taps = riders.on_board(bypass, layout)
+        hidden = self._decoder.forward(tokens, layout, self._cache, bypass=bypass, taps=taps)
         if not n_sampled:
             return hidden, None
         rows = hidden if n_sampled == n_rows else hidden[batch.sample_index]

@@ -1,0 +1,475 @@
+"""Fine-tuning beside serving: the jobs of an engine, from their start to their last version.
+
+The policy (:mod:`invivo.engine.coserve`) decides which pieces of training join an iteration. Here
+they are carried out: windows in the flat batch, backward units after it, and between iterations
+what follows when a text is through: optimizer steps, versions, checkpoints, events. Nothing that a
+job does wrong reaches a request: its errors end the job alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from invivo.engine.adapters import AdapterStore
+from invivo.engine.checkpoint import CheckpointWriter, checkpoints, read_checkpoint
+from invivo.engine.coserve import Coserver, work_of
+from invivo.engine.job_spec import DataSource, JobSpec, OnEvent
+from invivo.engine.latency import LatencyModel
+from invivo.engine.latency_profile import measured_profile
+from invivo.engine.peft_format import to_peft
+from invivo.engine.policies import Policy, Slo
+from invivo.engine.recording import Recording
+from invivo.engine.scheduler import Scheduler
+from invivo.engine.training_rows import Rows, TrainingRows
+from invivo.engine.tuning_job import State, TuningJob
+from invivo.engine.types import BackwardUnit, Plan, Purpose, Sequence, Span
+from invivo.errors import Conflict, InvalidRequest, InvivoError, Overloaded, Unavailable
+from invivo.kernels.paging import PagedLayout
+from invivo.models.bypass import Bypass
+from invivo.models.cache import KVCache
+from invivo.models.decoder import Decoder
+from invivo.models.sites import Taps
+
+log = logging.getLogger(__name__)
+
+Command = Literal["start", "pause", "resume", "cancel"]
+ENDED = ("succeeded", "failed", "cancelled", "stopped")
+
+
+class JobHandle:
+    """A job in the hands of whoever asked for it; usable from any thread.
+
+    ``pause`` gives back the job's memory at once: the text under way begins anew on ``resume``.
+    ``cancel`` ends the job; versions that it has published stay.
+    """
+
+    def __init__(self, job: TuningJob, order: Callable[[TuningJob, Command], None]) -> None:
+        self._job = job
+        self._order = order
+        self.ended = threading.Event()
+
+    @property
+    def name(self) -> str:
+        return self._job.name
+
+    @property
+    def state(self) -> State:
+        return self._job.state
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._job.step
+
+    @property
+    def losses(self) -> list[float]:
+        """Of every optimizer step, per labelled token."""
+        return self._job.losses.copy()
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the job failed, or what stopped its last checkpoint."""
+        return self._job.error
+
+    def pause(self) -> None:
+        self._order(self._job, "pause")
+
+    def resume(self) -> None:
+        self._order(self._job, "resume")
+
+    def cancel(self) -> None:
+        self._order(self._job, "cancel")
+
+    def join(self, timeout: float | None = None) -> State:
+        """Wait until the job has ended, ``timeout`` seconds at most; its state then."""
+        self.ended.wait(timeout)
+        return self.state
+
+
+@dataclass(slots=True)
+class Riders:
+    """The pieces of training of one plan; ``failed`` gathers the jobs whose piece raised."""
+
+    decoder: Decoder
+    cache: KVCache
+    windows: list[tuple[TuningJob, int, Span]] = field(default_factory=list)  # with span index
+    units: list[tuple[TuningJob, BackwardUnit]] = field(default_factory=list)
+    failed: dict[TuningJob, Exception] = field(default_factory=dict)
+
+    def on_board(
+        self, inner: Bypass | None, layout: PagedLayout
+    ) -> tuple[Bypass | None, Taps | None]:
+        """Bypass and taps of the flat batch; ``inner`` is what its other rows have."""
+        parts, pieces = [], []
+        for job, i, span in self.windows:
+            first = layout.span_start_host[i]
+            bypass = job.trainer.bypass.window(span.start, span.stop)
+            parts.append(Rows(first, first + span.stop - span.start, bypass))
+            if job.trainer.records:
+                assert job.sequence is not None
+                pieces.append(job.trainer.piece(job.sequence, span.start, span.stop, first))
+        if not parts:
+            return inner, None
+        rows = TrainingRows(inner, parts)
+        if not pieces:
+            return rows, None
+        recording = Recording(self.decoder, self.cache, rows, pieces)
+        return recording.bypass, recording
+
+    def learn(self, hidden: torch.Tensor | None, layout: PagedLayout | None) -> None:
+        """Losses of the windows that ran, then the backward units."""
+        for job, i, span in self.windows:
+            assert hidden is not None
+            assert layout is not None
+            assert job.sequence is not None
+            first, n = layout.span_start_host[i], span.stop - span.start
+            try:
+                states = hidden[first : first + n].clone()
+                job.trainer.forward_done(job.sequence, span.start, span.stop, states)
+                job.forward_tokens += n
+            except Exception as error:
+                self.failed[job] = error
+        for job, unit in self.units:
+            if job in self.failed:
+                continue
+            assert job.sequence is not None
+            try:
+                job.trainer.run(job.sequence, unit)
+            except Exception as error:
+                self.failed[job] = error
+            layers = unit.last_layer - unit.first_layer
+            job.backward_tokens += (unit.stop - unit.start) * layers / job.n_layers
+
+
+class FineTuning:
+    """The jobs of one engine.
+
+    ``add``, ``describe``, ``busy`` and the handles are for any thread, the rest for the engine's.
+
+    Args:
+        base_name: of the model, as adapter files name it.
+        max_rows: rows of a flat batch.
+        max_jobs: jobs that have not ended, paused ones included.
+        wake: called when the engine's thread has something to do.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        scheduler: Scheduler,
+        adapters: AdapterStore,
+        *,
+        base_name: str,
+        slo: Slo,
+        policy: Policy,
+        max_rows: int,
+        max_jobs: int,
+        wake: Callable[[], None],
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._scheduler = scheduler
+        self._adapters = adapters
+        self._base_name = base_name
+        self._slo = slo
+        self._policy = policy
+        self._max_rows = max_rows
+        self._max_jobs = max_jobs
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._jobs: list[TuningJob] = []  # that have not ended
+        self._past: deque[TuningJob] = deque(maxlen=16)
+        self._handles: dict[TuningJob, JobHandle] = {}
+        self._orders: deque[tuple[TuningJob, Command]] = deque()
+        self._coserver: Coserver | None = None
+        self._stopped = False
+
+    # --- any thread -------------------------------------------------------------------------
+    def add(
+        self, spec: JobSpec, data: DataSource, on_event: OnEvent, folder: Path | None
+    ) -> JobHandle:
+        """See :meth:`invivo.engine.engine.Engine.finetune`."""
+        if self._policy.name == "none":
+            raise InvalidRequest(
+                "this engine does not train", field="policy", given="none", remedy="Try co-serve"
+            )
+        writer = None
+        config = self._decoder.config
+        if folder is not None:
+            writer = CheckpointWriter(
+                folder, config, self._base_name, keep=spec.keep, done=self._wake
+            )
+        job = TuningJob(spec, data, on_event, self._decoder, self._cache, writer)
+        self._adapters.check(spec.name, job.specs, job.parameters)
+        if folder is not None:
+            to_peft(job.specs, job.parameters, config, self._base_name)  # refuse now, not later
+            for path in checkpoints(folder)[-1:]:
+                job.restore(read_checkpoint(path, job.specs), path)
+        handle = JobHandle(job, self._order)
+        with self._lock:
+            if self._stopped:
+                raise Unavailable("the engine is closed", remedy="Open a new one")
+            if any(other.name == spec.name for other in self._jobs):
+                raise Conflict("a job of this name has not ended", field="name", given=spec.name)
+            if len(self._jobs) >= self._max_jobs:
+                raise Overloaded(
+                    f"{len(self._jobs)} jobs have not ended, at most {self._max_jobs} may",
+                    remedy="Wait for one, cancel one, or raise max_jobs",
+                )
+            self._jobs.append(job)
+            self._handles[job] = handle
+        self._order(job, "start")
+        return handle
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine's thread has something to do here."""
+        if self._orders:
+            return True
+        with self._lock:
+            return any(
+                job.state in ("queued", "running") or (job.writer is not None and job.writer.ready)
+                for job in self._jobs
+            )
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Every job, ended ones (the latest few) first."""
+        with self._lock:
+            return [job.describe() for job in (*self._past, *self._jobs)]
+
+    def _order(self, job: TuningJob, command: Command) -> None:
+        self._orders.append((job, command))
+        self._wake()
+
+    # --- before an iteration ----------------------------------------------------------------
+    def take_orders(self) -> None:
+        """Do what the handles have asked for."""
+        while self._orders:
+            job, command = self._orders.popleft()
+            if job.state in ENDED:
+                continue
+            if command == "cancel":
+                self._end(job, "cancelled")
+            elif command == "pause" and job.state == "running":
+                self._pause(job, "asked for")
+            elif command in ("start", "resume") and job.state in ("queued", "paused"):
+                job.state = "running"
+                came_from = None if job.resumed_from is None else str(job.resumed_from)
+                if command == "start":
+                    self._tell(job, {"event": "started", "step": job.step, "from": came_from})
+                else:
+                    self._tell(job, {"event": "resumed", "step": job.step})
+                self._guarded(job, self._go_on)
+
+    def plan(self, now: float, busy_until: float | None) -> Plan | None:
+        """The next iteration, training in it where it fits."""
+        trainees = [job for job in self._jobs if job.state == "running"]
+        if not trainees:
+            return self._scheduler.schedule(now)
+        if self._coserver is None:
+            limits = self._scheduler.limits
+            profile = measured_profile(
+                self._decoder, max_rows=self._max_rows, block_size=limits.block_size
+            )
+            self._coserver = Coserver(
+                self._scheduler, LatencyModel(profile), self._slo, self._policy
+            )
+        return self._coserver.plan(now, trainees, busy_until=busy_until)
+
+    def predicted(self, plan: Plan) -> float:
+        """Seconds that ``plan`` will take; 0 while nothing was ever trained."""
+        return 0.0 if self._coserver is None else self._coserver.latency.predict(work_of(plan))
+
+    def board(self, plan: Plan) -> Riders | None:
+        """Begin and interrupt texts as the plan says; its pieces of training, if any."""
+        for seq in plan.reclaimed:
+            self._interrupt(self._job_of(seq))
+        riders = Riders(self._decoder, self._cache)
+        for seq in plan.held:
+            job = self._job_of(seq)
+            try:
+                job.begin()
+            except Exception as error:  # no memory for what the forward keeps
+                riders.failed[job] = error
+                self._interrupt(job)
+                plan.spans = [span for span in plan.spans if span.seq is not seq]
+                plan.n_tokens = sum(span.stop - span.start for span in plan.spans)
+        for i, span in enumerate(plan.spans):
+            if span.purpose is Purpose.TRAIN:
+                riders.windows.append((self._job_of(span.seq), i, span))
+        by_name = {job.name: job for job in self._jobs}
+        riders.units = [(by_name[unit.job], unit) for unit in plan.backward]
+        return riders if riders.windows or riders.units or riders.failed else None
+
+    # --- after an iteration -----------------------------------------------------------------
+    def folded(self, plan: Plan, seconds: float, at: float) -> None:
+        """The plan's tokens are known since ``at``; it took ``seconds``."""
+        if self._coserver is not None:
+            self._coserver.latency.record(work_of(plan), max(seconds, 1e-6))
+            self._coserver.folded(plan, at)
+
+    def dropped(self, riders: Riders, error: Exception | None) -> None:
+        """The pieces did not run: their texts begin anew; with ``error`` their jobs fail."""
+        for job in {job for job, _, _ in riders.windows} | {job for job, _ in riders.units}:
+            self._interrupt(job)
+            if error is not None:
+                riders.failed[job] = error
+
+    def settle(self, riders: Riders | None) -> None:
+        """Take what the iteration has finished: texts, optimizer steps, failures, checkpoints."""
+        if riders is not None:
+            for job, error in riders.failed.items():
+                self._fail(job, error)
+        for job in self._jobs.copy():
+            if job.state == "running" and job.through():
+                self._guarded(job, self._text_through)
+            if job.writer is not None and job.writer.ready:
+                self._written(job, job.writer.outcome())
+
+    def stop(self) -> None:
+        """End all jobs as they are: they can go on from their last checkpoint."""
+        with self._lock:
+            self._stopped = True
+        self._orders.clear()
+        for job in self._jobs.copy():
+            self._end(job, "stopped")
+
+    def fail_all(self, error: Exception) -> None:
+        """The engine has failed, and all jobs with it."""
+        with self._lock:
+            self._stopped = True
+        for job in self._jobs.copy():
+            job.error = error
+            self._close(job, "failed", {"error": str(error)})
+
+    # --- a job's course ---------------------------------------------------------------------
+    def _text_through(self, job: TuningJob) -> None:
+        full = job.take_text()
+        self._free(job)
+        if full:
+            self._step_done(job)
+        self._go_on(job)
+
+    def _step_done(self, job: TuningJob) -> None:
+        event = job.optimize()
+        self._tell(job, event)
+        if job.complete:
+            return
+        spec = job.spec
+        if spec.publish_every and job.step % spec.publish_every == 0:
+            self._publish(job)
+        if job.writer and spec.checkpoint_every and job.step % spec.checkpoint_every == 0:
+            self._checkpoint(job)
+
+    def _go_on(self, job: TuningJob) -> None:
+        """The next text, or the end."""
+        if job.sequence is not None or job.state != "running":
+            return
+        if not job.complete and not job.next_text(self._scheduler.longest_training):
+            if job.has_gradients:
+                self._step_done(job)
+            job.complete = True
+        if not job.complete or job.state != "running":
+            return
+        self._publish(job)
+        if job.writer is None:
+            self._end(job, "succeeded")
+        else:
+            self._checkpoint(job)
+            if job.state == "running":
+                job.state = "finishing"
+
+    def _publish(self, job: TuningJob) -> None:
+        info = self._adapters.publish(job.name, job.specs, job.parameters)
+        job.published = info.version
+        self._tell(job, {"event": "published", "step": job.step, "version": info.version})
+
+    def _checkpoint(self, job: TuningJob) -> None:
+        assert job.writer is not None
+        if job.writer.busy:  # the disk is slower than training: wait for it
+            self._written(job, job.writer.outcome(wait=True))
+            if job.state != "running":
+                return
+        job.writer.start(job.snapshot())
+
+    def _written(self, job: TuningJob, outcome: Path | Exception | None) -> None:
+        if isinstance(outcome, Exception):
+            job.error = outcome
+            problem = {"event": "checkpoint_failed", "error": str(outcome)}
+            self._tell(job, problem)
+            if job.state in ("running", "finishing"):
+                self._pause(job, "a checkpoint could not be written")
+            return
+        self._tell(job, {"event": "checkpoint", "path": str(outcome)})
+        if job.state == "finishing":
+            self._end(job, "succeeded")
+
+    def _pause(self, job: TuningJob, reason: str) -> None:
+        self._interrupt(job)
+        job.state = "paused"
+        self._tell(job, {"event": "paused", "step": job.step, "reason": reason})
+
+    def _fail(self, job: TuningJob, error: Exception) -> None:
+        if not isinstance(error, InvivoError):
+            log.error("job %s has failed", job.name, exc_info=error)
+        job.error = error
+        self._end(job, "failed", {"error": f"{type(error).__name__}: {error}"})
+
+    def _guarded(self, job: TuningJob, action: Callable[[TuningJob], None]) -> None:
+        try:
+            action(job)
+        except Exception as error:
+            self._fail(job, error)
+
+    def _end(self, job: TuningJob, state: State, more: dict[str, Any] | None = None) -> None:
+        if job.state in ENDED:
+            return
+        self._interrupt(job)
+        self._close(job, state, more or {})
+
+    def _close(self, job: TuningJob, state: State, more: dict[str, Any]) -> None:
+        if job.writer is not None and job.writer.busy:
+            outcome = job.writer.outcome(wait=True)
+            if isinstance(outcome, Path):
+                self._tell(job, {"event": "checkpoint", "path": str(outcome)})
+        job.sequence = None
+        job.state = state
+        with self._lock:
+            self._jobs.remove(job)
+            self._past.append(job)
+            handle = self._handles.pop(job)
+        self._tell(job, {"event": state, "step": job.step} | more)
+        handle.ended.set()
+
+    # --- memory -----------------------------------------------------------------------------
+    def _interrupt(self, job: TuningJob) -> None:
+        self._free(job)
+        job.interrupt()
+
+    def _free(self, job: TuningJob) -> None:
+        """Give the text's memory back, cleared: what a diverging job leaves may not be finite."""
+        self._scheduler.let_go(job.seq)
+        if job.held:
+            blocks = torch.tensor(job.held, device=self._cache.k.device)
+            self._cache.k.index_fill_(1, blocks, 0)
+            self._cache.v.index_fill_(1, blocks, 0)
+            job.held = []
+
+    def _job_of(self, seq: Sequence) -> TuningJob:
+        return next(job for job in self._jobs if job.seq is seq)
+
+    def _tell(self, job: TuningJob, event: dict[str, Any]) -> None:
+        try:
+            job.on_event({"job": job.name, "time": time.time()} | event)
+        except Exception:
+            log.exception("the receiver of events of job %s failed", job.name)

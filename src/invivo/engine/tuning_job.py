@@ -1,0 +1,316 @@
+"""One fine-tuning job: its text under way, its gradients, its optimizer, its place in the data.
+
+Decides nothing about memory, time or other jobs (:mod:`invivo.engine.finetune` does) and is used
+from the engine's thread alone. Gradients of a text count only once the text is through: a text
+that loses its memory, or is interrupted, begins anew and leaves no trace.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from invivo.engine.bypasses import check_parameters, checked_specs, init_parameters, n_virtual
+from invivo.engine.checkpoint import CheckpointWriter, Snapshot
+from invivo.engine.job_spec import DataSource, JobSpec, OnEvent, check_text
+from invivo.engine.optimizer import Optimizer, clip_factor, learning_rate
+from invivo.engine.train_sequence import TrainSequence
+from invivo.engine.types import BackwardUnit, Request, Sequence
+from invivo.engine.window import WindowTrainer
+from invivo.errors import Conflict, InvalidRequest
+from invivo.models.cache import KVCache
+from invivo.models.decoder import Decoder
+from invivo.models.rope import long_text_offset
+
+State = Literal[
+    "queued", "running", "paused", "finishing", "succeeded", "failed", "cancelled", "stopped"
+]
+BAD_STEPS = 3  # without a finite loss in a row, after which a job fails
+
+
+class TuningJob:
+    """A job as the policy sees it (:class:`invivo.engine.coserve.Trainee`), and its arithmetic.
+
+    Attributes:
+        step: optimizer steps done, those without a finite loss included.
+        losses: of every step, per labelled token.
+        complete: no step is left.
+        error: why it failed, or what the last checkpoint met.
+        forward_tokens, backward_tokens: rows run so far, repeated ones included.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        data: DataSource,
+        on_event: OnEvent,
+        decoder: Decoder,
+        cache: KVCache,
+        writer: CheckpointWriter | None,
+    ) -> None:
+        """
+        Raises:
+            InvalidRequest: the bypasses do not fit the model or each other.
+        """
+        config = decoder.config
+        self.spec = spec
+        self.on_event = on_event
+        self.writer = writer
+        self.specs = checked_specs(config, spec.bypasses)
+        wide = torch.float64 if decoder.embed.dtype == torch.float64 else torch.float32
+        device = decoder.embed.device
+        self.parameters = {
+            name: value.requires_grad_()
+            for i, each in enumerate(self.specs)
+            for name, value in init_parameters(
+                each, config, seed=spec.seed + i, dtype=wide, device=device
+            ).items()
+        }
+        self.trainer = WindowTrainer(
+            decoder, cache, self.specs, self.parameters, mode=spec.mode, order=spec.order
+        )
+        self.optimizer = Optimizer(spec, self.parameters)
+        self.n_layers = config.n_layers - self.trainer.bottom
+        self.cuts_layers = not (spec.mode == "rerun" and spec.order == "window")
+        self.state: State = "queued"
+        self.step = 0
+        self.losses: list[float] = []
+        self.complete = False
+        self.resumed_from: Path | None = None
+        self.error: Exception | None = None
+        self.published = 0  # version last published
+        self.forward_tokens = 0
+        self.backward_tokens = 0.0
+        self.n_restarts = 0
+        self.seq = Sequence(Request(spec.name, ()), 0, [], 0)
+        self.sequence: TrainSequence | None = None
+        self.held: list[int] = []  # blocks that the text has written to
+        self._config = config
+        self._device = device
+        self._wide = wide
+        self._data = data
+        self._gradients: dict[str, torch.Tensor] = {}
+        self._loss, self._n_labels, self._n_texts, self._bad = 0.0, 0, 0, 0
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def share(self) -> float:
+        return self.spec.share
+
+    def next_unit(self, tokens: int, layers: int | None) -> BackwardUnit | None:
+        assert self.sequence is not None
+        return self.trainer.next_unit(self.sequence, tokens, layers)
+
+    # --- texts ------------------------------------------------------------------------------
+    def next_text(self, longest: int) -> bool:
+        """Fetch the next text, of at most ``longest`` tokens; False when there is none.
+
+        Raises:
+            InvalidRequest: the text cannot be learned.
+        """
+        text = self._data.next()
+        if text is None:
+            return False
+        n = n_virtual(self.specs)
+        check_text(text, vocab_size=self._config.vocab_size, longest=longest - n)
+        tokens = [0] * n + list(text.tokens)
+        offset = long_text_offset(self._config, len(tokens))
+        self.seq = Sequence(Request(self.name, ()), 0, tokens, len(tokens), position_offset=offset)
+        weights = None
+        if text.weights is not None:
+            weights = torch.tensor(
+                [1.0] * n + list(text.weights), dtype=self._wide, device=self._device
+            )
+        self.sequence = TrainSequence(
+            torch.tensor(tokens, device=self._device),
+            torch.tensor([-100] * n + list(text.labels), device=self._device),
+            [],
+            weights,
+            position_offset=offset,
+            job=self.name,
+        )
+        return True
+
+    def begin(self) -> None:
+        """The text got memory: it starts at its first row."""
+        assert self.sequence is not None
+        self.sequence.blocks = self.held = list(self.seq.blocks)
+        self._clear()
+        self.trainer.begin(self.sequence)
+
+    def interrupt(self) -> None:
+        """The text lost its memory: forget what it has done since it began."""
+        sequence = self.sequence
+        if sequence is None or sequence.table is None:
+            return
+        self._clear()
+        sequence.blocks, sequence.table, sequence.forwarded = [], None, 0
+        sequence.tape, sequence.dx, sequence.sums = None, None, {}
+        self.n_restarts += 1
+
+    def through(self) -> bool:
+        """Whether the backward of the text is done."""
+        sequence = self.sequence
+        return (
+            sequence is not None
+            and sequence.table is not None
+            and sequence.forwarded == sequence.length
+            and self.trainer.done(sequence)
+        )
+
+    def take_text(self) -> bool:
+        """Add the text's gradients; True when the optimizer step has all its texts."""
+        sequence = self.sequence
+        assert sequence is not None
+        assert sequence.loss is not None
+        assert sequence.n_labels is not None
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            if name in self._gradients:
+                self._gradients[name] += parameter.grad
+            else:
+                self._gradients[name] = parameter.grad
+            parameter.grad = None
+        self._loss += float(sequence.loss)
+        self._n_labels += int(sequence.n_labels)
+        self._n_texts += 1
+        self.sequence = None
+        return self._n_texts == self.spec.gradient_accumulation
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether texts are through whose optimizer step is yet to come."""
+        return self._n_texts > 0
+
+    # --- optimizer steps --------------------------------------------------------------------
+    def optimize(self) -> dict[str, Any]:
+        """One optimizer step over the texts taken; the event that tells of it.
+
+        Raises:
+            InvalidRequest: no row had a label, or too many steps in a row had no finite loss.
+        """
+        rate = learning_rate(self.spec, self.step)
+        gradients, n = self._gradients, self._n_labels
+        texts, loss = self._n_texts, self._loss / max(n, 1)
+        self._gradients, self._loss, self._n_labels, self._n_texts = {}, 0.0, 0, 0
+        self.step += 1
+        self.complete = self.step == self.spec.steps
+        if n == 0:
+            raise InvalidRequest(
+                f"none of the {texts} texts of step {self.step} has a label",
+                field="data",
+                remedy="Leave such texts out",
+            )
+        for name, parameter in self.parameters.items():
+            if name not in gradients:
+                gradients[name] = torch.zeros_like(parameter, requires_grad=False)
+            gradients[name] /= n
+        norm, factor = clip_factor(gradients, self.spec.clip)
+        self.losses.append(loss)
+        event = {
+            "event": "step",
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "labels": n,
+        }
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self._bad += 1
+            if self._bad == BAD_STEPS:
+                raise InvalidRequest(
+                    f"{BAD_STEPS} steps in a row had no finite loss, the last was {self.step}",
+                    field="data",
+                    remedy="Lower the learning rate, or look at the texts of these steps",
+                )
+            return event | {"event": "skipped", "reason": "loss or gradient is not finite"}
+        self._bad = 0
+        if factor != 1.0:
+            for gradient in gradients.values():
+                gradient *= factor
+        self.optimizer.step(gradients, rate)
+        return event
+
+    def _clear(self) -> None:
+        """Drop the gradients of the text under way."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    # --- checkpoints ------------------------------------------------------------------------
+    def snapshot(self) -> Snapshot:
+        """Copies of everything, taken between two optimizer steps."""
+        assert self.sequence is None
+        assert not self.has_gradients
+        state = {
+            "step": self.step,
+            "updates": self.optimizer.updates,
+            "bad_steps": self._bad,
+            "position": self._data.position(),
+            "losses": self.losses.copy(),
+            "job": self.spec.identity(),
+        }
+        return Snapshot(
+            self.step,
+            self.specs,
+            {name: _on_host(value) for name, value in self.parameters.items()},
+            {name: _on_host(value) for name, value in self.optimizer.state.items()},
+            state,
+        )
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            Conflict: it belongs to another job.
+            InvalidRequest: it does not fit.
+        """
+        state = snapshot.state
+        own = self.spec.identity()
+        other = state.get("job", {})
+        differing = [key for key in own if key not in other or own[key] != other[key]]
+        if differing:
+            raise Conflict(
+                f"holds checkpoints of a job with other {', '.join(differing)}",
+                field="folder",
+                given=str(path),
+                remedy="Give a folder of its own, or the same settings to go on",
+            )
+        check_parameters(self._config, self.specs, snapshot.parameters)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(snapshot.parameters[name])
+        for name, value in self.optimizer.state.items():
+            value.copy_(snapshot.optimizer[name])
+        self.optimizer.updates = state["updates"]
+        self._bad = state["bad_steps"]
+        self.step = state["step"]
+        self.losses = list(state["losses"])
+        self.complete = self.step == self.spec.steps
+        self.resumed_from = path
+        self._data.seek(state["position"])
+
+    def describe(self) -> dict[str, Any]:
+        """What the engine's snapshot says of the job."""
+        return {
+            "name": self.name,
+            "state": self.state,
+            "step": self.step,
+            "steps": self.spec.steps,
+            "loss": self.losses[-1] if self.losses and math.isfinite(self.losses[-1]) else None,
+            "share": self.share,
+            "version": self.published,
+            "forward_tokens": self.forward_tokens,
+            "backward_tokens": round(self.backward_tokens),
+            "restarts": self.n_restarts,
+        }
+
+
+def _on_host(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().to("cpu", copy=True)
