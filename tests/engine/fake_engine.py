@@ -136,7 +136,8 @@ class FakeEngine:
         if limits.max_adapters is not None:
             slots = {seq.adapter_slot for seq in running if seq.adapter_slot}
             assert len(slots) <= limits.max_adapters
-        assert not set(plan.preempted) & set(seqs)
+        # Who lost its memory may be back at once, where most of it is shared with others.
+        assert set(plan.preempted) & set(seqs) <= set(plan.admitted)
 
     def _launch(self, plan: Plan) -> None:
         size = self.limits.block_size

@@ -119,6 +119,24 @@ def test_preempted_sequences_keep_their_tokens_and_end_in_order(lag: int) -> Non
     engine.check_empty()
 
 
+def test_a_victim_that_shares_its_blocks_is_back_with_the_same_plan() -> None:
+    engine = FakeEngine(
+        limits_of(n_blocks=8, block_size=3, max_running=2, max_batch_tokens=3, max_length=40)
+    )
+    rng = random.Random(2418)
+    back = 0
+    for arrival, n in enumerate((3, 1)):
+        tokens = [rng.randint(0, 1) for _ in range(rng.randint(1, 12))]
+        most = rng.choice([None, *range(1, 10)])
+        engine.add(request_of("ab"[arrival], tokens, max_tokens=most, n=n, arrival=float(arrival)))
+    while engine.scheduler.has_work:
+        plan = engine.step()
+        assert plan is not None
+        back += bool(set(plan.preempted) & set(plan.admitted))
+    assert back > 0
+    engine.check_empty()
+
+
 @pytest.mark.parametrize(
     ("request_", "field"),
     [

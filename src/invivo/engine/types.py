@@ -257,7 +257,8 @@ class Plan:
         backward: pieces of fine-tuning backward, run in this order after the flat batch.
         admitted: sequences that start, or start again after a preemption, with this plan.
         grown: (sequence, index of its first new block) for every sequence that got blocks.
-        preempted: sequences that lost their memory to make room.
+        preempted: sequences that lost their memory to make room; one may be admitted again with
+            the same plan, where it shares most of what it needs.
         held: training sequences that got memory with this plan: their micro-step begins, anew if
             it was under way.
         reclaimed: training sequences whose memory inference took back.
