@@ -1,0 +1,446 @@
+"""Fine-tuning as every floor shows it: files, jobs, their events and checkpoints.
+
+Plain dataclasses without a library. :class:`FineTuningBackend` is what stands behind them: the job
+service of this process (:mod:`invivo.jobs.service`), or a server.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, BinaryIO, Literal, Protocol, get_args
+
+from invivo.errors import InvalidRequest
+
+JobStatus = Literal[
+    "validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"
+]
+Method = Literal["lora", "ia3", "adapter", "prefix", "soft_prompt", "steering"]
+ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled")
+SIZED: tuple[Method, ...] = ("lora", "adapter", "prefix", "soft_prompt")
+DEFAULT_SIZE = 16
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """What and how a job trains; every field has a default.
+
+    Attributes:
+        method: kind of adapter.
+        on: linear maps (lora, ia3: q, k, v, o, gate, up, down) or sites (adapter, steering:
+            attn.out, mlp.out, resid.post ...); empty takes the method's usual places.
+        r: rank (lora), width (adapter), number of virtual tokens (prefix, soft_prompt); None = 16.
+        layers: numbers from 0; None = all.
+        alpha: of a LoRA, whose factor is alpha / r; None = r.
+        rank_stabilized: a LoRA's factor is alpha / sqrt(r).
+        activation: of a bottleneck adapter.
+        n_epochs: how often every example is seen; ``steps`` goes before.
+        steps: optimizer steps; None = as many as the epochs need.
+        batch_size: examples of one optimizer step.
+        learning_rate: the highest of the schedule.
+        schedule: after the warm-up ``constant``, or down to nothing ``linear`` or by a ``cosine``.
+        warmup: steps over which the learning rate rises.
+        optimizer: ``adamw`` or ``sgd``.
+        weight_decay: of either optimizer.
+        momentum: of sgd.
+        clip: largest norm of all gradients together; None = any.
+        seed: of the first parameters and of the order of the examples.
+        shuffle: a new order every epoch; False keeps that of the file.
+        max_length: longest example in tokens; None = what the engine can train. A plain text is
+            cut into pieces of this many (None = at most 1024).
+        truncate: cut longer examples off instead of refusing them.
+        checkpoint_every: steps; None = a tenth of them, 50 at most; 0 = only at the end.
+        publish_every: steps after which the adapter is served as it then is; 0 = only at the end.
+        share: weight of this job among those that run at the same time.
+    """
+
+    method: Method = "lora"
+    on: tuple[str, ...] = ()
+    r: int | None = None
+    layers: tuple[int, ...] | None = None
+    alpha: float | None = None
+    rank_stabilized: bool = False
+    activation: str = "relu"
+    n_epochs: int = 3
+    steps: int | None = None
+    batch_size: int = 4
+    learning_rate: float = 2e-4
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: int = 0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    clip: float | None = 1.0
+    seed: int = 0
+    shuffle: bool = True
+    max_length: int | None = None
+    truncate: bool = False
+    checkpoint_every: int | None = None
+    publish_every: int = 0
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise _refused("method", self.method, f"must be one of {', '.join(get_args(Method))}")
+        if not isinstance(self.on, tuple) or not all(isinstance(place, str) for place in self.on):
+            raise _refused("on", self.on, "must be a list of names")
+        if self.r is not None and self.method not in SIZED:
+            raise _refused("r", self.r, f"{self.method} has no size", "Leave it out")
+        if self.layers is not None and not (
+            isinstance(self.layers, tuple) and all(_is_whole(layer, 0) for layer in self.layers)
+        ):
+            raise _refused("layers", self.layers, "must be a list of layer numbers from 0")
+        for name, least, may_be_none in (
+            ("r", 1, True),
+            ("n_epochs", 1, False),
+            ("steps", 1, True),
+            ("batch_size", 1, False),
+            ("warmup", 0, False),
+            ("seed", 0, False),
+            ("max_length", 2, True),
+            ("checkpoint_every", 0, True),
+            ("publish_every", 0, False),
+        ):
+            value = getattr(self, name)
+            if not (may_be_none and value is None) and not _is_whole(value, least):
+                raise _refused(name, value, f"must be a whole number of at least {least}")
+        for name in ("rank_stabilized", "shuffle", "truncate"):
+            if not isinstance(getattr(self, name), bool):
+                raise _refused(name, getattr(self, name), "must be true or false")
+        for name in ("alpha", "clip"):
+            value = getattr(self, name)
+            if value is not None and not _is_number(value):
+                raise _refused(name, value, "must be a number")
+        for name in ("learning_rate", "weight_decay", "momentum", "share"):
+            if not _is_number(getattr(self, name)):
+                raise _refused(name, getattr(self, name), "must be a number")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Hyperparameters:
+        """From keyword arguments or JSON; places and layers may be lists, or a text ("q,v").
+
+        Raises:
+            InvalidRequest: an unknown name, or a value of another kind or out of range.
+        """
+        known = {each.name for each in fields(cls)}
+        for name in given:
+            if name not in known:
+                raise InvalidRequest(
+                    "unknown hyperparameter",
+                    field=name,
+                    given=given[name],
+                    remedy=f"Known: {', '.join(sorted(known))}",
+                )
+        plain = dict(given)
+        for name, of_item in (("on", str), ("layers", int)):
+            value = plain.get(name)
+            if isinstance(value, str):
+                try:
+                    parts = [part.strip() for part in value.split(",")]
+                    plain[name] = tuple(of_item(part) for part in parts if part)
+                except ValueError as error:
+                    raise _refused(name, value, "must be whole numbers") from error
+            elif isinstance(value, Sequence):
+                plain[name] = tuple(value)
+        if plain.get("on", ()) is None:
+            del plain["on"]
+        return cls(**plain)
+
+    @property
+    def size(self) -> int:
+        """The size that is trained; 0 where the method has none."""
+        if self.method not in SIZED:
+            return 0
+        return DEFAULT_SIZE if self.r is None else self.r
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        whole = asdict(self)
+        whole["on"] = list(self.on)
+        whole["layers"] = None if self.layers is None else list(self.layers)
+        return whole
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """A job as it is asked for.
+
+    Attributes:
+        training_file: id of an uploaded file.
+        name: of the adapter that comes of it; None = made up. An adapter of this name gets a new
+            version.
+        metadata: of the caller, kept and given back.
+        owner: who may see it; "" = everyone.
+    """
+
+    training_file: str
+    hyperparameters: Hyperparameters = Hyperparameters()
+    name: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    owner: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not (
+            isinstance(self.name, str) and _NAME.fullmatch(self.name)
+        ):
+            raise InvalidRequest(
+                "is not a usable adapter name",
+                field="name",
+                given=self.name,
+                remedy="Use 1 to 64 letters, digits and . _ - beginning with a letter or digit",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """An uploaded file; times in Unix seconds.
+
+    Attributes:
+        n_lines: lines that are not blank; None for a file that is not text.
+        status: "processed", or "error" with the reason in ``status_details``.
+    """
+
+    id: str
+    filename: str
+    bytes: int
+    purpose: str
+    created_at: int
+    n_lines: int | None
+    status: Literal["processed", "error"] = "processed"
+    status_details: str | None = None
+    owner: str = ""
+
+
+@dataclass(slots=True)
+class JobInfo:
+    """How a job stands; times in Unix seconds.
+
+    Attributes:
+        name: of the adapter, served as ``base:name`` once the job has succeeded.
+        hyperparameters: all of them, with what was chosen for those left open.
+        step, n_steps: optimizer steps done and in all (0 until the file is validated).
+        trained_tokens: of all examples learned so far.
+        loss: of the last step, per learned token; None before the first or if it was not finite.
+        losses: of every step; filled for a single job, empty in lists of jobs.
+        error: ``code``, ``message`` and ``param`` of what ended the job or paused it.
+        fine_tuned_model: ``base:name`` once it has succeeded.
+        estimated_finish, tokens_per_second: while it runs.
+    """
+
+    id: str
+    name: str
+    model: str
+    status: JobStatus
+    created_at: int
+    training_file: str
+    hyperparameters: dict[str, Any]
+    finished_at: int | None = None
+    step: int = 0
+    n_steps: int = 0
+    trained_tokens: int = 0
+    loss: float | None = None
+    losses: list[float | None] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+    fine_tuned_model: str | None = None
+    estimated_finish: int | None = None
+    tokens_per_second: float | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """Something that happened to a job.
+
+    Attributes:
+        type: "metrics" for optimizer steps (data: step, loss, learning_rate, gradient_norm,
+            trained_tokens), else "message".
+    """
+
+    id: str
+    job_id: str
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    type: Literal["message", "metrics"]
+    message: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A checkpoint that is there, in the peft library's format and with what resuming needs.
+
+    Attributes:
+        metrics: ``train_loss`` of its step (absent where it was not finite).
+        fine_tuned_model_checkpoint: name for it, ``base:name.step-N``; it is not served by itself.
+        path: folder on the machine that trains.
+    """
+
+    id: str
+    job_id: str
+    created_at: int
+    step: int
+    metrics: dict[str, float]
+    fine_tuned_model_checkpoint: str
+    path: str
+
+
+class FineTuningBackend(Protocol):
+    """Files and jobs. Unknown ids raise NotFound (fields ``file_id``, ``job_id``).
+
+    Lists are newest first, ``after`` is the id of the last one already seen; events too.
+    """
+
+    def add_file(
+        self, filename: str, source: BinaryIO, purpose: str = "fine-tune", owner: str = ""
+    ) -> FileInfo: ...
+    def files(self, owner: str | None = None) -> list[FileInfo]: ...
+    def file(self, file_id: str) -> FileInfo: ...
+    def delete_file(self, file_id: str) -> None: ...
+    def create(self, request: JobRequest) -> JobInfo: ...
+    def jobs(self, limit: int = 20, after: str | None = None) -> list[JobInfo]: ...
+    def job(self, job_id: str) -> JobInfo: ...
+    def cancel(self, job_id: str) -> JobInfo: ...
+    def pause(self, job_id: str) -> JobInfo: ...
+    def resume(self, job_id: str) -> JobInfo: ...
+    def delete(self, job_id: str) -> None: ...
+    def events(self, job_id: str, limit: int = 20, after: str | None = None) -> list[JobEvent]: ...
+    def checkpoints(
+        self, job_id: str, limit: int = 10, after: str | None = None
+    ) -> list[CheckpointInfo]: ...
+
+
+OnInfo = Callable[[JobInfo], None]
+
+
+class Job:
+    """A fine-tuning job in the hands of whoever asked for it; usable from any thread."""
+
+    def __init__(self, job_id: str, backend: FineTuningBackend) -> None:
+        self.id = job_id
+        self._backend = backend
+
+    def __repr__(self) -> str:
+        return f"Job({self.id!r})"
+
+    def info(self) -> JobInfo:
+        """How it stands now."""
+        return self._backend.job(self.id)
+
+    @property
+    def status(self) -> JobStatus:
+        return self.info().status
+
+    def wait(
+        self,
+        progress: bool = False,
+        timeout: float | None = None,
+        on_info: OnInfo | None = None,
+    ) -> JobInfo:
+        """Wait until it has ended, was paused, or ``timeout`` seconds have passed; how it stands.
+
+        Args:
+            progress: show a bar on standard error.
+            on_info: called with every look at the job, about four a second.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause = 0.05
+        with job_bar(progress) as show:
+            while True:
+                info = self.info()
+                show(info)
+                if on_info is not None:
+                    on_info(info)
+                late = deadline is not None and time.monotonic() >= deadline
+                if info.status in ENDED or info.status == "paused" or late:
+                    return info
+                time.sleep(pause)
+                pause = min(0.25, pause * 1.5)
+
+    def events(self, limit: int = 20, after: str | None = None) -> list[JobEvent]:
+        """What happened to it, newest first; ``after`` is the id of the last one seen."""
+        return self._backend.events(self.id, limit, after)
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """Those that are kept, newest first."""
+        return self._backend.checkpoints(self.id)
+
+    def cancel(self) -> JobInfo:
+        """End it; what it has published stays.
+
+        Raises:
+            Conflict: it has ended already.
+        """
+        return self._backend.cancel(self.id)
+
+    def pause(self) -> JobInfo:
+        """Give its memory back until ``resume``; it writes a checkpoint first."""
+        return self._backend.pause(self.id)
+
+    def resume(self) -> JobInfo:
+        """Go on after a pause."""
+        return self._backend.resume(self.id)
+
+    def delete(self) -> None:
+        """Forget an ended job, its checkpoints and its adapter's files."""
+        self._backend.delete(self.id)
+
+
+def job_bar(shown: bool) -> AbstractContextManager[OnInfo]:
+    """A progress bar over optimizer steps; gives what to call with every look at the job."""
+    from contextlib import contextmanager, nullcontext
+
+    if not shown:
+        return nullcontext(lambda info: None)
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    @contextmanager
+    def bar() -> Iterator[OnInfo]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=None, figures="")
+
+            def show(info: JobInfo) -> None:
+                loss = "" if info.loss is None else f"loss {info.loss:.4f}"
+                rate = info.tokens_per_second
+                speed = "" if rate is None else f"{rate:,.0f} tok/s"
+                progress.update(
+                    task,
+                    description=info.name if info.status == "running" else info.status,
+                    total=info.n_steps or None,
+                    completed=info.step,
+                    figures=f"{loss} {speed}".strip(),
+                )
+
+            yield show
+
+    return bar()
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refused(name: str, value: object, message: str, remedy: str | None = None) -> InvalidRequest:
+    return InvalidRequest(message, field=name, given=value, remedy=remedy)
