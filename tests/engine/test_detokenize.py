@@ -99,3 +99,12 @@ def test_the_cuts_between_pieces_do_not_matter(
     else:
         assert match is None
         assert settled + watch.flush() == text
+
+
+def test_a_stop_string_may_begin_before_it_counts() -> None:
+    watch = StopText(("stop", "a"))
+    assert watch.push("a st", armed=False) == ("a ", None)
+    assert watch.push("op") == ("", "stop")
+    whole = StopText(("stop",))
+    assert whole.push("stop s", armed=False) == ("stop ", None)
+    assert whole.push("et") == ("set", None)

@@ -161,6 +161,8 @@ def test_phi3_older_names_of_longrope() -> None:
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "lacks factor"),
         ({"hidden_size": None}, "config.hidden_size"),
         ({"hidden_act": "mish"}, "unknown activation"),
+        ({"num_attention_heads": 0}, "config.num_attention_heads: must be a whole number"),
+        ({"num_key_value_heads": -1}, "config.num_key_value_heads: must be a whole number"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_the_remedy(changes: dict[str, Any], says: str) -> None:

@@ -280,6 +280,7 @@ class AdapterStore:
         old = self._in_slot[slot]
         if old is not None:
             old.slot = 0
+            self._in_slot[slot] = None
             self._tables.clear(slot)
         self._tables.write(slot, adapter.laid)
         self._in_slot[slot] = adapter

@@ -48,17 +48,18 @@ class StopText:
     stops: tuple[str, ...]
     held: str = ""
 
-    def push(self, piece: str) -> tuple[str, str | None]:
+    def push(self, piece: str, *, armed: bool = True) -> tuple[str, str | None]:
         """Add text; return (text now settled, stop string found or None).
 
         The stop string that is complete first counts, of several the longest. After a match
-        the settled text ends where the match begins, and nothing is held.
+        the settled text ends where the match begins, and nothing is held. Unless ``armed``, what
+        is complete does not count, but what has begun may be completed later.
         """
         if not self.stops:
             return piece, None
         text = self.held + piece
         found = [(at + len(s), at, s) for s in self.stops if (at := text.find(s)) >= 0]
-        if found:
+        if found and armed:
             _, at, stop = min(found)
             self.held = ""
             return text[:at], stop

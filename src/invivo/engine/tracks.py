@@ -91,13 +91,11 @@ class Track:
             output.stop_match = token
             return "stop"
         piece = self.text.push(token) if self.text is not None else ""
-        if len(seq.tokens) - seq.n_prompt < params.min_tokens:
-            output.text = piece
-        else:
-            output.text, match = self.stops.push(piece)
-            if match is not None:
-                output.stop_match = match
-                return "stop"
+        armed = len(seq.tokens) - seq.n_prompt >= params.min_tokens
+        output.text, match = self.stops.push(piece, armed=armed)
+        if match is not None:
+            output.stop_match = match
+            return "stop"
         complete = matcher is not None and matcher.complete
         if complete or len(seq.tokens) >= seq.limit:
             output.text += self.stops.flush()

@@ -67,6 +67,17 @@ class _Fields:
             )
         return value
 
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.need(key) if default is None else self.get(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedModel(
+                "must be a whole number of at least 1",
+                field=f"config.{key}",
+                given=value,
+                remedy="Take the config.json that belongs to the weights",
+            )
+        return value
+
     def refuse(self, key: str, *allowed: object) -> None:
         """Raise for a feature that this decoder does not compute, instead of ignoring it."""
         value = self.given.get(key)
@@ -109,10 +120,10 @@ def config_from_hf(given: Mapping[str, Any]) -> ModelConfig:
     if family == "gpt2":
         return _gpt2_from_hf(f)
 
-    n_heads = int(f.need("num_attention_heads"))
-    d_model = int(f.need("hidden_size"))
-    n_layers = int(f.need("num_hidden_layers"))
-    head_dim = int(f.get("head_dim", d_model // n_heads))
+    n_heads = f.count("num_attention_heads")
+    d_model = f.count("hidden_size")
+    n_layers = f.count("num_hidden_layers")
+    head_dim = f.count("head_dim", d_model // n_heads)
     gemma = family in ("gemma2", "gemma3_text")
     olmo2 = family == "olmo2"
     types = _layer_types(f, n_layers)
@@ -124,13 +135,13 @@ def config_from_hf(given: Mapping[str, Any]) -> ModelConfig:
     qkv_bias = family == "qwen2" or (family == "qwen2_moe" and bool(f.get("qkv_bias")))
     return ModelConfig(
         family=family,
-        vocab_size=int(f.need("vocab_size")),
+        vocab_size=f.count("vocab_size"),
         d_model=d_model,
         n_heads=n_heads,
-        n_kv_heads=int(f.get("num_key_value_heads", n_heads)),
+        n_kv_heads=f.count("num_key_value_heads", n_heads),
         head_dim=head_dim,
-        d_ff=int(f.need("intermediate_size")),
-        max_positions=int(f.need("max_position_embeddings")),
+        d_ff=f.count("intermediate_size"),
+        max_positions=f.count("max_position_embeddings"),
         layers=tuple(
             LayerConfig(
                 window=window if types[i] == "sliding_attention" else None,
@@ -177,18 +188,18 @@ def _gpt2_from_hf(f: _Fields) -> ModelConfig:
     f.refuse("scale_attn_by_inverse_layer_idx", False)
     f.refuse("scale_attn_weights", True)
     f.refuse("add_cross_attention", False)
-    d_model = int(f.need("n_embd"))
-    n_heads = int(f.need("n_head"))
+    d_model = f.count("n_embd")
+    n_heads = f.count("n_head")
     return ModelConfig(
         family="gpt2",
-        vocab_size=int(f.need("vocab_size")),
+        vocab_size=f.count("vocab_size"),
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=n_heads,
         head_dim=d_model // n_heads,
         d_ff=int(f.get("n_inner", 4 * d_model)),
-        max_positions=int(f.need("n_positions")),
-        layers=tuple(LayerConfig(rope=None) for _ in range(int(f.need("n_layer")))),
+        max_positions=f.count("n_positions"),
+        layers=tuple(LayerConfig(rope=None) for _ in range(f.count("n_layer"))),
         learned_positions=True,
         norm="layer",
         norm_eps=float(f.need("layer_norm_epsilon")),
@@ -341,9 +352,9 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 def _moe(f: _Fields) -> MoEConfig | None:
     if f.family == "mixtral":
         return MoEConfig(
-            n_experts=int(f.need("num_local_experts")),
-            top_k=int(f.need("num_experts_per_tok")),
-            d_expert=int(f.need("intermediate_size")),
+            n_experts=f.count("num_local_experts"),
+            top_k=f.count("num_experts_per_tok"),
+            d_expert=f.count("intermediate_size"),
             normalize_weights=True,
         )
     if f.family not in ("qwen2_moe", "qwen3_moe", "olmoe"):
@@ -352,8 +363,8 @@ def _moe(f: _Fields) -> MoEConfig | None:
     n_experts = f.given.get("num_local_experts", f.get("num_experts"))
     return MoEConfig(
         n_experts=int(n_experts),
-        top_k=int(f.need("num_experts_per_tok")),
-        d_expert=int(f.need(expert_width)),
+        top_k=f.count("num_experts_per_tok"),
+        d_expert=f.count(expert_width),
         normalize_weights=bool(f.get("norm_topk_prob")),
         d_shared=int(f.get("shared_expert_intermediate_size", 0)),
     )
@@ -363,7 +374,7 @@ def _sparse_layers(f: _Fields, n_layers: int) -> list[bool]:
     if f.family not in ("qwen2_moe", "qwen3_moe"):
         return [True] * n_layers
     plain = set(f.get("mlp_only_layers", ()))
-    step = int(f.need("decoder_sparse_step"))
+    step = f.count("decoder_sparse_step")
     return [i not in plain and (i + 1) % step == 0 for i in range(n_layers)]
 
 
