@@ -25,6 +25,7 @@ from invivo.batches import (
     score_items_of,
     text_or_ids,
 )
+from invivo.chat_template import has_chat_template, render_chat
 from invivo.engine.adapters import Source
 from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
@@ -47,7 +48,7 @@ from invivo.lm import (
 )
 from invivo.models.load import LoadedModel, load_model
 from invivo.sampling import CHAT_TOKENS, GENERATE_TOKENS, Asked, asked_of
-from invivo.tools import plan_tools, tools_in_text
+from invivo.tools import plan_tools
 
 T = TypeVar("T")
 
@@ -267,36 +268,9 @@ class LocalLM(LM):
                 remedy="Use generate with a prompt, or a chat model",
             )
         check_messages(messages)
-        text = self._rendered(messages, tools, add_generation_prompt)
-        if tools and text == self._rendered(messages, None, add_generation_prompt):
-            # The template passes the tools over: they are described in the messages instead.
-            described = tools_in_text(messages, tools)
-            text = self._rendered(described, None, add_generation_prompt)
-        return text
-
-    def _rendered(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-    ) -> str:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            return str(
-                self.model.tokenizer.apply_chat_template(
-                    [dict(m) for m in messages],
-                    tools=[dict(t) for t in tools] if tools else None,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=False,
-                )
-            )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise InvalidRequest(
-                f"the model's chat template refuses them: {error}",
-                field="messages",
-                remedy="Check roles and their order",
-            ) from error
+        return render_chat(
+            self.model.tokenizer, messages, tools, add_generation_prompt=add_generation_prompt
+        )
 
     # --- housekeeping -----------------------------------------------------------------------
     def info(self) -> ModelInfo:
@@ -525,7 +499,7 @@ class LocalLM(LM):
     # --- answers ----------------------------------------------------------------------------
     @property
     def _has_chat_template(self) -> bool:
-        return bool(getattr(self.model.tokenizer, "chat_template", None))
+        return has_chat_template(self.model.tokenizer)
 
     def _completion(self, gathered: Gathered) -> Completion:
         request = gathered.request
