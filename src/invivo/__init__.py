@@ -32,6 +32,7 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     adapters: Mapping[str, str | Path] | None = None,
+    state: str | Path | None = None,
     **engine_options: Any,
 ) -> LocalLM:
     """Load a model into this process and start serving it.
@@ -40,12 +41,15 @@ def load(
         name: a packaged name ("smollm2-135m"), a Hub id, a local folder or a GGUF file.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         dtype: "float32", "bfloat16", ...; None is float32 on a CPU, else the checkpoint's.
-        adapters: LoRA adapters to load, by name.
+        adapters: adapters to load, by name.
+        state: folder of the model's fine-tuning jobs; None = one in the user's data folder.
         engine_options: fields of ``invivo.engine.engine.EngineConfig``.
     """
     from invivo.local import LocalLM
 
-    return LocalLM.load(name, device=device, dtype=dtype, adapters=adapters, **engine_options)
+    return LocalLM.load(
+        name, device=device, dtype=dtype, adapters=adapters, state=state, **engine_options
+    )
 
 
 def connect(url: str, *, key: str | None = None, timeout: float = 600) -> RemoteLM:

@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
 from invivo.engine.types import AdapterInfo
+from invivo.errors import InvalidRequest
+from invivo.lm_jobs import Data, FileInfo, FineTuningBackend, Job, start_job, upload
 
 __all__ = [
     "LM",
@@ -23,6 +25,8 @@ __all__ = [
     "Choice",
     "Completion",
     "Delta",
+    "FileInfo",
+    "Job",
     "Message",
     "ModelInfo",
     "Prompt",
@@ -349,6 +353,74 @@ class LM(ABC):
     ) -> str:
         """The text that a conversation becomes before the model sees it."""
 
+    # --- fine-tuning ------------------------------------------------------------------------
+    @property
+    def fine_tuning(self) -> FineTuningBackend:
+        """What keeps the files and jobs of this model.
+
+        Raises:
+            InvalidRequest: this LM does not train.
+        """
+        raise InvalidRequest("this model cannot be fine-tuned through this interface")
+
+    @property
+    def has_jobs(self) -> bool:
+        """Whether ``fine_tuning`` is at hand without opening a folder first."""
+        return False
+
+    def resume_jobs(self) -> None:
+        """Go on with what an earlier process has left; what is served over HTTP does so itself."""
+
+    def finetune(
+        self,
+        data: Data,
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **hyperparameters: Any,
+    ) -> Job:
+        """Learn an adapter from ``data`` beside the requests; returns once the data is validated.
+
+        Args:
+            data: a .jsonl or .txt file, a list of examples, or the id of an uploaded file. An
+                example is ``{"messages": [...]}``, ``{"prompt": ..., "completion": ...}`` or
+                ``{"text": ...}``.
+            name: of the adapter: ``generate(..., adapter=name)`` uses it when the job is done.
+            metadata: kept with the job.
+            hyperparameters: fields of :class:`invivo.lm_jobs.Hyperparameters`.
+
+        Raises:
+            InvalidRequest: bad lines in the data (the message names them), or a hyperparameter.
+            NotFound: there is no such file.
+            Conflict: a job of this name has not ended.
+        """
+        return start_job(self.fine_tuning, data, name=name, metadata=metadata, **hyperparameters)
+
+    def jobs(self) -> list[Job]:
+        """All fine-tuning jobs, newest first."""
+        backend, found = self.fine_tuning, list[Job]()
+        while True:
+            page = backend.jobs(100, found[-1].id if found else None)
+            found += [Job(info.id, backend) for info in page]
+            if len(page) < 100:
+                return found
+
+    def job(self, job_id: str) -> Job:
+        """Raises NotFound."""
+        return Job(self.fine_tuning.job(job_id).id, self.fine_tuning)
+
+    def upload_file(self, data: Data) -> FileInfo:
+        """Training data for any number of jobs; see :meth:`finetune`."""
+        return upload(self.fine_tuning, data)
+
+    def files(self) -> list[FileInfo]:
+        """The uploaded files, newest first."""
+        return self.fine_tuning.files()
+
+    def delete_file(self, file_id: str) -> None:
+        """Raises Conflict while a job needs it."""
+        self.fine_tuning.delete_file(file_id)
+
     # --- housekeeping -----------------------------------------------------------------------
     @abstractmethod
     def info(self) -> ModelInfo:
@@ -409,6 +481,33 @@ class LM(ABC):
             tools=tools,
             add_generation_prompt=add_generation_prompt,
         )
+
+    async def afinetune(
+        self,
+        data: Data,
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **hyperparameters: Any,
+    ) -> Job:
+        return await asyncio.to_thread(
+            self.finetune, data, name=name, metadata=metadata, **hyperparameters
+        )
+
+    async def ajobs(self) -> list[Job]:
+        return await asyncio.to_thread(self.jobs)
+
+    async def ajob(self, job_id: str) -> Job:
+        return await asyncio.to_thread(self.job, job_id)
+
+    async def aupload_file(self, data: Data) -> FileInfo:
+        return await asyncio.to_thread(self.upload_file, data)
+
+    async def afiles(self) -> list[FileInfo]:
+        return await asyncio.to_thread(self.files)
+
+    async def adelete_file(self, file_id: str) -> None:
+        await asyncio.to_thread(self.delete_file, file_id)
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self.close)

@@ -6,14 +6,17 @@ service of this process (:mod:`invivo.jobs.service`), or a server.
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, get_args
 
-from invivo.errors import InvalidRequest
+from invivo.errors import InvalidRequest, NotFound
 
 JobStatus = Literal[
     "validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"
@@ -22,6 +25,7 @@ Method = Literal["lora", "ia3", "adapter", "prefix", "soft_prompt", "steering"]
 ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled")
 SIZED: tuple[Method, ...] = ("lora", "adapter", "prefix", "soft_prompt")
 DEFAULT_SIZE = 16
+BAD_FILE = "invalid_training_file"  # error code of a job whose data cannot be learned
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -178,7 +182,7 @@ class JobRequest:
     """
 
     training_file: str
-    hyperparameters: Hyperparameters = Hyperparameters()
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     name: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     owner: str = ""
@@ -292,7 +296,8 @@ class CheckpointInfo:
 class FineTuningBackend(Protocol):
     """Files and jobs. Unknown ids raise NotFound (fields ``file_id``, ``job_id``).
 
-    Lists are newest first, ``after`` is the id of the last one already seen; events too.
+    Lists are newest first, ``after`` is the id of the last one already seen; ``owner`` None means
+    everyone's.
     """
 
     def add_file(
@@ -302,7 +307,9 @@ class FineTuningBackend(Protocol):
     def file(self, file_id: str) -> FileInfo: ...
     def delete_file(self, file_id: str) -> None: ...
     def create(self, request: JobRequest) -> JobInfo: ...
-    def jobs(self, limit: int = 20, after: str | None = None) -> list[JobInfo]: ...
+    def jobs(
+        self, limit: int = 20, after: str | None = None, owner: str | None = None
+    ) -> list[JobInfo]: ...
     def job(self, job_id: str) -> JobInfo: ...
     def cancel(self, job_id: str) -> JobInfo: ...
     def pause(self, job_id: str) -> JobInfo: ...
@@ -388,6 +395,80 @@ class Job:
     def delete(self) -> None:
         """Forget an ended job, its checkpoints and its adapter's files."""
         self._backend.delete(self.id)
+
+
+Data = str | Path | Sequence[Mapping[str, Any]]
+
+
+def start_job(
+    backend: FineTuningBackend,
+    data: Data,
+    *,
+    name: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    **hyperparameters: Any,
+) -> Job:
+    """Upload the data where that is needed, start a job, and wait until its data is validated.
+
+    Raises:
+        InvalidRequest: the data has bad lines (the message names them), or a hyperparameter.
+        NotFound: no such file.
+        Conflict: a job of this name has not ended.
+    """
+    wanted = Hyperparameters.of(hyperparameters)
+    JobRequest("", wanted, name)  # refuse a bad name before anything is uploaded
+    uploaded = None
+    if isinstance(data, str) and data.startswith("file-") and not Path(data).exists():
+        file_id = data
+    else:
+        uploaded = upload(backend, data)
+        file_id = uploaded.id
+    info = None
+    try:
+        info = backend.create(JobRequest(file_id, wanted, name, dict(metadata or {})))
+        job = Job(info.id, backend)
+        pause = 0.01
+        while info.status == "validating_files":
+            time.sleep(pause)
+            pause = min(0.5, 1.5 * pause)
+            info = backend.job(info.id)
+        if info.status == "failed" and info.error and info.error["code"] == BAD_FILE:
+            raise InvalidRequest(info.error["message"], field="data")
+    except Exception:
+        if info is not None and info.status in ENDED:
+            backend.delete(info.id)
+        if uploaded is not None and (info is None or info.status in ENDED):
+            backend.delete_file(uploaded.id)
+        raise
+    return job
+
+
+def upload(backend: FineTuningBackend, data: Data) -> FileInfo:
+    """A file, or records in memory as JSON lines.
+
+    Raises:
+        NotFound: there is no such file.
+        InvalidRequest: it is neither.
+    """
+    if isinstance(data, str | Path):
+        try:
+            with Path(data).expanduser().open("rb") as source:
+                return backend.add_file(Path(data).name, source)
+        except OSError as error:
+            raise NotFound(
+                f"cannot be read: {error.strerror}",
+                field="data",
+                given=str(data),
+                remedy="Give a .jsonl or .txt file, the id of an uploaded file, or a list",
+            ) from error
+    if not isinstance(data, Sequence) or not data:
+        raise InvalidRequest("must be a file or a list of examples", field="data", given=data)
+    try:
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in data]
+        text = "".join(lines).encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"is not JSON: {error}", field="data") from error
+    return backend.add_file("records.jsonl", io.BytesIO(text))
 
 
 def job_bar(shown: bool) -> AbstractContextManager[OnInfo]:

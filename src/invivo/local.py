@@ -9,12 +9,11 @@ import time
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 
@@ -31,7 +30,7 @@ from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
 from invivo.engine.engine import Engine
 from invivo.engine.types import AdapterInfo, Output, Request, SamplingParams, TokenLogprob
-from invivo.errors import InvalidRequest
+from invivo.errors import InvalidRequest, MissingDependency, Unavailable
 from invivo.gather import Gathered, Gathering, failure_of
 from invivo.lm import (
     LM,
@@ -47,10 +46,12 @@ from invivo.lm import (
     Token,
 )
 from invivo.models.load import LoadedModel, load_model
+from invivo.passing_thread import in_passing_thread
 from invivo.sampling import CHAT_TOKENS, GENERATE_TOKENS, Asked, asked_of
 from invivo.tools import plan_tools
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from invivo.jobs.service import JobService
 
 
 class LocalLM(LM):
@@ -59,11 +60,19 @@ class LocalLM(LM):
     Args:
         model: what :func:`invivo.models.load.load_model` gave.
         config: sizes and switches of the engine.
+        state: folder of its fine-tuning jobs; None = one for this model in the user's data folder.
     """
 
-    def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig | None = None,
+        *,
+        state: str | Path | None = None,
+    ) -> None:
         self.model = model
-        self.engine = _in_passing_thread(lambda: Engine(model, config))
+        self.state = None if state is None else Path(state).expanduser()
+        self.engine = in_passing_thread(lambda: Engine(model, config))
         self._tokenizer = backend(model.tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -71,7 +80,9 @@ class LocalLM(LM):
         self._created = int(time.time())
         self.engine.start()
         # Also closes a model that is dropped without close(), or is open when the program ends.
-        self._close = weakref.finalize(self, self.engine.close)
+        self._services: list[JobService] = []  # one, once there is a use for it
+        self._opening = threading.Lock()
+        self._close = weakref.finalize(self, _shut, self.engine, self._services)
 
     @classmethod
     def load(
@@ -81,6 +92,7 @@ class LocalLM(LM):
         device: str | None = None,
         dtype: str | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        state: str | Path | None = None,
         **engine_options: Any,
     ) -> LocalLM:
         """Load a model by name and serve it; see :func:`invivo.load`."""
@@ -92,7 +104,8 @@ class LocalLM(LM):
                 remedy=f"Known: {', '.join(EngineConfig.__slots__)}",
             ) from error
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        lm = cls(_in_passing_thread(lambda: load_model(name, device=where, dtype=dtype)), config)
+        model = in_passing_thread(lambda: load_model(name, device=where, dtype=dtype))
+        lm = cls(model, config, state=state)
         try:
             for adapter, path in (adapters or {}).items():
                 lm.load_adapter(adapter, path)
@@ -271,6 +284,48 @@ class LocalLM(LM):
         return render_chat(
             self.model.tokenizer, messages, tools, add_generation_prompt=add_generation_prompt
         )
+
+    # --- fine-tuning ------------------------------------------------------------------------
+    @property
+    def fine_tuning(self) -> JobService:
+        """The job service of this model, opened at the first use: unfinished jobs go on then.
+
+        Raises:
+            Conflict: another process has the jobs of this model in hand.
+            MissingDependency: the database library is not installed.
+        """
+        with self._opening:
+            if not self._close.alive:
+                raise Unavailable("the model is closed", remedy="Load it again")
+            if not self._services:
+                try:
+                    from invivo.jobs.folder import default_state
+                    from invivo.jobs.service import JobService
+                except ModuleNotFoundError as error:
+                    raise MissingDependency(
+                        f"fine-tuning jobs need {error.name}",
+                        remedy="Run: pip install 'invivo[serve]'",
+                    ) from error
+                folder = self.state or default_state(self.model.name, self.model.fingerprint)
+                service = in_passing_thread(lambda: JobService(self.engine, self.model, folder))
+                self._services.append(service)
+            return self._services[0]
+
+    @property
+    def has_jobs(self) -> bool:
+        return bool(self._services)
+
+    def resume_jobs(self) -> None:
+        """Open the job service if its folder was named, or is there from before.
+
+        Raises:
+            Conflict: another process has the jobs of this model in hand.
+        """
+        from invivo.jobs.folder import default_state
+
+        usual = default_state(self.model.name, self.model.fingerprint)
+        if self.state is not None or usual.exists():
+            self.fine_tuning  # noqa: B018
 
     # --- housekeeping -----------------------------------------------------------------------
     def info(self) -> ModelInfo:
@@ -578,6 +633,13 @@ class LocalLM(LM):
         return text
 
 
+def _shut(engine: Engine, services: Sequence[JobService]) -> None:
+    """Jobs write a last checkpoint as the engine closes; then what it tells is recorded."""
+    engine.close()
+    for service in services:
+        service.close()
+
+
 def _new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
@@ -587,18 +649,6 @@ def _exp(x: float) -> float:
         return math.exp(x)
     except OverflowError:
         return math.inf
-
-
-def _in_passing_thread(work: Callable[[], T]) -> T:
-    """The result of ``work``, done in a thread that ends with it.
-
-    OpenMP keeps a team of workers for every thread that has run something in parallel, as long as
-    that thread lives. With a team of the caller's beside the engine's there are more workers than
-    processors; then all of them sleep between parallel regions, and waking them costs the engine
-    a quarter of its speed on a CPU.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
 
 
 def _vector(gathered: Gathered, normalize: bool) -> list[float]:

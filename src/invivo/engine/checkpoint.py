@@ -83,7 +83,12 @@ def checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _FINISHED.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(path.name.removeprefix("step-"))
 
 
 def read_checkpoint(path: Path, specs: tuple[BypassSpec, ...]) -> Snapshot:
@@ -145,11 +150,20 @@ class CheckpointWriter:
         """Whether there is an outcome to take."""
         return self._thread is not None and self._outcome is not None
 
+    def write(self, snapshot: Snapshot) -> Path | Exception:
+        """Write ``snapshot`` now, in the caller's thread."""
+        try:
+            return write_checkpoint(
+                self._folder, snapshot, self._config, self._base_name, keep=self._keep
+            )
+        except Exception as error:
+            return error
+
     def start(self, snapshot: Snapshot) -> None:
         """Write ``snapshot``; not while busy."""
         assert self._thread is None
         self._outcome = None
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), daemon=True)
+        self._thread = threading.Thread(target=self._write_aside, args=(snapshot,), daemon=True)
         self._thread.start()
 
     def outcome(self, *, wait: bool = False) -> Path | Exception | None:
@@ -160,13 +174,8 @@ class CheckpointWriter:
         self._thread = None
         return self._outcome
 
-    def _write(self, snapshot: Snapshot) -> None:
-        try:
-            self._outcome = write_checkpoint(
-                self._folder, snapshot, self._config, self._base_name, keep=self._keep
-            )
-        except Exception as error:
-            self._outcome = error
+    def _write_aside(self, snapshot: Snapshot) -> None:
+        self._outcome = self.write(snapshot)
         self._done()
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from invivo.engine.adapters import AdapterStore
-from invivo.engine.checkpoint import CheckpointWriter, checkpoints, read_checkpoint
+from invivo.engine.checkpoint import CheckpointWriter, checkpoints, read_checkpoint, step_of
 from invivo.engine.coserve import Coserver, work_of
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent
 from invivo.engine.latency import LatencyModel
@@ -41,7 +41,7 @@ from invivo.models.sites import Taps
 
 log = logging.getLogger(__name__)
 
-Command = Literal["start", "pause", "resume", "cancel"]
+Command = Literal["start", "pause", "resume", "cancel", "stop"]
 ENDED = ("succeeded", "failed", "cancelled", "stopped")
 
 
@@ -49,6 +49,7 @@ class JobHandle:
     """A job in the hands of whoever asked for it; usable from any thread.
 
     ``pause`` gives back the job's memory at once: the text under way begins anew on ``resume``.
+    ``stop`` ends the job so that it can go on from its folder; both write a checkpoint first.
     ``cancel`` ends the job; versions that it has published stay.
     """
 
@@ -88,6 +89,9 @@ class JobHandle:
 
     def cancel(self) -> None:
         self._order(self._job, "cancel")
+
+    def stop(self) -> None:
+        self._order(self._job, "stop")
 
     def join(self, timeout: float | None = None) -> State:
         """Wait until the job has ended, ``timeout`` seconds at most; its state then."""
@@ -260,8 +264,11 @@ class FineTuning:
                 continue
             if command == "cancel":
                 self._end(job, "cancelled")
+            elif command == "stop":
+                self._stop(job)
             elif command == "pause" and job.state == "running":
                 self._pause(job, "asked for")
+                self._guarded(job, self._save)
             elif command in ("start", "resume") and job.state in ("queued", "paused"):
                 job.state = "running"
                 came_from = None if job.resumed_from is None else str(job.resumed_from)
@@ -337,12 +344,12 @@ class FineTuning:
                 self._written(job, job.writer.outcome())
 
     def stop(self) -> None:
-        """End all jobs as they are: they can go on from their last checkpoint."""
+        """End all jobs as they are: they can go on from a last checkpoint."""
         with self._lock:
             self._stopped = True
         self._orders.clear()
         for job in self._jobs.copy():
-            self._end(job, "stopped")
+            self._stop(job)
 
     def fail_all(self, error: Exception) -> None:
         """The engine has failed, and all jobs with it."""
@@ -402,6 +409,24 @@ class FineTuning:
                 return
         job.writer.start(job.snapshot())
 
+    def _save(self, job: TuningJob) -> None:
+        """A checkpoint, if there is none of this step."""
+        if job.writer is not None and not job.writer.busy and job.step > job.saved:
+            self._checkpoint(job)
+
+    def _stop(self, job: TuningJob) -> None:
+        """End it with a checkpoint; in this thread, as no other can be started at exit."""
+        self._interrupt(job)
+        if job.writer is not None and job.writer.busy:
+            self._written(job, job.writer.outcome(wait=True))
+        if job.writer is not None and job.step > job.saved and job.state not in ENDED:
+            try:
+                outcome: Path | Exception = job.writer.write(job.snapshot())
+            except Exception as error:  # a device that no longer answers
+                outcome = error
+            self._written(job, outcome)
+        self._end(job, "stopped")
+
     def _written(self, job: TuningJob, outcome: Path | Exception | None) -> None:
         if isinstance(outcome, Exception):
             job.error = outcome
@@ -410,6 +435,8 @@ class FineTuning:
             if job.state in ("running", "finishing"):
                 self._pause(job, "a checkpoint could not be written")
             return
+        assert outcome is not None
+        job.saved = step_of(outcome)
         self._tell(job, {"event": "checkpoint", "path": str(outcome)})
         if job.state == "finishing":
             self._end(job, "succeeded")

@@ -81,6 +81,7 @@ class TuningJob:
         self.complete = False
         self.resumed_from: Path | None = None
         self.error: Exception | None = None
+        self.saved = 0  # step of the newest checkpoint
         self.published = 0  # version last published
         self.forward_tokens = 0
         self.backward_tokens = 0.0
@@ -92,6 +93,7 @@ class TuningJob:
         self._device = device
         self._wide = wide
         self._data = data
+        self._position = data.position()  # after the texts of the last optimizer step
         self._gradients: dict[str, torch.Tensor] = {}
         self._loss, self._n_labels, self._n_texts, self._bad = 0.0, 0, 0, 0
 
@@ -200,6 +202,7 @@ class TuningJob:
         gradients, n = self._gradients, self._n_labels
         texts, loss = self._n_texts, self._loss / max(n, 1)
         self._gradients, self._loss, self._n_labels, self._n_texts = {}, 0.0, 0, 0
+        self._position = self._data.position()
         self.step += 1
         self.complete = self.step == self.spec.steps
         if n == 0:
@@ -245,14 +248,13 @@ class TuningJob:
 
     # --- checkpoints ------------------------------------------------------------------------
     def snapshot(self) -> Snapshot:
-        """Copies of everything, taken between two optimizer steps."""
-        assert self.sequence is None
-        assert not self.has_gradients
+        """Copies of everything as it was after the last optimizer step; texts since then count
+        for nothing and will be learned again."""
         state = {
             "step": self.step,
             "updates": self.optimizer.updates,
             "bad_steps": self._bad,
-            "position": self._data.position(),
+            "position": self._position,
             "losses": self.losses.copy(),
             "job": self.spec.identity(),
         }
@@ -295,6 +297,8 @@ class TuningJob:
         self.complete = self.step == self.spec.steps
         self.resumed_from = path
         self._data.seek(state["position"])
+        self._position = state["position"]
+        self.saved = self.step
 
     def describe(self) -> dict[str, Any]:
         """What the engine's snapshot says of the job."""

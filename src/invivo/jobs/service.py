@@ -1,0 +1,560 @@
+"""Fine-tuning jobs of a running engine that outlive its process.
+
+Three threads meet here. Callers ask (any thread); the preparer reads training data and hands jobs
+to the engine; the engine tells what happens, and the recorder writes it down, so that the engine
+never waits for a disk. Whatever is written is enough to go on: a job that was under way when the
+process died is queued again and goes on from its newest checkpoint, with the same data in the same
+order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from invivo.engine.bypasses import BypassSpec, checked_specs, n_virtual
+from invivo.engine.checkpoint import step_of
+from invivo.engine.engine import Engine
+from invivo.engine.finetune import JobHandle
+from invivo.engine.job_spec import JobSpec
+from invivo.errors import Conflict, InvalidRequest, InvivoError, Overloaded
+from invivo.jobs.data import TrainingData, steps_and_texts
+from invivo.jobs.examples import PIECE, ExampleReader, Interrupted, longest_example
+from invivo.jobs.folder import JobFolder, already_ended
+from invivo.jobs.records import InvalidData
+from invivo.lm_jobs import (
+    BAD_FILE,
+    ENDED,
+    Hyperparameters,
+    JobInfo,
+    JobRequest,
+    JobStatus,
+)
+from invivo.models.load import LoadedModel
+from invivo.passing_thread import in_passing_thread
+
+log = logging.getLogger(__name__)
+
+ANSWERS_WITHIN = 30.0  # seconds that a pause, resume or cancel waits for the engine
+_RATE_OVER = 32  # steps over which tokens a second are counted
+
+
+@dataclass(slots=True)
+class Live:
+    """A job in the hands of the engine, or waiting for its turn.
+
+    Attributes:
+        done: (time, tokens trained) of the latest steps.
+        checkpoint: the newest that was written or gone on from.
+    """
+
+    job_id: str
+    name: str
+    spec: JobSpec
+    data: TrainingData
+    n_texts: int
+    handle: JobHandle | None = None
+    done: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_OVER))
+    checkpoint: Path | None = None
+
+    def tokens_after(self, step: int) -> int:
+        return self.data.tokens_of_first(min(self.n_texts, step * self.spec.gradient_accumulation))
+
+
+class JobService(JobFolder):
+    """The jobs of an engine.
+
+    Args:
+        engine: that trains; running, or stepped by the caller.
+        model: that it serves.
+        folder: of these jobs; made if missing.
+
+    Raises:
+        Conflict: another process holds the folder, or it holds jobs of another model.
+        InvalidRequest: the folder cannot be used.
+    """
+
+    def __init__(self, engine: Engine, model: LoadedModel, folder: Path) -> None:
+        super().__init__(folder)
+        try:
+            owner = self.store.about("model", model.fingerprint)
+            if owner != model.fingerprint:
+                raise Conflict(
+                    "the folder holds jobs of another model",
+                    field="state",
+                    given=str(folder),
+                    remedy="Give a state folder of its own",
+                )
+        except BaseException:
+            super().close()
+            raise
+        self._engine = engine
+        self._model = model
+        self._base_name = (
+            Path(model.name).name if model.name.startswith(("/", ".", "~")) else model.name
+        )
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._live: dict[str, Live] = {}
+        self._waiting: list[Live] = []  # for a place in the engine, in order
+        self._closing = False
+        self._told: SimpleQueue[tuple[Live, dict[str, Any]] | None] = SimpleQueue()
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="invivo-prepare")
+        self._recorder = threading.Thread(target=self._record, name="invivo-record", daemon=True)
+        self._recorder.start()
+        self._load_adapters()
+        for info in self.store.unfinished():
+            if info.status == "running":
+                self.store.set_job(info.id, status="queued")
+                self.store.add_event(info.id, "The process that ran it has ended: queued again")
+            if info.status != "paused":
+                self._prepare_later(info.id)
+
+    def close(self) -> None:
+        """Stop the jobs under way, each with a checkpoint; the next service goes on with them.
+
+        The engine may be running or closed already.
+        """
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            handles = [live.handle for live in self._live.values() if live.handle is not None]
+        self._preparer.shutdown(wait=True, cancel_futures=True)
+        for handle in handles:
+            handle.stop()
+        for handle in handles:
+            handle.join(ANSWERS_WITHIN)
+        self._told.put(None)
+        self._recorder.join()
+        super().close()
+
+    # --- any thread -------------------------------------------------------------------------
+    def create(self, request: JobRequest) -> JobInfo:
+        """Start a job; its data is validated afterwards (status validating_files).
+
+        Raises:
+            NotFound: no such file.
+            InvalidRequest: the file is no text, or the hyperparameters do not fit the model.
+            Conflict: a job of this name has not ended.
+        """
+        asked = request.hyperparameters
+        spec = self._spec("check", asked, 1)
+        checked = checked_specs(self._model.config, spec.bypasses)
+        longest_example(asked.max_length, self._can_train(spec))
+        file = self.store.file(request.training_file)
+        if file.status == "error":
+            raise InvalidRequest(
+                f"cannot be learned: {file.status_details}",
+                field="training_file",
+                given=file.filename,
+            )
+        shown = asked.as_dict() | {"on": list(checked[0].on), "r": asked.size or None}
+        with self._lock:
+            names = {info.name for info in self.store.unfinished()}
+            name = request.name or _made_up(names)
+            if name in names:
+                raise Conflict(
+                    "a job of this name has not ended",
+                    field="name",
+                    given=name,
+                    remedy="Take another name, or cancel that job",
+                )
+            info = self.store.add_job(
+                name=name,
+                model=self._base_name,
+                training_file=file.id,
+                content=self.store.content_of(file.id),
+                filename=file.filename,
+                hyperparameters=shown,
+                metadata=dict(request.metadata),
+                owner=request.owner,
+            )
+        self.store.add_event(info.id, f"Created: the file {file.filename} is being validated")
+        self._prepare_later(info.id)
+        return info
+
+    def job(self, job_id: str) -> JobInfo:
+        return self._with_rate(super().job(job_id))
+
+    def jobs(
+        self, limit: int = 20, after: str | None = None, owner: str | None = None
+    ) -> list[JobInfo]:
+        return [self._with_rate(info) for info in super().jobs(limit, after, owner)]
+
+    def cancel(self, job_id: str) -> JobInfo:
+        return self._ordered(job_id, "cancelled", lambda handle: handle.cancel())
+
+    def pause(self, job_id: str) -> JobInfo:
+        """Give its memory back; a job in the engine writes a checkpoint and keeps its place."""
+        return self._ordered(job_id, "paused", lambda handle: handle.pause())
+
+    def resume(self, job_id: str) -> JobInfo:
+        """Go on after a pause; nothing happens to a job that is not paused.
+
+        Raises:
+            Conflict: it has ended.
+        """
+        info = self.job(job_id)
+        if info.status in ENDED:
+            raise already_ended(info)
+        if info.status != "paused":
+            return info
+        with self._lock:
+            live = self._live.get(job_id)
+            handle = None if live is None else live.handle
+        if handle is not None:
+            handle.resume()
+            return self._awaited(job_id, lambda status: status != "paused")
+        if self.store.set_job(job_id, unless=ENDED, status="queued", error=None):
+            self.store.add_event(job_id, "Queued again")
+            self._prepare_later(job_id)
+        return self.job(job_id)
+
+    def _ordered(
+        self, job_id: str, status: JobStatus, order: Callable[[JobHandle], None]
+    ) -> JobInfo:
+        """Give an order to a job wherever it is: in the engine, waiting, or only in the store."""
+        with self._lock:
+            live = self._live.get(job_id)
+            handle = None if live is None else live.handle
+            if live is not None and handle is None:
+                del self._live[job_id]
+                self._waiting.remove(live)
+        if handle is None:
+            return self._marked(job_id, status, status.capitalize())
+        info = self.job(job_id)
+        if info.status in ENDED:
+            raise already_ended(info)
+        order(handle)
+        return self._awaited(job_id, lambda now: now == status or now in ENDED)
+
+    def _awaited(self, job_id: str, holds: Callable[[JobStatus], bool]) -> JobInfo:
+        """The job as soon as its status is as wanted; as it is when that takes too long."""
+        deadline = time.monotonic() + ANSWERS_WITHIN
+        with self._changed:
+            while True:
+                info = self.store.job(job_id)
+                left = deadline - time.monotonic()
+                if holds(info.status) or left <= 0:
+                    break
+                self._changed.wait(min(left, 1.0))
+        return self.job(job_id)
+
+    def _with_rate(self, info: JobInfo) -> JobInfo:
+        with self._lock:
+            live = self._live.get(info.id)
+            done = [] if live is None else list(live.done)
+        if live is None or info.status != "running" or len(done) < 2:
+            return info
+        (first, before), (last, now) = done[0], done[-1]
+        if last > first and now > before:
+            info.tokens_per_second = (now - before) / (last - first)
+            left = live.tokens_after(info.n_steps) - now
+            info.estimated_finish = math.ceil(last + left / info.tokens_per_second)
+        return info
+
+    # --- the preparer -----------------------------------------------------------------------
+    def _prepare_later(self, job_id: str) -> None:
+        try:
+            self._preparer.submit(self._guarded, job_id)
+        except RuntimeError:  # closing: the next service takes it up
+            log.debug("job %s is left to the next service", job_id)
+
+    def _guarded(self, job_id: str) -> None:
+        try:
+            self._prepare(job_id)
+        except Interrupted:
+            pass
+        except InvalidData as error:
+            for problem in error.problems:
+                data = {"line": problem.line, "field": problem.field, "message": problem.message}
+                self.store.add_event(job_id, str(problem), level="error", data=data)
+            self._fail(job_id, BAD_FILE, error.message, "training_file")
+        except InvivoError as error:
+            self._fail(job_id, "invalid_request", str(error), error.field)
+        except Exception as error:
+            log.exception("job %s could not be prepared", job_id)
+            self._fail(job_id, "internal_error", f"{type(error).__name__}: {error}", None)
+        self._start_waiting()
+
+    def _prepare(self, job_id: str) -> None:
+        """Read the job's data and put it in line."""
+        info = self.store.job(job_id)
+        with self._lock:
+            if info.status not in ("validating_files", "queued") or job_id in self._live:
+                return
+        asked = _asked(info)
+        longest = longest_example(asked.max_length, self._can_train(self._spec("check", asked, 1)))
+        reader = ExampleReader(
+            self._model.tokenizer,
+            self._model.config.eos_token_ids,
+            longest,
+            truncate=asked.truncate,
+            going_on=lambda: not self._closing,
+        )
+        content, filename = self.store.data_of(job_id)
+        piece = PIECE if asked.max_length is None else asked.max_length
+        examples = reader.read(self.folder / "files" / content, filename, piece)
+        n_steps, n_texts = steps_and_texts(
+            len(examples), n_epochs=asked.n_epochs, steps=asked.steps, batch_size=asked.batch_size
+        )
+        spec = self._spec(info.name, asked, n_steps)
+        data = TrainingData(examples, seed=asked.seed, shuffle=asked.shuffle, n_texts=n_texts)
+        live = Live(
+            job_id,
+            info.name,
+            spec,
+            data,
+            n_steps * asked.batch_size if n_texts is None else n_texts,
+        )
+        if info.status == "validating_files":
+            tokens = len(examples.tokens)
+            told = f"The file is valid: {len(examples)} examples, {tokens} tokens, {n_steps} steps"
+            if examples.n_truncated:
+                told += f"; {examples.n_truncated} examples were cut off at {longest} tokens"
+            self.store.add_event(
+                job_id, told, data={"examples": len(examples), "tokens": tokens, "steps": n_steps}
+            )
+        chosen = info.hyperparameters | {"checkpoint_every": spec.checkpoint_every}
+        with self._lock:
+            if self._closing or not self.store.set_job(
+                job_id,
+                unless=(*ENDED, "paused"),
+                status="queued",
+                n_steps=n_steps,
+                hyperparameters=chosen,
+            ):
+                return
+            self._live[job_id] = live
+            self._waiting.append(live)
+
+    def _start_waiting(self) -> None:
+        """Hand jobs to the engine, first come first served, as long as it takes them."""
+        while True:
+            with self._lock:
+                if not self._waiting or self._closing:
+                    return
+                live = self._waiting[0]
+                problem: Exception | None = None
+                try:
+                    live.handle = in_passing_thread(partial(self._handed_over, live))
+                except Overloaded:
+                    return
+                except Exception as error:
+                    problem = error
+                    self._live.pop(live.job_id, None)
+                self._waiting.pop(0)
+            if problem is not None:
+                if not isinstance(problem, InvivoError):
+                    log.error("job %s could not be started", live.job_id, exc_info=problem)
+                field = problem.field if isinstance(problem, InvivoError) else None
+                self._fail(live.job_id, "invalid_request", str(problem), field)
+
+    def _handed_over(self, live: Live) -> JobHandle:
+        folder = self.checkpoint_folder(live.job_id)
+        return self._engine.finetune(live.spec, live.data, partial(self._hear, live), folder)
+
+    def _spec(self, name: str, asked: Hyperparameters, n_steps: int) -> JobSpec:
+        every = asked.checkpoint_every
+        return JobSpec(
+            name=name,
+            bypasses=(
+                BypassSpec(
+                    asked.method,
+                    asked.on,
+                    asked.size,
+                    asked.layers,
+                    asked.alpha,
+                    asked.rank_stabilized,
+                    asked.activation,
+                ),
+            ),
+            steps=n_steps,
+            learning_rate=asked.learning_rate,
+            schedule=asked.schedule,
+            warmup=asked.warmup,
+            optimizer=asked.optimizer,
+            weight_decay=asked.weight_decay,
+            momentum=asked.momentum,
+            clip=asked.clip,
+            gradient_accumulation=asked.batch_size,
+            seed=asked.seed,
+            share=asked.share,
+            publish_every=asked.publish_every,
+            checkpoint_every=min(50, math.ceil(n_steps / 10)) if every is None else every,
+        )
+
+    def _can_train(self, spec: JobSpec) -> int:
+        return self._engine.scheduler.longest_training - n_virtual(spec.bypasses)
+
+    def _fail(self, job_id: str, code: str, message: str, param: str | None) -> None:
+        error = {"code": code, "message": message, "param": param}
+        if self.store.set_job(
+            job_id, unless=ENDED, status="failed", error=error, finished=time.time()
+        ):
+            self.store.add_event(job_id, f"Failed: {message}", level="error", data=error)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _load_adapters(self) -> None:
+        """Serve what earlier jobs have made, unless something of that name is there."""
+        taken = {adapter.name for adapter in self._engine.adapters.list()}
+        for info in {info.name: info for info in self.store.succeeded()}.values():
+            if info.name in taken:
+                continue
+            folder = self.adapter_folder(info.name)
+            if not folder.is_dir():  # it could not be exported
+                kept = self.store.checkpoints(info.id, 1, None)
+                folder = Path(kept[0].path) if kept else folder
+            try:
+                self._engine.adapters.load(info.name, folder)
+            except InvivoError as error:
+                log.warning("the adapter %s cannot be served: %s", info.name, error)
+
+    def _hear(self, live: Live, event: dict[str, Any]) -> None:
+        """Called from the engine's thread."""
+        self._told.put((live, event))
+
+    # --- the recorder -----------------------------------------------------------------------
+    def _record(self) -> None:
+        while (told := self._told.get()) is not None:
+            live, event = told
+            try:
+                self._take(live, event)
+            except Exception:  # a full disk must not end the recorder: later events may fit
+                log.exception("an event of job %s was not recorded: %s", live.job_id, event)
+            with self._changed:
+                self._changed.notify_all()
+
+    def _take(self, live: Live, event: dict[str, Any]) -> None:
+        job_id, kind, step = live.job_id, event["event"], event.get("step", 0)
+        if kind == "started":
+            self.store.back_to(job_id, step, live.tokens_after(step))
+            self.store.set_job(job_id, unless=ENDED, status="running", error=None)
+            came = event["from"]
+            live.checkpoint = None if came is None else Path(came)
+            begun = "Started" if came is None else f"Goes on from the checkpoint of step {step}"
+            self._tell(live, event, begun)
+        elif kind in ("step", "skipped"):
+            self._step(live, event)
+        elif kind == "published":
+            served = f"{self._base_name}:{live.name}"
+            self._tell(live, event, f"Served as {served}, version {event['version']}")
+        elif kind == "checkpoint":
+            live.checkpoint = Path(event["path"])
+            step = step_of(live.checkpoint)
+            self.store.add_checkpoint(job_id, step, live.checkpoint)
+            self._tell(live, event | {"step": step}, f"Checkpoint of step {step}")
+        elif kind == "checkpoint_failed":
+            message = f"No checkpoint could be written: {event['error']}"
+            error = {"code": "checkpoint_failed", "message": message, "param": None}
+            self.store.set_job(job_id, error=error)
+            self._tell(live, event, message, "error")
+        elif kind in ("paused", "resumed"):
+            with self._lock:
+                live.done.clear()
+            if kind == "paused":
+                self.store.set_job(job_id, unless=ENDED, status="paused")
+                self._tell(live, event, f"Paused: {event['reason']}")
+            else:
+                self.store.set_job(job_id, unless=ENDED, status="running", error=None)
+                self._tell(live, event, "Resumed")
+        else:
+            self._ended(live, event)
+
+    def _step(self, live: Live, event: dict[str, Any]) -> None:
+        step, loss = event["step"], event["loss"]
+        tokens = live.tokens_after(step)
+        with self._lock:
+            live.done.append((event["time"], tokens))
+        self.store.step_done(live.job_id, step, loss, tokens)
+        skipped = event["event"] == "skipped"
+        message = f"Step {step}/{live.spec.steps}: training loss={loss:.4f}"
+        if skipped:
+            message = f"Step {step}/{live.spec.steps} was skipped: {event['reason']}"
+        self.store.add_event(
+            live.job_id,
+            message,
+            level="warn" if skipped else "info",
+            type="metrics",
+            created=event["time"],
+            data=_told(event) | {"total_steps": live.spec.steps, "trained_tokens": tokens},
+        )
+
+    def _ended(self, live: Live, event: dict[str, Any]) -> None:
+        job_id, kind = live.job_id, event["event"]
+        with self._lock:
+            self._live.pop(job_id, None)
+        if kind == "stopped" or (kind == "failed" and self._engine.failure is not None):
+            # Not the job's doing: it stays as it is for the next service.
+            why = "The engine was closed" if kind == "stopped" else "The engine has failed"
+            self._tell(live, event, f"{why}: it goes on from its last checkpoint")
+            return
+        if kind == "succeeded":
+            self._export(live)
+            self.store.set_job(
+                job_id,
+                status="succeeded",
+                finished=event["time"],
+                fine_tuned_model=f"{self._base_name}:{live.name}",
+                error=None,
+            )
+            self._tell(live, event, f"Succeeded: served as {self._base_name}:{live.name}")
+        elif kind == "cancelled":
+            self.store.set_job(job_id, status="cancelled", finished=event["time"])
+            self._tell(live, event, "Cancelled")
+        else:
+            self._fail(job_id, "training_failed", str(event.get("error", kind)), None)
+        self._later(self._start_waiting)
+
+    def _export(self, live: Live) -> None:
+        assert live.checkpoint is not None  # the engine writes one before it says "succeeded"
+        try:
+            self.export(live.checkpoint, live.name)
+        except OSError as error:
+            self.store.add_event(
+                live.job_id,
+                f"The adapter could not be copied to its folder ({error.strerror}); it is served, "
+                f"and lies in {live.checkpoint}",
+                level="warn",
+            )
+
+    def _later(self, action: Callable[[], None]) -> None:
+        try:
+            self._preparer.submit(action)
+        except RuntimeError:
+            log.debug("closing: nothing is started any more")
+
+    def _tell(self, live: Live, event: dict[str, Any], message: str, level: str = "info") -> None:
+        self.store.add_event(
+            live.job_id, message, level=level, created=event["time"], data=_told(event)
+        )
+
+
+def _told(event: dict[str, Any]) -> dict[str, Any]:
+    """What the engine says, without what the record has anyway and without folders."""
+    left_out = ("event", "job", "time", "path", "from")
+    return {key: value for key, value in event.items() if key not in left_out}
+
+
+def _asked(info: JobInfo) -> Hyperparameters:
+    """As they were when the job was created: what has been chosen since gives the same again."""
+    return Hyperparameters.of(info.hyperparameters)
+
+
+def _made_up(taken: set[str]) -> str:
+    number = 1
+    while f"job-{number}" in taken:
+        number += 1
+    return f"job-{number}"
