@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,11 +23,14 @@ from tests.engine.fine_tuning import (
 )
 from tests.models.pages import Pages, Text
 
-from invivo.engine.bypasses import n_virtual
-from invivo.engine.memory_plan import plan_activations
+from invivo.engine.bypasses import BypassSpec, n_virtual
+from invivo.engine.memory_plan import differentiate, levels_of, plan_activations
 from invivo.engine.train_sequence import TrainSequence, next_token_labels
+from invivo.engine.trainable import Trainable
+from invivo.engine.training_graph import build_graph
 from invivo.engine.types import BackwardUnit
 from invivo.engine.window import Mode, Order, WindowTrainer
+from invivo.models.config import ModelConfig
 
 WAYS: list[tuple[Mode, Order]] = [
     ("rerun", "window"),
@@ -52,7 +57,9 @@ def check(
     input_gradients: bool = False,
     weighted: bool = False,
     neighbour: bool = False,
+    budget: float | None = None,
 ) -> None:
+    """``budget``: share of the largest tape that is allowed, where the smallest is not larger."""
     config = CONFIGS[model]
     specs = suited(config, BYPASSES[bypass])
     if not specs:
@@ -74,6 +81,7 @@ def check(
         mode=mode,
         order=order,
         input_gradients=input_gradients,
+        tape_bytes=tape_bytes(trainables_of(specs), config, documents, input_gradients, budget),
     )
     got_loss, got_streams = by_windows(trainer, pages, documents, seed=seed, neighbour=neighbour)
     got = take_gradients(parameters)
@@ -84,6 +92,35 @@ def check(
         if input_gradients:
             assert stream is not None
             assert_close(stream, wanted, "embeddings")
+
+
+def trainables_of(specs: tuple[BypassSpec, ...]) -> list[Trainable]:
+    return [spec.trainable for spec in specs]
+
+
+def tape_bytes(
+    trainables: list[Trainable],
+    config: ModelConfig,
+    documents: list[Document],
+    input_gradients: bool,
+    budget: float | None,
+) -> int | None:
+    """Bytes between those of the smallest and those of the largest tape."""
+    if budget is None:
+        return None
+    if input_gradients and all(each.kind != "soft_prompt" for each in trainables):
+        trainables = [*trainables, Trainable("soft_prompt", size=1)]
+    graph = build_graph(config, trainables, length=1, dtype="float64")
+    totals = [sum(bits.values()) for bits in levels_of(graph, differentiate(graph)).bits]
+    bits = totals[-1] + budget * (totals[0] - totals[-1])
+    return math.ceil(bits / 8 * max(len(doc.tokens) for doc in documents))
+
+
+@pytest.mark.parametrize("bypass", BYPASSES)
+@pytest.mark.parametrize("model", CONFIGS)
+def test_a_tape_of_any_size_gives_the_same_gradients(model: str, bypass: str) -> None:
+    check(model, bypass, "tape", "layer", seed=8, budget=0.0)
+    check(model, bypass, "tape", "window", seed=9, budget=0.45)
 
 
 @pytest.mark.parametrize("bypass", BYPASSES)
@@ -114,6 +151,7 @@ def test_every_model_in_every_way(model: str) -> None:
     input_gradients=st.booleans(),
     weighted=st.booleans(),
     neighbour=st.booleans(),
+    budget=st.one_of(st.none(), st.floats(0.0, 1.0)),
 )
 def test_no_cut_packing_or_neighbour_changes_a_gradient(
     model: str,
@@ -124,6 +162,7 @@ def test_no_cut_packing_or_neighbour_changes_a_gradient(
     input_gradients: bool,
     weighted: bool,
     neighbour: bool,
+    budget: float | None,
 ) -> None:
     check(
         model,
@@ -134,6 +173,7 @@ def test_no_cut_packing_or_neighbour_changes_a_gradient(
         input_gradients=input_gradients,
         weighted=weighted,
         neighbour=neighbour,
+        budget=budget,
     )
 
 

@@ -24,6 +24,9 @@ def test_rms_norm(shape: tuple[int, ...], unit_offset: bool) -> None:
     (wanted,) = torch.autograd.grad(y, leaf, dy)
     got = rms_norm_backward(dy, x, weight, 1e-5, unit_offset=unit_offset)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    beside = random(*shape, seed=3)
+    got = rms_norm_backward(dy, x, weight, 1e-5, unit_offset=unit_offset, beside=beside)
+    torch.testing.assert_close(got, wanted + beside, rtol=1e-12, atol=1e-12)
 
 
 def test_layer_norm() -> None:
@@ -44,4 +47,11 @@ def test_activations(kind: str) -> None:
     gate_up = random(6, 10, seed=2).requires_grad_()
     (wanted,) = torch.autograd.grad(gated_activation_reference(gate_up, kind), gate_up, dy)
     gate, up = gate_up.detach().chunk(2, dim=-1)
-    torch.testing.assert_close(gated_activation_backward(dy, gate, up, kind), wanted)
+    out = torch.empty_like(wanted)
+    y = gated_activation_backward(dy.clone(), gate, up, kind, out)
+    torch.testing.assert_close(out, wanted)
+    assert torch.equal(y, gated_activation_reference(gate_up.detach(), kind))
+    in_place = gate_up.detach().clone()
+    gate, up = in_place.chunk(2, dim=-1)
+    gated_activation_backward(dy, gate, up, kind, in_place)
+    torch.testing.assert_close(in_place, wanted)

@@ -15,12 +15,18 @@ from tests.kernels.cases import AttentionShape, make_attention_case, relative_er
 
 from invivo.kernels import (
     activation,
+    activation_backward,
     attention,
+    attention_backward,
+    cross_entropy,
     lora,
     norm,
+    norm_backward,
     rotary,
     triton_activation,
     triton_attention,
+    triton_attention_backward,
+    triton_cross_entropy,
     triton_lora,
     triton_norm,
     triton_rotary,
@@ -169,3 +175,149 @@ def test_lora_with_another_adapter_for_every_row(rank, few, monkeypatch):
     assert relative_error(got, expected) < 2e-6
     untouched = (index == 0) | (index == 4)
     assert torch.equal(got[untouched], y[untouched])
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_log_sum_exps_of_spans(window):
+    case = make_attention_case([(1, 9), (3, 40), (70, 130)], AttentionShape(head_dim=64))
+    q, k_cache, v_cache, layout = on_device(case)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=DEVICE)
+    triton_attention.paged_attention_triton(
+        q, k_cache, v_cache, layout, scale=0.2, window=window, lse=lse
+    )
+    for span, row in ((1, 1), (2, 4)):
+        rows = slice(row, layout.span_start_host[span + 1])
+        start = layout.kv_len_host[span] - (rows.stop - rows.start)
+        expected = attention_backward.attention_lse(
+            q[rows].double(), k_cache.double(), layout.block_table[span], start,
+            scale=0.2, window=window,
+        )  # fmt: skip
+        assert relative_error(lse[rows], expected) < 2e-6
+
+
+def backward_case(n_rows, length, n_heads, n_groups, head_dim, dtype, **options):
+    """Arguments of an attention backward in float64 and in ``dtype``, each with own sums."""
+    shape = AttentionShape(n_heads=n_heads, n_groups=n_groups, head_dim=head_dim)
+    q, k_cache, v_cache, layout = on_device(
+        make_attention_case([(n_rows, length)], shape, dtype=dtype)
+    )
+    wide = [t.double() for t in (q, k_cache, v_cache)]
+    z = attention.paged_attention_reference(*wide, layout, scale=0.2, **options)
+    blocks, start = layout.block_table[0], length - n_rows
+    lse = attention_backward.attention_lse(wide[0], wide[1], blocks, start, scale=0.2, **options)
+    dz = random(n_rows, n_heads, head_dim, dtype=dtype, seed=3)
+    sums = [random(length, n_groups, head_dim, seed=4 + i) for i in range(2)]
+    narrow = (dz, q, k_cache, v_cache, blocks, start, z.to(dtype), lse.float())
+    exact = (dz.double(), *wide, blocks, start, z, lse)
+    return narrow, exact, sums
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "length", "n_heads", "n_groups", "head_dim", "dtype", "window", "softcap"),
+    [
+        (70, 70, 4, 2, 16, torch.float32, None, None),
+        (37, 150, 6, 2, 64, torch.float32, None, 3.0),
+        (37, 150, 6, 2, 64, torch.float32, 9, 3.0),
+        (60, 150, 6, 2, 80, torch.bfloat16, 40, None),
+        (130, 130, 4, 4, 128, torch.float16, None, None),
+        (1, 77, 2, 1, 256, torch.bfloat16, None, None),
+    ],
+)
+@pytest.mark.parametrize("programs", [1, 10_000])  # heads of a group together, or each alone
+def test_attention_backward(
+    n_rows, length, n_heads, n_groups, head_dim, dtype, window, softcap, programs, monkeypatch
+):
+    monkeypatch.setattr(triton_attention_backward, "PROGRAMS", programs)
+    options = {"window": window, "softcap": softcap}
+    narrow, exact, sums = backward_case(
+        n_rows, length, n_heads, n_groups, head_dim, dtype, **options
+    )
+    before = [total.double() for total in sums]
+    after = [total.clone() for total in before]
+    expected = attention_backward.attention_backward_reference(
+        *exact, scale=0.2, dk=after[0], dv=after[1], **options
+    )
+    got = triton_attention_backward.attention_backward_triton(
+        *narrow, scale=0.2, dk=sums[0], dv=sums[1], **options
+    )
+    assert relative_error(got, expected) < TOLERANCE[dtype]
+    for total, old, new in zip(sums, before, after, strict=True):
+        assert relative_error(total.double() - old, new - old) < TOLERANCE[dtype]
+
+
+def test_attention_backward_of_values_alone():
+    narrow, exact, (_, dv) = backward_case(40, 60, 4, 2, 32, torch.float32)
+    expected = dv.double()
+    arguments = [*exact[:6], None, exact[7]]
+    attention_backward.attention_backward_reference(*arguments, scale=0.2, dv=expected)
+    arguments = [*narrow[:6], None, narrow[7]]
+    assert triton_attention_backward.attention_backward_triton(*arguments, scale=0.2, dv=dv) is None
+    assert relative_error(dv, expected) < 2e-6
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("width", [96, 1100])
+def test_rms_norm_backward(width, unit_offset):
+    dy, x, beside = random(5, width), random(5, 2 * width, seed=1)[:, :width], random(5, width)
+    weight = random(width, seed=2)
+    for added in (None, beside):
+        options = {"unit_offset": unit_offset, "beside": added}
+        got = triton_norm.rms_norm_backward_triton(dy, x, weight, 1e-5, **options)
+        expected = norm_backward.rms_norm_backward_reference(dy, x, weight, 1e-5, **options)
+        assert relative_error(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", activation.ACTIVATIONS)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gated_activation_backward(kind, in_place):
+    gate_up, dy = random(3, 2 * 1100), random(3, 1100, seed=1)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = torch.empty(3, 2200, dtype=torch.float64, device=DEVICE)
+    y = activation_backward.gated_activation_backward_reference(
+        dy.double(), gate, up, kind, expected
+    )
+    gate, up = gate_up.chunk(2, dim=-1)
+    out = gate_up if in_place else torch.empty_like(gate_up)
+    got = triton_activation.gated_activation_backward_triton(dy, gate, up, kind, out)
+    assert relative_error(got, y) < 1e-6
+    assert relative_error(out, expected) < 1e-6
+
+
+@pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (80, 20)])
+def test_heads_turned_and_turned_back(head_dim, half):
+    wide = random(5, 9, head_dim)
+    angles = random(40, half, seed=1)
+    positions = torch.tensor([3, 39, 0, 7, 7], device=DEVICE)
+    tables = (angles.cos(), angles.sin(), positions)
+    expected, _ = rotary.apply_rotary_reference(wide, wide[:, :0], *tables)
+    room = torch.zeros(5, 12, head_dim, device=DEVICE)
+    triton_rotary.turn_heads_triton(wide, *tables, room[:, 2:11], backward=False)
+    assert relative_error(room[:, 2:11], expected) < 1e-6
+    assert not room[:, :2].any()
+    back = room[:, 2:11]
+    triton_rotary.turn_heads_triton(back, *tables, back, backward=True)
+    assert relative_error(back, wide) < 1e-6
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy(softcap, weighted, monkeypatch):
+    monkeypatch.setattr(triton_cross_entropy, "BLOCK", 64)
+    hidden, head = random(7, 16), random(200, 16, seed=1)
+    labels = torch.tensor([3, 199, -100, 0, 64, 63, 5], device=DEVICE)
+    weights = torch.rand(7, device=DEVICE) if weighted else None
+    expected = cross_entropy.cross_entropy_reference(
+        hidden.double(), head.double(), labels, weights, softcap=softcap, want_logprobs=True
+    )
+    kept = labels != -100
+    logits = hidden[kept] @ head.T
+    weight = None if weights is None else weights[kept]
+    logprobs = triton_cross_entropy.label_logprobs_triton(
+        logits.clone(), labels[kept], weight, softcap=softcap, gradient=False
+    )
+    again = triton_cross_entropy.label_logprobs_triton(
+        logits, labels[kept], weight, softcap=softcap, gradient=True
+    )
+    assert torch.equal(logprobs, again)
+    assert relative_error(logprobs, expected.logprobs[kept]) < 1e-6
+    assert relative_error(logits @ head, expected.d_hidden[kept]) < 2e-6

@@ -255,7 +255,9 @@ def overlay(
 
 
 @dataclass(slots=True)
-class _LowRank:
+class LowRank:
+    """``scale b a x`` beside rows [start, stop) of a linear map's output."""
+
     start: int
     stop: int
     a: torch.Tensor
@@ -279,7 +281,7 @@ class TrainBypass:
         specs = checked_specs(config, specs)
         check_parameters(config, specs, parameters)
         self._parameters = parameters
-        self._low_rank: dict[tuple[int, str], list[_LowRank]] = {}
+        self._low_rank: dict[tuple[int, str], list[LowRank]] = {}
         self._scales: dict[tuple[int, str], list[tuple[int, int, torch.Tensor]]] = {}
         self._bottlenecks: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor, str]] = {}
         self._virtual: list[VirtualRows] = []
@@ -303,7 +305,7 @@ class TrainBypass:
         base, p = f"layers.{layer}.{place}", self._parameters
         if spec.kind == "lora":
             linear, start, stop = rows_of(config, place)
-            part = _LowRank(start, stop, p[f"{base}.lora_A"], p[f"{base}.lora_B"], spec.scale)
+            part = LowRank(start, stop, p[f"{base}.lora_A"], p[f"{base}.lora_B"], spec.scale)
             self._low_rank.setdefault((layer, linear), []).append(part)
         elif spec.kind == "ia3" and place != "down":
             linear, start, stop = rows_of(config, place)
@@ -323,9 +325,19 @@ class TrainBypass:
         view._virtual = virtual_rows(start, stop, segments, self.n_virtual)
         return view
 
+    def low_rank(self, layer: int, linear: str) -> Sequence[LowRank] | None:
+        """The LoRAs beside a map; None where there is anything else, or nothing."""
+        if (layer, linear) in self._scales:
+            return None
+        return self._low_rank.get((layer, linear))
+
     def __call__(self, layer: int, linear: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         width = y.shape[-1]
         for part in self._low_rank.get((layer, linear), ()):
+            if not torch.is_grad_enabled():
+                inner = x @ part.a.to(x.dtype).T
+                y[:, part.start : part.stop].addmm_(inner, part.b.to(x.dtype).T, alpha=part.scale)
+                continue
             delta = part.scale * ((x @ part.a.to(x.dtype).T) @ part.b.to(x.dtype).T)
             y = y + F.pad(delta, (part.start, width - part.stop))
         for start, stop, scale in self._scales.get((layer, linear), ()):

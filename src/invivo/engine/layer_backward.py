@@ -1,27 +1,31 @@
 """The hand-written backward of one layer for one window, from what the tape kept.
 
-Each kept tensor is read, each other one rebuilt by cheap operations from those; the graph of the
-memory plan (:mod:`invivo.engine.training_graph`) says that this suffices. Frozen weights get no
-gradient. A bypass is differentiated by autograd over that bypass alone, a mixture of experts by
-autograd over its feed-forward.
+Each kept tensor is read, each other one rebuilt from those by cheap operations, or by the maps
+and the attention that the tape's plan lets run again; the graph of the memory plan
+(:mod:`invivo.engine.training_graph`) says that this suffices. Frozen weights get no gradient. A
+LoRA has hand-written gradients; any other bypass is differentiated by autograd over that bypass
+alone, a mixture of experts by autograd over its feed-forward. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from invivo.engine.bypasses import LowRank, TrainBypass
 from invivo.engine.tape import output_parts
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.trained_hooks import TrainedHooks
 from invivo.kernels.activation import activation, gated_activation
 from invivo.kernels.activation_backward import activation_backward, gated_activation_backward
-from invivo.kernels.attention_backward import attention_backward
+from invivo.kernels.attention import attention_with_lse
+from invivo.kernels.attention_backward import attention_backward, attention_lse
+from invivo.kernels.linear import linear as linear_map
 from invivo.kernels.norm import rms_norm
 from invivo.kernels.norm_backward import layer_norm_backward, rms_norm_backward
-from invivo.kernels.rotary import apply_rotary_reference
-from invivo.models.bypass import Bypass
+from invivo.kernels.paging import PagedLayout
+from invivo.kernels.rotary import turn_heads
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder, Layer
 from invivo.models.feedforward.mlp import MLP
@@ -40,7 +44,7 @@ class LayerBackward:
     def run(
         self,
         sequence: TrainSequence,
-        bypass: Bypass,
+        bypass: TrainBypass,
         rows: tuple[int, int],
         layers: tuple[int, int],
     ) -> torch.Tensor | None:
@@ -66,11 +70,37 @@ class LayerBackward:
         return dx
 
 
-def norm_backward(norm: Norm, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Gradient of a norm of the decoder by its input x [s, d]."""
+def norm_backward(
+    norm: Norm, dy: torch.Tensor, x: torch.Tensor, beside: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Gradient of a norm of the decoder by its input x [s, d], plus ``beside``."""
     if norm.is_rms:
-        return rms_norm_backward(dy, x, norm.weight, norm.eps, unit_offset=norm.unit_offset)
-    return layer_norm_backward(dy, x, norm.weight, norm.eps)
+        return rms_norm_backward(
+            dy, x, norm.weight, norm.eps, unit_offset=norm.unit_offset, beside=beside
+        )
+    dx = layer_norm_backward(dy, x, norm.weight, norm.eps)
+    return dx if beside is None else dx.add_(beside)
+
+
+def window_in_pages(sequence: TrainSequence, start: int, stop: int, block_size: int) -> PagedLayout:
+    """Rows [start, stop) of a sequence as one span over its blocks; for reading the cache only."""
+    assert sequence.table is not None
+    device, n = sequence.tokens.device, stop - start
+    nowhere = torch.empty(0, dtype=torch.int64, device=device)
+    return PagedLayout(
+        positions=nowhere,
+        slots=nowhere,
+        # Made on the device: a copy from the host would wait for everything launched so far.
+        span_start=torch.arange(0, n + 1, n, dtype=torch.int32, device=device),
+        kv_len=torch.full((1,), stop, dtype=torch.int32, device=device),
+        block_table=sequence.table.to(torch.int32)[None],
+        block_size=block_size,
+        n_decode=int(n == 1),
+        max_query=n,
+        max_kv=stop,
+        span_start_host=[0, n],
+        kv_len_host=[stop],
+    )
 
 
 class _Window:
@@ -82,7 +112,7 @@ class _Window:
         cache: KVCache,
         hooks: TrainedHooks,
         sequence: TrainSequence,
-        bypass: Bypass,
+        bypass: TrainBypass,
         rows: tuple[int, int],
     ) -> None:
         assert sequence.tape is not None
@@ -105,6 +135,7 @@ class _Window:
         self.hooked = self.hooks.names.get(layer, frozenset())
         self.reads = self.hooks.reads.get(layer, frozenset())
         self.last_hook = self.hooks.last_hook if layer == self.hooks.bottom else None
+        self.rerun = self.tape.plan.rerun.get(layer, frozenset())
         self.made: dict[str, torch.Tensor] = {}
 
     # --- tensors of the forward pass ------------------------------------------------------------
@@ -190,18 +221,63 @@ class _Window:
     def hook_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
         return self.bypass.rows(name, self.index, value) if name in self.hooked else value
 
-    def after_hook(self, part: str) -> torch.Tensor:
-        """A part of a map's output that a trained vector scaled, from that before the vector."""
+    def remade(self, part: str) -> torch.Tensor:
+        """A part of a map's output: from that before a trained vector, or by the map again."""
         if part.startswith("attn."):
             linear = "qkv"
         else:
             linear = "gate_up" if self.config.gated_mlp else "up"
+        if linear not in self.hooked:
+            self.made.update(self.run_again(linear))
+            return self.made[part]
         y = self.linear_output(linear)
         y = self.bypass(self.index, linear, self.linear_input(linear, y), y)
         for name, cut in output_parts(self.config, linear):
-            if self.held(f"{name}.unscaled"):
+            if self.runs_again(name) or self.held(f"{name}.unscaled"):
                 self.made[name] = y[:, cut]
         return self.made[part]
+
+    def runs_again(self, name: str) -> bool:
+        """Whether the map behind this part of an output may run again."""
+        place = "o" if name in ("attn.proj", "attn.out") else name.rpartition(".")[2]
+        return place in self.rerun
+
+    def run_again(self, linear: str) -> dict[str, torch.Tensor]:
+        """The parts of a frozen map's output that the tape left to it."""
+        x = self.get(_LINEAR_READS[linear]).flatten(1)
+        weight, bias, packed = self.frozen(linear)
+        parts = output_parts(self.config, linear)
+        wanted = [
+            (name, cut)
+            for name, cut in parts
+            if self.runs_again(name) and not self.held(name) and not self.at_hand(name)
+        ]
+        if len(wanted) == len(parts):
+            y = linear_map(x, weight, bias, packed)
+            return {name: y[:, cut] for name, cut in parts}
+        return {
+            name: linear_map(x, weight[cut], None if bias is None else bias[cut])
+            for name, cut in wanted
+        }
+
+    def at_hand(self, name: str) -> bool:
+        """Whether nobody asks for a key or value as its map gave it: the cache has the final one,
+        and only a norm's or a clip's gradient reads more."""
+        plain = name == "attn.v" or self.mixer.qk_norm == "none"
+        scaled = (self.index, name) in self.tape.plan.scaled
+        return name in ("attn.k", "attn.v") and plain and self.mixer.qkv_clip is None and not scaled
+
+    def frozen(self, linear: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Matrix, bias and packed matrix of a map that may run again."""
+        mixer, mlp = self.mixer, self.layer.feedforward
+        if linear == "qkv":
+            return mixer.qkv, mixer.qkv_bias, mixer.qkv_packed
+        if linear == "o":
+            return mixer.o, mixer.o_bias, mixer.o_packed
+        assert isinstance(mlp, MLP)
+        if mlp.gated:
+            return mlp.gate_up, mlp.gate_up_bias, mlp.up_packed
+        return mlp.up, mlp.up_bias, mlp.up_packed
 
     def linear_input(self, linear: str, y: torch.Tensor) -> torch.Tensor:
         """[s, d_in] what a map and the bypass beside it read; a placeholder where none reads."""
@@ -210,17 +286,57 @@ class _Window:
         return y.new_zeros(()).expand(y.shape[0], 1)
 
     def linear_output(self, linear: str) -> torch.Tensor:
-        """What a map gave before its hook, where that is kept; zeros elsewhere."""
+        """What a map gave before its hook, where that is kept or made again; zeros elsewhere."""
         parts = output_parts(self.config, linear)
         width = parts[-1][1].stop
+        again = self.run_again(linear) if any(self.runs_again(name) for name, _ in parts) else {}
         y = torch.zeros(
             self.stop - self.start, width, dtype=self.dtype, device=self.sequence.tokens.device
         )
         for name, cut in parts:
             kept = self.tape.read(self.index, f"{name}.unscaled", self.start, self.stop)
+            if kept is None:
+                kept = again.get(name)
             if kept is not None:
                 y[:, cut] = kept
         return y
+
+    def mixed(self) -> torch.Tensor:
+        """Attention's result once more; its log-sum-exps are at hand then, too."""
+        mixer, queries = self.mixer, self.get("attn.q.final")
+        queries = queries.view(queries.shape[0], -1, mixer.head_dim)
+        keys, values = self.cache.layers[self.index]
+        layout = window_in_pages(self.sequence, self.start, self.stop, self.cache.block_size)
+        z, lse = attention_with_lse(
+            queries,
+            keys,
+            values,
+            layout,
+            scale=mixer.scale,
+            window=mixer.window,
+            softcap=mixer.softcap,
+        )
+        if lse is not None and layout.n_decode == 0:
+            self.made["attn.lse"] = lse
+        return z.flatten(1)
+
+    def log_sums(self) -> torch.Tensor:
+        """Log-sum-exps once more."""
+        if self.runs_again("attention") and not self.held("attn.z"):
+            self.get("attn.z")
+            if "attn.lse" in self.made:
+                return self.made["attn.lse"]
+        mixer, queries = self.mixer, self.get("attn.q.final")
+        assert self.sequence.table is not None
+        return attention_lse(
+            queries.view(queries.shape[0], -1, mixer.head_dim),
+            self.cache.layers[self.index][0],
+            self.sequence.table,
+            self.start,
+            scale=mixer.scale,
+            window=mixer.window,
+            softcap=mixer.softcap,
+        )
 
     def query_final(self) -> torch.Tensor:
         """Queries as they attend: normalised, cut and turned."""
@@ -246,13 +362,14 @@ class _Window:
         return (x if self.mixer.qk_norm == "head" else x.flatten(1)), weight
 
     def turned(self, x: torch.Tensor, *, backward: bool) -> torch.Tensor:
-        """x [s, heads, D] by the rotary angles, or by their transpose."""
+        """x [s, heads, D] by the rotary angles, or by their transpose; in the model's dtype."""
         rope = self.decoder.rope_of(self.index)
         if rope is None:
-            return x
-        cos, sin = rope
+            return x.to(self.dtype)
         positions = self.sequence.positions(self.start, self.stop)
-        return apply_rotary_reference(x, x[:, :0], cos, -sin if backward else sin, positions)[0]
+        out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
+        turn_heads(x, *rope, positions, out, backward=backward)
+        return out
 
     # --- backward -------------------------------------------------------------------------------
     def backward(self, dx: torch.Tensor) -> torch.Tensor | None:
@@ -280,29 +397,59 @@ class _Window:
         d_in = None if d_in is None else self.rows_vjp("mlp.in", d_in)
         if d_in is None:
             return None
-        if self.layer.norm2 is not None:
-            d_in = norm_backward(self.layer.norm2, d_in, self.get("resid.mid.hooked"))
-        return self.rows_vjp("resid.mid", dx_end + d_in)
+        if self.layer.norm2 is None:
+            return self.rows_vjp("resid.mid", dx_end + d_in)
+        before = self.get("resid.mid.hooked")
+        return self.rows_vjp("resid.mid", norm_backward(self.layer.norm2, d_in, before, dx_end))
 
     def mlp_backward(self, mlp: MLP, d_out: torch.Tensor) -> torch.Tensor | None:
+        if mlp.gated:
+            return self.gated_backward(mlp, d_out)
         kind = self.config.activation
         d_neuron = self.linear_vjp("down", mlp.down, d_out)
+        d_neuron = None if d_neuron is None else self.rows_vjp("mlp.neuron", d_neuron)
         if d_neuron is None:
             return None
-        d_neuron = self.rows_vjp("mlp.neuron", d_neuron)
-        if d_neuron is None:
-            return None
-        if mlp.gated:
-            d_up = gated_activation_backward(
-                d_neuron, self.get("mlp.gate"), self.get("mlp.up"), kind
-            )
-            return self.linear_vjp("gate_up", mlp.gate_up, d_up)
         if kind == "relu" and not self.held("mlp.up"):
-            sign = self.get("mlp.sign") if self.held("mlp.sign") else self.get("mlp.neuron") > 0
+            if self.held("mlp.sign"):
+                sign = self.get("mlp.sign")
+            elif self.held("mlp.neuron"):
+                sign = self.get("mlp.neuron") > 0
+            else:
+                sign = self.get("mlp.up") > 0
             d_up = d_neuron * sign
         else:
             d_up = activation_backward(d_neuron, self.get("mlp.up"), kind)
         return self.linear_vjp("up", mlp.up, d_up)
+
+    def gated_backward(self, mlp: MLP, d_out: torch.Tensor) -> torch.Tensor | None:
+        """Through a gated MLP. The neurons are needed only by a bypass that reads them: they come
+        last, out of the pass that makes the gradients of gate and up."""
+        low = self.bypass.low_rank(self.index, "down") if "down" in self.hooked else ()
+        late = low is not None and self.last_hook != "down" and "mlp.neuron" not in self.hooked
+        if late:
+            assert low is not None
+            d_low = self.low_rank_inner(low, d_out)
+            d_neuron: torch.Tensor | None = self.map_backward(low, d_low, d_out, mlp.down)
+        else:
+            d_neuron = self.linear_vjp("down", mlp.down, d_out)
+            d_neuron = None if d_neuron is None else self.rows_vjp("mlp.neuron", d_neuron)
+        if d_neuron is None:
+            return None
+        gate, up = self.get("mlp.gate"), self.get("mlp.up")
+        n, width = d_neuron.shape
+        d_up = gate if gate._base is None else gate._base
+        in_place = d_up is up._base and d_up.shape == (n, 2 * width) and not self.held("mlp.gate")
+        if not in_place:
+            d_up = torch.empty(n, 2 * width, dtype=gate.dtype, device=gate.device)
+        neuron = gated_activation_backward(d_neuron, gate, up, self.config.activation, d_up)
+        if late:
+            assert low is not None
+            self.low_rank_gradients(low, d_low, d_out, neuron)
+        for name in ("mlp.gate", "mlp.up", "mlp.neuron"):  # overwritten, or no longer needed
+            self.made.pop(name, None)
+        del gate, up, neuron, d_neuron
+        return self.linear_vjp("gate_up", mlp.gate_up, d_up)
 
     def attention_backward(self, d_mid: torch.Tensor) -> torch.Tensor | None:
         mixer, sequence = self.mixer, self.sequence
@@ -335,6 +482,8 @@ class _Window:
             dv=dv,
         )
         d_q = self.turned(dq, backward=True) if queries and dq is not None else None
+        for name in ("attn.q.final", "attn.z", "attn.lse"):
+            self.made.pop(name, None)
         d_k = None if dk is None else self.rows_vjp("attn.kvhead.k", self.complete(dk, turn=True))
         d_v = None if dv is None else self.rows_vjp("attn.kvhead.v", self.complete(dv))
         if self.is_last("attn.kvhead.k"):
@@ -349,14 +498,15 @@ class _Window:
         d_in = None if d_in is None else self.rows_vjp("attn.in", d_in)
         if d_in is None:
             return None
-        if self.layer.norm1 is not None:
-            d_in = norm_backward(self.layer.norm1, d_in, self.get("resid.pre"))
-        return self.rows_vjp("resid.pre", d_mid + d_in)
+        if self.layer.norm1 is None:
+            return self.rows_vjp("resid.pre", d_mid + d_in)
+        before = self.get("resid.pre")
+        return self.rows_vjp("resid.pre", norm_backward(self.layer.norm1, d_in, before, d_mid))
 
     def complete(self, total: torch.Tensor, *, turn: bool = False) -> torch.Tensor:
         """The window's own rows of a sum [L, G, D]: no window is left that reads them."""
-        own = total[self.start : self.stop].to(self.dtype)
-        return self.turned(own, backward=True) if turn else own
+        own = total[self.start : self.stop]
+        return self.turned(own, backward=True) if turn else own.to(self.dtype)
 
     def map_output_backward(self, name: str, d: torch.Tensor | None, n_heads: int) -> torch.Tensor:
         """Back through clip and QK-norm to what the map gave: [s, heads, D] -> [s, heads * D].
@@ -366,7 +516,8 @@ class _Window:
         m = self.mixer
         if d is None:
             width = n_heads * m.head_dim
-            return self.get("attn.lse").new_zeros(self.stop - self.start, width, dtype=self.dtype)
+            device = self.sequence.tokens.device
+            return torch.zeros(self.stop - self.start, width, dtype=self.dtype, device=device)
         d = self.clip_backward(name, d)
         if m.qk_norm != "none" and name != "attn.v":
             x, weight = self.qk_norm_input(name)
@@ -416,8 +567,16 @@ class _Window:
         if linear not in self.hooked:
             return d_out @ weight
         layer, bypass = self.index, self.bypass
+        low = bypass.low_rank(layer, linear)
+        if low is not None:
+            x = self.get(_LINEAR_READS[linear]).flatten(1)
+            d_low = self.low_rank_inner(low, d_out)
+            self.low_rank_gradients(low, d_low, d_out, x)
+            return (
+                None if linear == self.last_hook else self.map_backward(low, d_low, d_out, weight)
+            )
         parts = output_parts(self.config, linear)
-        scaled = any(self.held(f"{name}.unscaled") for name, _ in parts)
+        scaled = any((layer, name) in self.tape.plan.scaled for name, _ in parts)
         y = self.linear_output(linear) if scaled else torch.zeros_like(d_out)
         x = self.linear_input(linear, y)
         if linear == self.last_hook:
@@ -425,6 +584,47 @@ class _Window:
             return None
         d_x, d_y = self.vjp(lambda a, b: bypass(layer, linear, a, b), [x, y], d_out)
         return d_x.addmm_(d_y, weight) if linear in self.reads else d_y @ weight
+
+    # y += scale (x A^T) B^T: with e = scale dy B, dx += e A, dA = e^T x, dB = scale dy^T (x A^T).
+    @staticmethod
+    def low_rank_inner(low: Sequence[LowRank], d_out: torch.Tensor) -> list[torch.Tensor]:
+        """e [s, R] of every part."""
+        return [
+            (d_out[:, part.start : part.stop] @ part.b.detach().to(d_out.dtype)).mul_(part.scale)
+            for part in low
+        ]
+
+    @staticmethod
+    def map_backward(
+        low: Sequence[LowRank],
+        d_low: Sequence[torch.Tensor],
+        d_out: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        """Gradient by what a frozen map and the low-rank parts beside it read."""
+        if not low:
+            return d_out @ weight
+        d_x = d_low[0] @ low[0].a.detach().to(d_out.dtype)
+        for part, inner in zip(low[1:], d_low[1:], strict=True):
+            d_x.addmm_(inner, part.a.detach().to(d_out.dtype))
+        return d_x.addmm_(d_out, weight)
+
+    @staticmethod
+    def low_rank_gradients(
+        low: Sequence[LowRank],
+        d_low: Sequence[torch.Tensor],
+        d_out: torch.Tensor,
+        x: torch.Tensor,
+    ) -> None:
+        """Add to the parameters' gradients."""
+        for part, inner in zip(low, d_low, strict=True):
+            outer = d_out[:, part.start : part.stop]
+            reduced = (x @ part.a.detach().to(x.dtype).T).mul_(part.scale)
+            for parameter, gradient in ((part.a, inner.T @ x), (part.b, outer.T @ reduced)):
+                if parameter.grad is None:
+                    parameter.grad = gradient.to(parameter.dtype)
+                else:
+                    parameter.grad += gradient
 
     @staticmethod
     def vjp(
@@ -439,8 +639,8 @@ class _Window:
         return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
 
-def _after(part: str) -> Callable[[_Window], torch.Tensor]:
-    return lambda window: window.after_hook(part)
+def _remade(part: str) -> Callable[[_Window], torch.Tensor]:
+    return lambda window: window.remade(part)
 
 
 _REBUILT: dict[str, Callable[[_Window], torch.Tensor]] = {
@@ -448,18 +648,20 @@ _REBUILT: dict[str, Callable[[_Window], torch.Tensor]] = {
     "resid.pre": _Window.resid_pre,
     "attn.in": _Window.attn_in,
     "attn.in.hooked": _Window.attn_in_hooked,
-    "attn.q": _after("attn.q"),
-    "attn.k": _after("attn.k"),
-    "attn.v": _after("attn.v"),
+    "attn.q": _remade("attn.q"),
+    "attn.k": _remade("attn.k"),
+    "attn.v": _remade("attn.v"),
     "attn.q.final": _Window.query_final,
+    "attn.z": _Window.mixed,
+    "attn.lse": _Window.log_sums,
     "attn.proj": _Window.attn_proj,
     "attn.out": _Window.attn_out,
     "resid.mid": _Window.resid_mid,
     "resid.mid.hooked": _Window.resid_mid_hooked,
     "mlp.in": _Window.mlp_in,
     "mlp.in.hooked": _Window.mlp_in_hooked,
-    "mlp.gate": _after("mlp.gate"),
-    "mlp.up": _after("mlp.up"),
+    "mlp.gate": _remade("mlp.gate"),
+    "mlp.up": _remade("mlp.up"),
     "mlp.neuron": _Window.neuron,
     "mlp.neuron.hooked": _Window.hooked_neuron,
     "mlp.out": _Window.mlp_out,

@@ -23,7 +23,7 @@ from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig
 
 Verdict = Literal["kept", "rebuilt", "compressed", "dropped"]
-_RERUNNABLE = ("q", "k", "v", "o", "gate", "up")
+_RERUNNABLE = ("q", "k", "v", "o", "gate", "up", "attention")
 HEAD_CHUNK = 256  # rows whose logits exist at one time
 
 
@@ -119,7 +119,7 @@ def choose_kept(
     Args:
         rebuild: let cheap operations make tensors again.
         compress: let one bit an element stand where a gradient reads no more.
-        rerun: frozen linear maps that may run again, as if they were cheap.
+        rerun: frozen linear maps (or "attention") that may run again, as if they were cheap.
         cache: keys and values in the engine's cache cost nothing.
     """
     wants = {node.reads for node in nodes}
@@ -135,7 +135,7 @@ def choose_kept(
     made_from: dict[str, tuple[str, ...] | None] = dict.fromkeys(graph.tensors)
     if rebuild:
         for op in graph.ops:
-            if op.cheap or _is_map(op, rerun):
+            if op.cheap or _runs_again(op, rerun):
                 for out in op.outputs:
                     made_from[out] = op.inputs
                     pieces.join((out, *op.inputs))
@@ -197,8 +197,91 @@ def _solve_piece(
     return best[2], best[3]
 
 
-def _is_map(op: Op, places: Sequence[str]) -> bool:
+def _runs_again(op: Op, places: Sequence[str]) -> bool:
+    if op.kind == "attention":
+        return "attention" in places
     return op.kind == "linear" and op.params[0].name.removesuffix(".weight") in places
+
+
+# --- within a budget ----------------------------------------------------------------------------
+# What a layer may run again, from nothing to all but the last map. A kept number that a matrix
+# makes costs about the same arithmetic whichever matrix it is; attention grows with the length.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("up",),
+    ("gate", "up"),
+    ("q", "k", "v", "gate", "up"),
+    ("q", "k", "v", "o", "gate", "up"),
+    ("q", "k", "v", "o", "gate", "up", "attention"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """What is kept at each of :data:`LEVELS`, and its bits a token by layer."""
+
+    kept: tuple[Kept, ...]
+    bits: tuple[dict[int, int], ...]
+
+    def within(self, graph: Graph, *, length: int, max_bytes: int) -> tuple[Kept, dict[int, int]]:
+        """The fastest tape of ``length`` tokens that fits, and the level of each layer.
+
+        All layers have one level, or the upper ones, which the backward lets go first, have the
+        one before.
+
+        Raises:
+            InvalidRequest: even the smallest does not fit.
+        """
+        totals = [_bytes(sum(bits.values()), length) for bits in self.bits]
+        fitting = [level for level, total in enumerate(totals) if total <= max_bytes]
+        if not fitting:
+            raise InvalidRequest(
+                f"a text of {length} tokens must keep at least {min(totals)} bytes",
+                field="tape_bytes",
+                given=max_bytes,
+                remedy="Allow more bytes, or train shorter texts",
+            )
+        level, last = fitting[0], max(self.bits[0])
+        chosen = dict.fromkeys(range(last + 1), level)
+        held = sum(self.bits[level].values())
+        for layer in reversed(range(last + 1)):
+            if level == 0:
+                break
+            held += self.bits[level - 1].get(layer, 0) - self.bits[level].get(layer, 0)
+            if _bytes(held, length) > max_bytes:
+                break
+            chosen[layer] = level - 1
+
+        def mine(layer: int, keys: frozenset[str]) -> set[str]:
+            return {key for key in keys if _owner(graph, key, last) == layer}
+
+        parts = [(layer, self.kept[at]) for layer, at in chosen.items()]
+        return Kept(
+            tape=frozenset().union(*(mine(layer, kept.tape) for layer, kept in parts)),
+            cached=frozenset().union(*(mine(layer, kept.cached) for layer, kept in parts)),
+            read=frozenset().union(*(mine(layer, kept.read) for layer, kept in parts)),
+        ), chosen
+
+
+def levels_of(graph: Graph, nodes: Sequence[Gradient]) -> Levels:
+    """Solve every level for the whole model."""
+    last = max(tensor.layer for tensor in graph.tensors.values()) + 1
+    kept, bits = [], []
+    for rerun in LEVELS:
+        kept.append(choose_kept(graph, nodes, rebuild=True, compress=True, rerun=rerun))
+        of_layer = dict.fromkeys(range(last + 1), 0)
+        for key in kept[-1].tape:
+            of_layer[_owner(graph, key, last)] += graph.tensors[key].bits
+        bits.append(of_layer)
+    return Levels(tuple(kept), tuple(bits))
+
+
+def _owner(graph: Graph, key: str, last: int) -> int:
+    """The layer that reads a tensor: the stream after a layer belongs to the next one."""
+    tensor = graph.tensors[key]
+    if tensor.layer < 0:
+        return 0 if tensor.name.startswith("embed") else last
+    return tensor.layer + 1 if tensor.name.startswith("resid.post") else tensor.layer
 
 
 def _spelled(options: tuple[frozenset[str], ...]) -> list[list[str]]:
@@ -406,6 +489,7 @@ def plan_activations(
     length: int,
     window: int = 512,
     rerun: Sequence[str] = (),
+    tape_bytes: int | None = None,
     dtype: str = "bfloat16",
     adapter_dtype: str = "float32",
 ) -> MemoryPlan:
@@ -413,14 +497,16 @@ def plan_activations(
 
     Args:
         window: tokens of one window of the token-level backward; cut to the length.
-        rerun: frozen maps among q, k, v, o, gate, up that the backward runs again where that
-            saves memory: a smaller tape for more arithmetic.
+        rerun: frozen maps among q, k, v, o, gate, up, and attention, that the backward runs
+            again where that saves memory: a smaller tape for more arithmetic.
+        tape_bytes: most bytes of the tape; what runs again is then chosen layer by layer instead
+            (:data:`LEVELS`).
         adapter_dtype: in which the plain-code comparison (``Totals.naive``, ``frozen``) runs its
             bypasses; this engine's run in ``dtype``.
 
     Raises:
         InvalidRequest: see :func:`invivo.engine.training_graph.build_graph`; a length or window
-            below 1.
+            below 1; a tape that cannot be so small.
         UnsupportedModel: a layer that is not attention.
     """
     for name, value in (("length", length), ("window", window)):
@@ -440,7 +526,10 @@ def plan_activations(
     nodes = differentiate(graph)
     pruned = choose_kept(graph, nodes, rebuild=False, compress=False)
     rebuilt = choose_kept(graph, nodes, rebuild=True, compress=False)
-    final = choose_kept(graph, nodes, rebuild=True, compress=True, rerun=rerun)
+    if tape_bytes is None:
+        final = choose_kept(graph, nodes, rebuild=True, compress=True, rerun=rerun)
+    else:
+        final, _ = levels_of(graph, nodes).within(graph, length=length, max_bytes=tape_bytes)
 
     def tape(keys: Iterable[str]) -> int:
         return _bytes(sum(graph.tensors[k].bits for k in keys), length)

@@ -12,6 +12,7 @@ from invivo.kernels.attention_backward import attention_lse
 from invivo.models.bypass import Bypass
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder, Layer
+from invivo.models.sites import LSE
 
 # Tape names that a site gives, where no bypass may change it on the way there.
 _FROM_SITE: dict[str, tuple[str, ...]] = {
@@ -74,27 +75,33 @@ class Recording:
         for layer, name in {key for piece in pieces for key in piece.tape.held}:
             if name in _QUERY_NAMES:
                 self._wanted.add((self._query_site[layer], layer))
+            if name == LSE:
+                self._wanted.add((LSE, layer))
             for site, names in _FROM_SITE.items():
                 # Behind a hook the value is another: there the wrapped bypass keeps it.
                 hooked = site in at or (site == "resid.post" and "resid.pre" in at and layer < last)
                 if name in names and not hooked:
                     self._wanted.add((site, layer))
         self._queries: list[torch.Tensor] = []
+        self._lse: torch.Tensor | None = None
 
     def wants(self, site: str, layer: int) -> bool:
         return (site, layer) in self._wanted
 
     def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
         """Copy the rows of every piece."""
+        if site == LSE:
+            self._lse = value
+            return value
         if site == self._query_site[layer]:
             self._queries = [piece.of(value) for piece in self._pieces]
             for piece, rows in zip(self._pieces, self._queries, strict=True):
                 piece.tape.write(layer, "attn.q.final", piece.start, rows)
             return value
         for name in _FROM_SITE[site]:
-            if name == "attn.lse":
+            if name == LSE:
                 self._write_lse(layer, self._queries)
-                self._queries = []
+                self._queries, self._lse = [], None
                 continue
             for piece in self._pieces:
                 rows = piece.of(value)
@@ -104,11 +111,16 @@ class Recording:
         return value
 
     def _write_lse(self, layer: int, queries_of: list[torch.Tensor]) -> None:
-        """Of the queries just seen (none where nobody asked), whose keys are in the cache now."""
+        """Those that attention left behind, for rows that ran as a span; else those of the queries
+        just seen (none where nobody asked), whose keys are in the cache now."""
         block: Layer = self._decoder.layers[layer]  # type: ignore[assignment]
         mixer = block.mixer
         for piece, queries in zip(self._pieces, queries_of, strict=bool(queries_of)):
-            if (layer, "attn.lse") in piece.tape.held:
+            if (layer, LSE) not in piece.tape.held:
+                continue
+            if self._lse is not None and piece.stop - piece.start > 1:
+                lse = piece.of(self._lse)
+            else:
                 lse = attention_lse(
                     queries,
                     self._cache.layers[layer][0],
@@ -118,7 +130,7 @@ class Recording:
                     window=mixer.window,
                     softcap=mixer.softcap,
                 )
-                piece.tape.write(layer, "attn.lse", piece.start, lse)
+            piece.tape.write(layer, LSE, piece.start, lse)
 
 
 class _RecordingBypass:

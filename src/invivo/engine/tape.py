@@ -8,11 +8,11 @@ feed-forward is rerun from its input.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from invivo.engine.memory_plan import choose_kept, differentiate
+from invivo.engine.memory_plan import LEVELS, Kept, choose_kept, differentiate, levels_of
 from invivo.engine.trainable import Trainable
 from invivo.engine.trained_hooks import TrainedHooks
 from invivo.engine.training_graph import build_graph
@@ -36,36 +36,84 @@ class Entry:
     dtype: str
 
 
-TapePlan = dict[tuple[int, str], Entry]  # by layer and name
+@dataclass(frozen=True, slots=True)
+class TapePlan:
+    """What a sequence keeps.
 
-
-def planned_tape(
-    config: ModelConfig,
-    trainables: Sequence[Trainable],
-    *,
-    dtype: torch.dtype,
-    input_gradients: bool = False,
-) -> TapePlan:
-    """The tensors of the plan, without the loss's gradient and the insides of mixtures.
-
-    What attention's queries are called depends on norm, clip and rotary embedding; the ones that
-    meet the keys are "attn.q.final" here.
+    Attributes:
+        entries: by layer and name.
+        rerun: by layer, the maps (and "attention") that the backward runs again.
+        scaled: outputs of maps that a trained vector scales, by layer and name: the backward
+            reads them as they were before.
     """
-    name_of = {kind: name for name, kind in DTYPES.items()}
-    if input_gradients and all(each.kind != "soft_prompt" for each in trainables):
-        # Keeps what a gradient by the embeddings needs.
-        trainables = [*trainables, Trainable("soft_prompt", size=1)]
-    graph = build_graph(config, trainables, length=1, dtype=name_of[dtype])
-    kept = choose_kept(graph, differentiate(graph), rebuild=True, compress=True)
-    final = {op.inputs[0] for op in graph.ops if op.kind == "attention"}
-    plan: TapePlan = {}
-    for key in sorted(kept.tape):
-        tensor = graph.tensors[key]
-        if tensor.layer < 0 or tensor.name.startswith("moe."):
-            continue
-        name = "attn.q.final" if key in final else tensor.name
-        plan[_before_hook(tensor.layer, name)] = Entry(tensor.shape, tensor.dtype)
-    return plan
+
+    entries: dict[tuple[int, str], Entry]
+    rerun: dict[int, frozenset[str]] = field(default_factory=dict)
+    scaled: frozenset[tuple[int, str]] = frozenset()
+
+
+class TapePlanner:
+    """Plans tapes of one model and one set of bypasses."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        trainables: Sequence[Trainable],
+        *,
+        dtype: torch.dtype,
+        input_gradients: bool = False,
+        max_bytes: int | None = None,
+    ) -> None:
+        """``max_bytes``: of one tape; None keeps whatever only a large product could rebuild."""
+        name_of = {kind: name for name, kind in DTYPES.items()}
+        if input_gradients and all(each.kind != "soft_prompt" for each in trainables):
+            # Keeps what a gradient by the embeddings needs.
+            trainables = [*trainables, Trainable("soft_prompt", size=1)]
+        self._graph = build_graph(config, trainables, length=1, dtype=name_of[dtype])
+        nodes = differentiate(self._graph)
+        self._max_bytes = max_bytes
+        self._levels = self._whole = None
+        if max_bytes is None:
+            kept = choose_kept(self._graph, nodes, rebuild=True, compress=True)
+            self._whole = self._plan(kept, {})
+        else:
+            self._levels = levels_of(self._graph, nodes)
+
+    def plan(self, length: int) -> TapePlan:
+        """For a sequence of ``length`` rows: the tensors of the memory plan, without the loss's
+        gradient and the insides of mixtures.
+
+        What attention's queries are called depends on norm, clip and rotary embedding; the ones
+        that meet the keys are "attn.q.final" here.
+
+        Raises:
+            InvalidRequest: the budget is too small for it.
+        """
+        if self._whole is not None:
+            return self._whole
+        assert self._levels is not None
+        assert self._max_bytes is not None
+        return self._plan(
+            *self._levels.within(self._graph, length=length, max_bytes=self._max_bytes)
+        )
+
+    def _plan(self, kept: Kept, levels: dict[int, int]) -> TapePlan:
+        graph = self._graph
+        final = {op.inputs[0] for op in graph.ops if op.kind == "attention"}
+        entries = {}
+        for key in sorted(kept.tape):
+            tensor = graph.tensors[key]
+            if tensor.layer < 0 or tensor.name.startswith("moe."):
+                continue
+            name = "attn.q.final" if key in final else tensor.name
+            entries[_before_hook(tensor.layer, name)] = Entry(tensor.shape, tensor.dtype)
+        scaled = {
+            (tensor.layer, tensor.name.removesuffix(".unscaled"))
+            for tensor in graph.tensors.values()
+            if tensor.name.endswith(".unscaled")
+        }
+        rerun = {layer: frozenset(LEVELS[level]) for layer, level in levels.items()}
+        return TapePlan(entries, rerun, frozenset(scaled))
 
 
 def _before_hook(layer: int, name: str) -> tuple[int, str]:
@@ -81,7 +129,7 @@ def layer_inputs(config: ModelConfig, hooks: TrainedHooks, *, dtype: torch.dtype
     name = next(name for name, kind in DTYPES.items() if kind == dtype)
     entry = Entry((config.d_model,), name)
     first = max(1, hooks.bottom)
-    return {(layer, "layer.input"): entry for layer in range(first, config.n_layers)}
+    return TapePlan({(layer, "layer.input"): entry for layer in range(first, config.n_layers)})
 
 
 @dataclass(slots=True)
@@ -94,7 +142,7 @@ class Tape:
     @classmethod
     def allocate(cls, plan: TapePlan, length: int, device: torch.device) -> Tape:
         held = {}
-        for key, entry in plan.items():
+        for key, entry in plan.entries.items():
             if entry.dtype == "bit":
                 width = -(-_count(entry.shape) // 8)
                 held[key] = torch.zeros(length, width, dtype=torch.uint8, device=device)
@@ -102,6 +150,11 @@ class Tape:
                 dtype = DTYPES[entry.dtype]
                 held[key] = torch.zeros(length, *entry.shape, dtype=dtype, device=device)
         return cls(held, plan)
+
+    def let_go(self, layer: int) -> None:
+        """Drop what only ``layer`` and those above it read."""
+        for key in [key for key in self.held if key[0] >= layer]:
+            del self.held[key]
 
     @property
     def n_bytes(self) -> int:
@@ -112,7 +165,7 @@ class Tape:
         held = self.held.get((layer, name))
         if held is None:
             return
-        if self.plan[layer, name].dtype == "bit":
+        if self.plan.entries[layer, name].dtype == "bit":
             value = pack_bits(value.reshape(value.shape[0], -1))
         held[start : start + value.shape[0]] = value.reshape(-1, *held.shape[1:])
 
@@ -122,7 +175,7 @@ class Tape:
         if held is None:
             return None
         rows = held[start:stop]
-        entry = self.plan[layer, name]
+        entry = self.plan.entries[layer, name]
         if entry.dtype != "bit":
             return rows
         return unpack_bits(rows, _count(entry.shape)).view(-1, *entry.shape)

@@ -31,7 +31,7 @@ from invivo.engine.bypasses import BypassSpec, Parameters, TrainBypass
 from invivo.engine.layer_backward import LayerBackward
 from invivo.engine.recording import Piece
 from invivo.engine.rerun import rerun_backward
-from invivo.engine.tape import Tape, TapePlan, layer_inputs, planned_tape
+from invivo.engine.tape import Tape, TapePlan, TapePlanner, layer_inputs
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.trained_hooks import trained_hooks
 from invivo.engine.types import BackwardUnit
@@ -59,6 +59,7 @@ class WindowTrainer:
         mode: Mode = "tape",
         order: Order = "window",
         input_gradients: bool = False,
+        tape_bytes: int | None = None,
     ) -> None:
         """Plan what is kept.
 
@@ -67,6 +68,9 @@ class WindowTrainer:
             specs: what is trained.
             parameters: by name, see :mod:`invivo.engine.bypasses`; leaves that require gradients.
             input_gradients: also compute the gradient by the embeddings.
+            tape_bytes: most bytes that the tape of one sequence may take, the rest is run again
+                (:meth:`begin` refuses a sequence whose tape cannot be so small); None: whatever
+                spares a large product is kept.
 
         Raises:
             InvalidRequest: see :func:`invivo.engine.trained_hooks.trained_hooks`.
@@ -83,24 +87,34 @@ class WindowTrainer:
         self._input_gradients = input_gradients
         self._n_layers = config.n_layers
         dtype = decoder.embed.dtype
-        self._plan: TapePlan | None = None
+        self._planner: TapePlanner | None = None
+        self._inputs: TapePlan | None = None
         self._backward: LayerBackward | None = None
         if mode == "tape":
-            self._plan = planned_tape(
-                config, trainables, dtype=dtype, input_gradients=input_gradients
+            self._planner = TapePlanner(
+                config,
+                trainables,
+                dtype=dtype,
+                input_gradients=input_gradients,
+                max_bytes=tape_bytes,
             )
             self._backward = LayerBackward(decoder, cache, self._hooks)
         elif order == "layer":
-            self._plan = layer_inputs(config, self._hooks, dtype=dtype)
+            self._inputs = layer_inputs(config, self._hooks, dtype=dtype)
 
     # --- forward ------------------------------------------------------------------------------
     @property
     def records(self) -> bool:
         """Whether forward windows must run under a :class:`~invivo.engine.recording.Recording`."""
-        return bool(self._plan)
+        return self._planner is not None or bool(self._inputs and self._inputs.entries)
 
     def begin(self, sequence: TrainSequence) -> None:
-        """Make room for a micro-step of ``sequence``, forgetting any that was under way."""
+        """Make room for a micro-step of ``sequence``, forgetting any that was under way.
+
+        Raises:
+            InvalidRequest: the tape of so long a sequence does not fit ``tape_bytes``.
+        """
+        plan = self._inputs if self._planner is None else self._planner.plan(sequence.length)
         device, n = sequence.tokens.device, sequence.length
         decoder = self.decoder
         wide = torch.float64 if decoder.embed.dtype == torch.float64 else torch.float32
@@ -111,8 +125,8 @@ class WindowTrainer:
         shape = (n, decoder.config.d_model)
         sequence.dx = torch.zeros(shape, dtype=decoder.embed.dtype, device=device)
         sequence.tape = None
-        if self._plan:
-            sequence.tape = Tape.allocate(self._plan, n, device)
+        if plan is not None and plan.entries:
+            sequence.tape = Tape.allocate(plan, n, device)
         sequence.sums = {}
         sequence.d_embeddings = None
         sequence.row, sequence.layer = n, self._n_layers
@@ -273,6 +287,8 @@ class WindowTrainer:
         if self.order == "layer":
             for layer in [layer for layer in sequence.sums if layer >= sequence.layer]:
                 del sequence.sums[layer]
+            if sequence.tape is not None and sequence.row == sequence.length:
+                sequence.tape.let_go(sequence.layer)
         if self.done(sequence):
             if self._input_gradients:
                 sequence.d_embeddings = sequence.dx

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from invivo.errors import UnsupportedModel
-from invivo.kernels.activation import GELU_TANH, activation
+from invivo.kernels.activation import ACTIVATIONS, GELU_TANH, activation
+from invivo.kernels.device import runs_triton
 
 
 def activation_backward(dy: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -28,12 +29,35 @@ def activation_backward(dy: torch.Tensor, x: torch.Tensor, kind: str) -> torch.T
     raise UnsupportedModel("unknown activation", field="hidden_act", given=kind)
 
 
-def gated_activation_backward(
-    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str
+def gated_activation_backward_reference(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, out: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of ``activation(gate) * up`` by (gate, up) side by side: [T, f] -> [T, 2 f]."""
+    """Gradient of ``y = activation(gate) * up`` by (gate, up), and y itself once more.
+
+    Args:
+        dy: [T, f]; may be overwritten, by y.
+        gate, up: [T, f], rows at any stride.
+        out: [T, 2 f] takes the gradients side by side; gate and up may lie in it at the same
+            places.
+
+    Returns:
+        y [T, f], as the forward pass rounded it.
+    """
     width = gate.shape[-1]
-    grad = torch.empty(*gate.shape[:-1], 2 * width, dtype=gate.dtype, device=gate.device)
-    grad[..., :width] = activation_backward(dy * up, gate, kind)
-    torch.mul(dy, activation(gate, kind), out=grad[..., width:])
-    return grad
+    active = activation(gate, kind)
+    y = active * up
+    d_gate = activation_backward(dy * up, gate, kind)
+    torch.mul(dy, active, out=out[..., width:])
+    out[..., :width] = d_gate
+    return y
+
+
+def gated_activation_backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, out: torch.Tensor
+) -> torch.Tensor:
+    """:func:`gated_activation_backward_reference`, by the fastest way for the device."""
+    if kind in ACTIVATIONS and runs_triton(dy, gate, up):
+        from invivo.kernels.triton_activation import gated_activation_backward_triton
+
+        return gated_activation_backward_triton(dy, gate, up, kind, out)
+    return gated_activation_backward_reference(dy, gate, up, kind, out)

@@ -102,3 +102,33 @@ def paged_attention(
     return paged_attention_reference(
         q, k_cache, v_cache, layout, scale=scale, window=window, softcap=softcap
     )
+
+
+def attention_with_lse(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    layout: PagedLayout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """:func:`paged_attention`, and the log-sum-exp of each row's scores where it costs nothing.
+
+    Returns:
+        z [T, H, D], and [T, H] float32 valid from row ``layout.n_decode`` on; None where the
+        device's kernel has none at hand (:func:`invivo.kernels.attention_backward.attention_lse`).
+    """
+    if not runs_triton(q, k_cache, v_cache):
+        z = paged_attention(
+            q, k_cache, v_cache, layout, scale=scale, window=window, softcap=softcap
+        )
+        return z, None
+    from invivo.kernels.triton_attention import paged_attention_triton
+
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    z = paged_attention_triton(
+        q, k_cache, v_cache, layout, scale=scale, window=window, softcap=softcap, lse=lse
+    )
+    return z, lse

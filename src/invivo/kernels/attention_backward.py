@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import torch
 
+from invivo.kernels.device import runs_triton
+
 BLOCK_ROWS = 256  # query rows at a time
 BLOCK_KEYS = 512  # keys at a time
 
@@ -147,7 +149,12 @@ def attention_backward(
     dv: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """:func:`attention_backward_reference`, by the fastest way for the device."""
-    return attention_backward_reference(
+    backward = attention_backward_reference
+    if runs_triton(q, dz):
+        from invivo.kernels.triton_attention_backward import attention_backward_triton
+
+        backward = attention_backward_triton
+    return backward(
         dz,
         q,
         k_cache,

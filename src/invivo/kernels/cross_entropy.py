@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from invivo.kernels.device import runs_triton
 from invivo.kernels.linear import linear
 
 IGNORED = -100  # the label of a row that predicts nothing
 LOGITS_BYTES = 64 << 20  # a piece of logits is at most about this large
+# On a GPU a piece stays in its dtype; the head is read once a piece, which takes rows to pay.
+GPU_LOGITS_BYTES = 128 << 20
 
 
 @dataclass(slots=True)
@@ -94,9 +97,9 @@ def cross_entropy(
     wide = _wide(hidden)
     hidden, head = hidden.detach(), head.detach()
     at = torch.nonzero(labels != IGNORED).squeeze(1)
+    fast = runs_triton(hidden)
     if rows is None:
-        row_bytes = head.shape[0] * torch.empty((), dtype=wide).element_size()
-        rows = max(16, LOGITS_BYTES // row_bytes)
+        rows = _piece_rows(head.shape[0], hidden.element_size() if fast else wide.itemsize, fast)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if want_grad else None
     logprobs = None
@@ -105,13 +108,27 @@ def cross_entropy(
     with torch.no_grad():
         for piece in at.split(rows):
             target = labels[piece]
-            logits = linear(hidden[piece], head, packed=packed).to(wide)
+            weight = None if weights is None else weights[piece].to(wide)
+            logits = linear(hidden[piece], head, packed=packed)
+            if fast:
+                from invivo.kernels.triton_cross_entropy import label_logprobs_triton
+
+                logprob = label_logprobs_triton(
+                    logits, target, weight, softcap=softcap, gradient=want_grad
+                )
+                loss -= logprob.sum() if weight is None else (logprob * weight).sum()
+                if logprobs is not None:
+                    logprobs[piece] = logprob
+                if d_hidden is not None:
+                    d_hidden[piece] = logits @ head
+                del logits  # before the next piece is made
+                continue
+            logits = logits.to(wide)
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             chosen = logits.gather(1, target[:, None])
             lse = torch.logsumexp(logits, dim=-1, keepdim=True)
             logprob = (chosen - lse).squeeze(1)
-            weight = None if weights is None else weights[piece].to(wide)
             loss -= logprob.sum() if weight is None else (logprob * weight).sum()
             if logprobs is not None:
                 logprobs[piece] = logprob
@@ -126,6 +143,13 @@ def cross_entropy(
                 grad *= weight[:, None]
             d_hidden[piece] = grad.to(hidden.dtype) @ head
     return CrossEntropy(loss, torch.tensor(at.shape[0], device=hidden.device), d_hidden, logprobs)
+
+
+def _piece_rows(vocabulary: int, itemsize: int, fast: bool) -> int:
+    """Rows of a piece; on a GPU whole tiles of a matrix product."""
+    if not fast:
+        return max(16, LOGITS_BYTES // (vocabulary * itemsize))
+    return max(128, GPU_LOGITS_BYTES // (vocabulary * itemsize) // 128 * 128)
 
 
 def _wide(hidden: torch.Tensor) -> torch.dtype:

@@ -37,6 +37,28 @@ def apply_rotary_reference(
     return _turn(q, c, s), _turn(k, c, s)
 
 
+def turn_heads(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    backward: bool = False,
+) -> None:
+    """Turn x [T, heads, D] as the rotary embedding does, or back by its transpose, into ``out``.
+
+    ``out`` has the shape of x, rows at any stride, and a dtype of its own; it may be x.
+    """
+    if runs_triton(x, out):
+        from invivo.kernels.triton_rotary import turn_heads_triton
+
+        turn_heads_triton(x, cos, sin, positions, out, backward=backward)
+        return
+    c, s = rotary_rows(cos, sin, positions)
+    out.copy_(_turn(x, c, -s if backward else s))
+
+
 def rotary_rows(
     cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

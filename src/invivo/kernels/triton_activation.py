@@ -14,14 +14,8 @@ BLOCK = 1024
 
 
 @triton.jit
-def _gated_kernel(gate_up, out, stride, WIDTH: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr):
-    """Part of one row: grid (rows, cdiv(WIDTH, N))."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * N + tl.arange(0, N)
-    mask = column < WIDTH
-    gate = tl.load(gate_up + row * stride + column, mask=mask, other=0.0)
-    up = tl.load(gate_up + row * stride + WIDTH + column, mask=mask, other=0.0)
-    g = gate.to(tl.float32)
+def _active(g, KIND: tl.constexpr):
+    """The activation of g, float32."""
     if KIND == 0:
         active = g * tl.sigmoid(g)
     elif KIND == 1:
@@ -33,8 +27,75 @@ def _gated_kernel(gate_up, out, stride, WIDTH: tl.constexpr, KIND: tl.constexpr,
         active = tl.maximum(g, 0.0)
         if KIND == 4:
             active = active * active
+    return active
+
+
+@triton.jit
+def _slope(g, KIND: tl.constexpr):
+    """The activation's derivative at g, float32."""
+    if KIND == 0:
+        s = tl.sigmoid(g)
+        slope = s * (1.0 + g * (1.0 - s))
+    elif KIND == 1:
+        s = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+        slope = s * (1.0 + g * (1.0 - s) * inner)
+    elif KIND == 2:
+        bell = 0.3989422804014327 * tl.exp(-0.5 * g * g)
+        slope = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476)) + g * bell
+    else:
+        slope = tl.where(g > 0.0, 1.0, 0.0)
+        if KIND == 4:
+            slope = 2.0 * tl.maximum(g, 0.0)
+    return slope
+
+
+@triton.jit
+def _gated_kernel(gate_up, out, stride, WIDTH: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr):
+    """Part of one row: grid (rows, cdiv(WIDTH, N))."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    mask = column < WIDTH
+    gate = tl.load(gate_up + row * stride + column, mask=mask, other=0.0)
+    up = tl.load(gate_up + row * stride + WIDTH + column, mask=mask, other=0.0)
+    active = _active(gate.to(tl.float32), KIND)
     value = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
     tl.store(out + row * WIDTH + column, value.to(gate.dtype), mask=mask)
+
+
+@triton.jit
+def _gated_backward_kernel(
+    dy, gate, up, y, out, dy_stride, gate_stride, up_stride, out_stride,
+    WIDTH: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Part of one row: grid (rows, cdiv(WIDTH, N))."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    mask = column < WIDTH
+    plain = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0)
+    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(dy + row * dy_stride + column, mask=mask, other=0.0).to(tl.float32)
+    kind = plain.dtype
+    g = plain.to(tl.float32)
+    active = _active(g, KIND).to(kind).to(tl.float32)
+    tl.store(y + row * WIDTH + column, (active * u).to(kind), mask=mask)
+    tl.store(out + row * out_stride + column, (d * u * _slope(g, KIND)).to(kind), mask=mask)
+    tl.store(out + row * out_stride + WIDTH + column, (d * active).to(kind), mask=mask)
+
+
+def gated_activation_backward_triton(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, out: torch.Tensor
+) -> torch.Tensor:
+    """The function of ``gated_activation_backward_reference``; y takes the place of ``dy``."""
+    n_rows, width = dy.shape
+    assert dy.is_contiguous()
+    assert gate.stride(1) == up.stride(1) == out.stride(1) == 1
+    if n_rows:
+        _gated_backward_kernel[(n_rows, triton.cdiv(width, BLOCK))](
+            dy, gate, up, dy, out, dy.stride(0), gate.stride(0), up.stride(0), out.stride(0),
+            WIDTH=width, KIND=KINDS[kind], N=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return dy
 
 
 def gated_activation_triton(gate_up: torch.Tensor, kind: str) -> torch.Tensor:

@@ -159,17 +159,17 @@ def _visit_keys(
     do_not_specialize_on_alignment=["span_start", "kv_len", "block_table", "starts"],
 )
 def _span_kernel(
-    q, k_cache, v_cache, out, span_start, kv_len, block_table, starts, scale, softcap,
+    q, k_cache, v_cache, out, lse, span_start, kv_len, block_table, starts, scale, softcap,
     n_spans, first_row, q_stride, table_stride,
     N_GROUPS: tl.constexpr, REPEAT: tl.constexpr, REPEAT_PAD: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BULK: tl.constexpr, WIDE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of one span, for the heads of one group.
 
     BULK: ``k_cache`` and ``v_cache`` are descriptors of gathered rows, ``starts`` says where each
-    span's begin, a multiple of BLOCK_N.
+    span's begin, a multiple of BLOCK_N. LSE: the log-sum-exp of the scores goes to ``lse`` too.
 
     Grid (rows // TILE_ROWS + n_spans, N_GROUPS), TILE_ROWS = BLOCK_M / REPEAT_PAD: span s owns
     tiles from (rows before it) // TILE_ROWS + s on, at least as many as it needs, so that a
@@ -231,6 +231,9 @@ def _span_kernel(
         N_GROUPS, D, D_PAD, BLOCK_SIZE, BLOCK_N, BULK, WIDE, True, WINDOW, SOFTCAP, UPCAST,
     )  # fmt: skip
     acc = acc / row_sum[:, None]
+    if LSE:
+        natural = (row_max + tl.log2(row_sum)) * 0.6931471805599453
+        tl.store(lse + place * (N_GROUPS * REPEAT) + head, natural, mask=real)
     out_stride: tl.constexpr = N_GROUPS * REPEAT * D
     tl.store(
         out + place[:, None] * out_stride + head[:, None] * D + dims[None, :],
@@ -338,22 +341,40 @@ def paged_attention_triton(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The function of ``paged_attention_reference``; not differentiable, no host reads.
 
-    Rows of q may be strided; the caches are contiguous; ``scale`` is positive.
+    Rows of q may be strided; the caches are contiguous; ``scale`` is positive. ``lse`` [T, H]
+    float32 takes the log-sum-exp of the scores of every row that is not a decode.
     """
     n_rows, n_heads, head_dim = q.shape
-    n_groups = k_cache.shape[2]
     if q.stride()[1:] != (head_dim, 1):
         q = q.contiguous()
     assert k_cache.is_contiguous()
     assert v_cache.is_contiguous()
     out = torch.empty((n_rows, n_heads, head_dim), dtype=q.dtype, device=q.device)
-    repeat = n_heads // n_groups
-    common = {
+    common = _common(q, k_cache, layout, window, softcap)
+    cap = 1.0 if softcap is None else softcap
+    if layout.n_decode:
+        _attend_decodes(out, q, k_cache, v_cache, layout, scale, cap, common)
+    if layout.n_spans > layout.n_decode:
+        _attend_spans(out, lse, q, k_cache, v_cache, layout, scale, cap, common)
+    return out
+
+
+def _common(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    layout: PagedLayout,
+    window: int | None,
+    softcap: float | None,
+) -> dict[str, int | bool]:
+    """What all kernels are compiled for."""
+    head_dim, n_groups = q.shape[2], k_cache.shape[2]
+    return {
         "N_GROUPS": n_groups,
-        "REPEAT": repeat,
+        "REPEAT": q.shape[1] // n_groups,
         "D": head_dim,
         "D_PAD": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_SIZE": layout.block_size,
@@ -363,16 +384,11 @@ def paged_attention_triton(
         "UPCAST": q.device.type == "cpu" and q.dtype == torch.bfloat16,
         "WIDE": k_cache.numel() >= 2**31,
     }
-    cap = 1.0 if softcap is None else softcap
-    if layout.n_decode:
-        _attend_decodes(out, q, k_cache, v_cache, layout, scale, cap, common)
-    if layout.n_spans > layout.n_decode:
-        _attend_spans(out, q, k_cache, v_cache, layout, scale, cap, common)
-    return out
 
 
 def _attend_spans(
     out: torch.Tensor,
+    lse: torch.Tensor | None,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -400,11 +416,11 @@ def _attend_spans(
     block_m = max(tile.m, repeat_pad)
     grid = ((n_rows - first) // (block_m // repeat_pad) + n_spans, n_groups)
     _span_kernel[grid](
-        q, keys, values, out,
+        q, keys, values, out, out if lse is None else lse,
         layout.span_start[first:], layout.kv_len[first:], layout.block_table[first:], starts,
         scale, softcap, n_spans, first, q.stride(0), layout.block_table.stride(0),
         REPEAT_PAD=repeat_pad, BLOCK_M=block_m, BLOCK_N=tile.n, BULK=bulk,
-        num_warps=tile.warps, num_stages=tile.stages, **common,
+        LSE=lse is not None, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
 
 

@@ -57,3 +57,51 @@ def rms_norm_triton(
             num_warps=max(1, min(8, width_pad // 512)),
         )  # fmt: skip
     return normed.view(x.shape), x if residual is None else total.view(x.shape)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    dy, x, weight, beside, dx, dy_stride, x_stride, beside_stride, eps,
+    D: tl.constexpr, D_PAD: tl.constexpr, ADD: tl.constexpr, UNIT_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """One row a program: grid (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, D_PAD)
+    mask = dims < D
+    value = tl.load(x + row * x_stride + dims, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(dy + row * dy_stride + dims, mask=mask, other=0.0).to(tl.float32)
+    factor = tl.load(weight + dims, mask=mask, other=0.0).to(tl.float32)
+    if UNIT_OFFSET:
+        factor += 1.0
+    scale = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+    normed = value * scale
+    grad = grad * factor
+    out = (grad - normed * (tl.sum(grad * normed, 0) / D)) * scale
+    if ADD:
+        out += tl.load(beside + row * beside_stride + dims, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx + row * D + dims, out.to(dx.dtype.element_ty), mask=mask)
+
+
+def rms_norm_backward_triton(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    unit_offset: bool = False,
+    beside: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The function of ``rms_norm_backward_reference``, rounded once."""
+    width = x.shape[-1]
+    dy_rows, rows = dy.reshape(-1, width), x.reshape(-1, width)
+    added = rows if beside is None else beside.reshape(-1, width)
+    dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    width_pad = triton.next_power_of_2(width)
+    if rows.shape[0]:
+        _rms_norm_backward_kernel[(rows.shape[0],)](
+            dy_rows, rows, weight, added, dx,
+            dy_rows.stride(0), rows.stride(0), added.stride(0), eps,
+            D=width, D_PAD=width_pad, ADD=beside is not None, UNIT_OFFSET=unit_offset,
+            num_warps=max(1, min(8, width_pad // 512)),
+        )  # fmt: skip
+    return dx.view(x.shape)

@@ -98,3 +98,53 @@ def rotate_and_store_triton(
             HEADS_EACH=HEADS_EACH, num_warps=2,
         )  # fmt: skip
     return q
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions"])
+def _turn_kernel(
+    x, out, cos, sin, positions, x_stride, out_stride, sign,
+    N_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
+    REST_PAD: tl.constexpr, HEADS_EACH: tl.constexpr,
+):  # fmt: skip
+    """One row and some of its heads. Grid (rows, cdiv(N_HEADS, HEADS_EACH))."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS_EACH + tl.arange(0, HEADS_EACH)
+    source = (x + row * x_stride + head * D)[:, None]
+    target = (out + row * out_stride + head * D)[:, None]
+    pair = tl.arange(0, HALF_PAD)
+    angle = tl.load(positions + row) * HALF + pair
+    c = tl.load(cos + angle, mask=pair < HALF, other=1.0).to(tl.float32)[None, :]
+    s = tl.load(sin + angle, mask=pair < HALF, other=0.0).to(tl.float32)[None, :] * sign
+    mask = (head < N_HEADS)[:, None] & (pair < HALF)[None, :]
+    pairs = pair[None, :]
+    a = tl.load(source + pairs, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(source + pairs + HALF, mask=mask, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    tl.store(target + pairs, (a * c - b * s).to(kind), mask=mask)
+    tl.store(target + pairs + HALF, (b * c + a * s).to(kind), mask=mask)
+    if REST_PAD > 0:  # dimensions that do not turn
+        rest = 2 * HALF + tl.arange(0, REST_PAD)[None, :]
+        mask = (head < N_HEADS)[:, None] & (rest < D)
+        tl.store(target + rest, tl.load(source + rest, mask=mask).to(kind), mask=mask)
+
+
+def turn_heads_triton(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    backward: bool,
+) -> None:
+    """The function of ``turn_heads`` in ``rotary.py``; cos and sin are whole tables."""
+    n_rows, n_heads, head_dim = x.shape
+    assert x.stride()[1:] == out.stride()[1:] == (head_dim, 1)
+    half = cos.shape[1]
+    rest = head_dim - 2 * half
+    _turn_kernel[(n_rows, triton.cdiv(n_heads, HEADS_EACH))](
+        x, out, cos, sin, positions, x.stride(0), out.stride(0), -1.0 if backward else 1.0,
+        N_HEADS=n_heads, D=head_dim, HALF=half, HALF_PAD=triton.next_power_of_2(half),
+        REST_PAD=triton.next_power_of_2(rest) if rest else 0,
+        HEADS_EACH=HEADS_EACH, num_warps=2,
+    )  # fmt: skip

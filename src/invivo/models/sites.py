@@ -28,6 +28,10 @@ import torch
 
 from invivo.models.config import ModelConfig
 
+# No site: log-sum-exps of attention, [T, H] float32, which a kernel hands to the tape of a training
+# pass where it has them (rows of decodes are not filled in). The answer is not looked at.
+LSE = "attn.lse"
+
 
 class Taps(Protocol):
     """What a forward pass asks at each site."""

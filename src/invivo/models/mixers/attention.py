@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from invivo.kernels.attention import paged_attention, store_kv
+from invivo.kernels.attention import attention_with_lse, paged_attention, store_kv
 from invivo.kernels.linear import linear, pack
 from invivo.kernels.norm import rms_norm
 from invivo.kernels.paging import PagedLayout
 from invivo.kernels.rotary import apply_rotary, rotate_and_store
 from invivo.models.bypass import Bypass, at_place
 from invivo.models.config import ModelConfig
-from invivo.models.sites import Taps, offer
+from invivo.models.sites import LSE, Taps, offer
 
 
 class Attention(nn.Module):
@@ -92,8 +92,10 @@ class Attention(nn.Module):
             q = offer(taps, "attn.head.q", layer, q)
             k = offer(taps, "attn.kvhead.k", layer, k)
             v = offer(taps, "attn.kvhead.v", layer, v)
-        if rope is not None and taps is None:
+        if rope is not None and (taps is None or not taps.wants("attn.kvhead.k.rot", layer)):
             q = rotate_and_store(q, k, v, *rope, layout.positions, *kv, layout.slots)
+            if taps is not None:
+                q = offer(taps, "attn.head.q.rot", layer, q)
         else:
             if rope is not None:
                 q, k = apply_rotary(q, k, rope[0], rope[1], layout.positions)
@@ -105,6 +107,12 @@ class Attention(nn.Module):
             taps.wants("attn.head.score", layer) or taps.wants("attn.head.prob", layer)
         ):
             z = self._attend_openly(q, kv, layout, taps)
+        elif taps is not None and taps.wants(LSE, layer):
+            z, lse = attention_with_lse(
+                q, *kv, layout, scale=self.scale, window=self.window, softcap=self.softcap
+            )
+            if lse is not None:
+                taps(LSE, layer, lse)
         else:
             z = paged_attention(
                 q,
