@@ -43,6 +43,8 @@ def test_token_history_covers_whole_seconds_and_wraps_around() -> None:
     for second in range(10_000, 10_000 + 2 * HISTORY):
         if second % 2:
             counters.count_tokens([second, 1, 0, 0], second)
+            for _ in range(3):
+                counters.count_backward(2 / 3, second)
     now = 10_000 + 2 * HISTORY + 0.5
     history = counters.history(now)
     assert history["seconds"][-1] == int(now) - 1
@@ -54,4 +56,6 @@ def test_token_history_covers_whole_seconds_and_wraps_around() -> None:
     early = Counters(started=20_000.0).history(20_003.2)
     assert early["seconds"] == [20_000, 20_001, 20_002]
     assert early["score"] == [0, 0, 0]
+    assert history["backward"] == [2 * (second % 2) for second in history["seconds"]]
     assert counters.totals()["prefill"] == HISTORY
+    assert counters.totals()["backward"] == 2 * HISTORY

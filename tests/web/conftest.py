@@ -54,8 +54,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lm(model_folder: Path) -> Iterator[LocalLM]:
-    with invivo.load(str(model_folder), device="cpu", dtype="float32", kv_bytes=16 << 20) as made:
+def lm(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLM]:
+    options = {"device": "cpu", "dtype": "float32", "kv_bytes": 16 << 20}
+    state = tmp_path_factory.mktemp("web-jobs")
+    with invivo.load(str(model_folder), state=state, **options) as made:
         yield made
 
 

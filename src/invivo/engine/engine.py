@@ -288,6 +288,7 @@ class Engine:
             totals=c.totals(),
             tokens=c.history(now),
             latency=c.latency(now),
+            slo={"tpot_ms": self.config.tpot_ms, "ttft_ms": self.config.ttft_ms},
             step=step,
             recent=[_listed(record) for record in reversed(list(c.recent))],
             histograms=c.histograms(),
@@ -540,7 +541,7 @@ class Engine:
         n_layers = self.model.config.n_layers
         for unit in plan.backward:
             rows, layers = unit.stop - unit.start, unit.last_layer - unit.first_layer
-            counters.backward += rows * layers / n_layers
+            counters.count_backward(rows * layers / n_layers, second)
         counters.step.add([result.seconds], second)
         if gaps:
             counters.itl.add(gaps, second)

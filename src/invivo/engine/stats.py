@@ -118,6 +118,7 @@ class EngineStats:
     totals: dict[str, int]
     tokens: dict[str, list[int]]
     latency: dict[str, Any]
+    slo: dict[str, float]
     step: dict[str, float | int | None]
     recent: list[dict[str, Any]]
     histograms: dict[str, Any]
@@ -150,22 +151,32 @@ class Counters:
     )
     requests: int = 0
     recent: deque[RequestRecord] = field(default_factory=lambda: deque(maxlen=RECENT))
-    # Tokens of each of the last seconds, by purpose: a ring whose rows know their second.
-    _ring: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros((HISTORY, len(_PURPOSES)), np.int64)
+    # Tokens of each of the last seconds, by purpose and, last, those that ran backward: a ring
+    # whose rows know their second.
+    _ring: NDArray[np.float64] = field(
+        default_factory=lambda: np.zeros((HISTORY, len(_PURPOSES) + 1))
     )
     _ring_second: list[int] = field(default_factory=lambda: [0] * HISTORY)
 
     def count_tokens(self, by_purpose: Sequence[int], second: int) -> None:
         """Add the token rows of one step."""
-        row = second % HISTORY
-        if self._ring_second[row] != second:
-            self._ring[row] = 0
-            self._ring_second[row] = second
+        row = self._row(second)
         for purpose, n in enumerate(by_purpose):
             if n:
                 self.tokens[purpose] += n
                 self._ring[row, purpose] += n
+
+    def count_backward(self, rows: float, second: int) -> None:
+        """Add trained rows that ran backward; of a part of the layers, that part of the rows."""
+        self.backward += rows
+        self._ring[self._row(second), -1] += rows
+
+    def _row(self, second: int) -> int:
+        row = second % HISTORY
+        if self._ring_second[row] != second:
+            self._ring[row] = 0
+            self._ring_second[row] = second
+        return row
 
     def history(self, now: float) -> dict[str, list[int]]:
         """Tokens in each whole second that has passed, oldest first."""
@@ -174,9 +185,9 @@ class Counters:
         seconds = list(range(first, last + 1))
         rows = [s % HISTORY if self._ring_second[s % HISTORY] == s else -1 for s in seconds]
         out: dict[str, list[int]] = {"seconds": seconds}
-        for purpose, name in enumerate(_PURPOSES):
-            column = self._ring[:, purpose]
-            out[name] = [int(column[row]) if row >= 0 else 0 for row in rows]
+        for i, name in enumerate((*_PURPOSES, "backward")):
+            column = self._ring[:, i]
+            out[name] = [round(column[row]) if row >= 0 else 0 for row in rows]
         return out
 
     def totals(self) -> dict[str, int]:

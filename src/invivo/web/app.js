@@ -1,9 +1,11 @@
-// Wires the page: the live stream feeds the dashboard, the adapters and the chat.
+// Wires the page: the live stream feeds the dashboard, the jobs, the adapters and the chat.
 
 import { Adapters } from "./adapters.js";
 import { events, setKey } from "./api.js";
 import { Chat } from "./chat.js";
 import { Dashboard } from "./dashboard.js";
+import { JobForm } from "./job_form.js";
+import { Jobs } from "./jobs.js";
 import { setUpTheme } from "./theme.js";
 
 const LONGEST_WAIT = 8000; // ms between two tries to reach the server
@@ -17,6 +19,11 @@ const STATES = {
 const dashboard = new Dashboard();
 const chat = new Chat();
 const adapters = new Adapters((names) => chat.setAdapters(names));
+const jobs = new Jobs((adapter) => {
+  setView("chat");
+  chat.talkTo(adapter);
+});
+const jobForm = new JobForm((id) => jobs.select(id));
 
 function showState(state) {
   if ($("state").dataset.state === state) return;
@@ -29,6 +36,8 @@ function show(snapshot) {
   chat.setModel(snapshot.model);
   dashboard.show(snapshot);
   adapters.show(snapshot.adapters);
+  jobs.show(snapshot);
+  jobForm.setModel(snapshot.model.name);
 }
 
 function askForKey(message) {
@@ -78,5 +87,8 @@ for (const button of document.querySelectorAll(".views button")) {
   button.addEventListener("click", () => setView(button.dataset.view));
 }
 document.querySelector(".skip").addEventListener("click", () => setView("chat"));
-setUpTheme($("theme"), () => dashboard.recolour());
+setUpTheme($("theme"), () => {
+  dashboard.recolour();
+  jobs.recolour();
+});
 follow();

@@ -1,10 +1,19 @@
-// The page's charts: tokens by purpose (stacked) and percentiles over time (lines).
+// The page's charts: tokens by purpose (stacked), percentiles over time, a job's loss over steps.
 
 import uPlot from "./vendor/uplot/uPlot.esm.js";
 import * as format from "./format.js";
 import { cssColour } from "./theme.js";
 
 const FONT = "12px system-ui, sans-serif";
+
+function axisStyle() {
+  return {
+    stroke: cssColour("--muted"),
+    font: FONT,
+    grid: { stroke: cssColour("--line"), width: 1 },
+    ticks: { show: false },
+  };
+}
 
 // A chart that rebuilds itself when its colours or its hidden series change.
 class Chart {
@@ -73,33 +82,43 @@ class Chart {
   }
 
   options() {
-    const muted = cssColour("--muted");
-    const grid = cssColour("--line");
-    const axis = { stroke: muted, font: FONT, grid: { stroke: grid, width: 1 }, ticks: { show: false } };
     return {
       ...this.size(),
       legend: { show: false },
       padding: [8, 6, 0, 0],
       cursor: { y: false, drag: { x: false, y: false }, points: { show: false } },
-      scales: {
-        x: { time: false, range: () => [this.now - this.shownSeconds(), this.now] },
-        y: { range: (_, low, high) => [0, Math.max(this.floor, (high || 0) * 1.12)] },
-      },
-      axes: [
-        {
-          ...axis,
-          grid: { show: false },
-          size: 24,
-          splits: () => this.timeSplits(),
-          values: (_, splits) => splits.map((s) => this.timeLabel(s)),
-        },
-        { ...axis, size: 58, space: 34, values: (_, splits) => splits.map((v) => this.formatAxis(v)) },
-      ],
+      scales: this.scales(),
+      axes: this.axes(axisStyle()),
       series: [{}, ...this.seriesOptions()],
       bands: this.bands(),
-      hooks: { setCursor: [(plot) => this.showValues(plot.cursor.idx)] },
+      hooks: {
+        setCursor: [(plot) => this.showValues(plot.cursor.idx)],
+        draw: [(plot) => this.drawOver(plot)],
+      },
     };
   }
+
+  scales() {
+    return {
+      x: { time: false, range: () => [this.now - this.shownSeconds(), this.now] },
+      y: { range: (_, low, high) => [0, Math.max(this.floor, (high || 0) * 1.12)] },
+    };
+  }
+
+  axes(style) {
+    return [
+      {
+        ...style,
+        grid: { show: false },
+        size: 24,
+        splits: () => this.timeSplits(),
+        values: (_, splits) => splits.map((s) => this.timeLabel(s)),
+      },
+      { ...style, size: 58, space: 34, values: (_, splits) => splits.map((v) => this.formatAxis(v)) },
+    ];
+  }
+
+  drawOver() {}
 
   shownSeconds() {
     return this.window;
@@ -180,6 +199,45 @@ export class PercentileChart extends Chart {
       { name: "p95", colour: "--p95" },
       { name: "p99", colour: "--p99", dash: [4, 3] },
     ]);
+    this.promise = null; // seconds
+    this.promiseKey = document.createElement("span");
+    this.promiseKey.className = "key promise";
+    this.promiseKey.hidden = true;
+    this.promiseKey.append(document.createElement("i"), "objective", document.createElement("b"));
+    legend.append(this.promiseKey);
+  }
+
+  // What the server's operator promises: a line that training keeps below.
+  setPromise(seconds) {
+    if (seconds === this.promise) return;
+    this.promise = seconds;
+    this.promiseKey.hidden = seconds == null;
+    this.promiseKey.querySelector("b").textContent = format.seconds(seconds);
+    if (this.plot) this.draw();
+  }
+
+  // The line is always in sight where values come near it, and never flattens those far below.
+  scales() {
+    const top = (high) => {
+      const near = this.promise != null && (high || 0) > this.promise / 6;
+      return Math.max(this.floor, 1.12 * Math.max(high || 0, near ? this.promise : 0));
+    };
+    return { ...super.scales(), y: { range: (_, low, high) => [0, top(high)] } };
+  }
+
+  drawOver(plot) {
+    if (this.promise == null || this.promise > plot.scales.y.max) return;
+    const { ctx, bbox } = plot;
+    const y = Math.round(plot.valToPos(this.promise, "y", true));
+    ctx.save();
+    ctx.strokeStyle = cssColour("--bad");
+    ctx.lineWidth = 1.5 * devicePixelRatio;
+    ctx.setLineDash([7 * devicePixelRatio, 4 * devicePixelRatio]);
+    ctx.beginPath();
+    ctx.moveTo(bbox.left, y);
+    ctx.lineTo(bbox.left + bbox.width, y);
+    ctx.stroke();
+    ctx.restore();
   }
 
   // The page has percentiles only since it was opened: the time axis grows with them.
@@ -212,4 +270,88 @@ export class PercentileChart extends Chart {
       spanGaps: false,
     }));
   }
+}
+
+// Loss of every optimizer step, its running mean, and the learning rate on an axis of its own.
+export class LossChart extends Chart {
+  constructor(root, legend) {
+    super(root, legend, [
+      { name: "loss", colour: "--loss-raw" },
+      { name: "smoothed", colour: "--train" },
+      { name: "learning rate", colour: "--rate" },
+    ]);
+    this.steps = 1;
+  }
+
+  // pairs: [step, loss]; rates: Map from step to learning rate; steps: of the whole job.
+  showJob(pairs, rates, steps) {
+    const xs = pairs.map(([step]) => step);
+    // A job that has only just begun is not squeezed into the first pixels.
+    this.steps = Math.max(2, Math.min(steps, Math.max(20, 1.5 * (xs.at(-1) ?? 0))));
+    const losses = pairs.map(([, loss]) => loss);
+    this.update(0, [xs, losses, smoothed(losses), xs.map((step) => rates.get(step) ?? null)]);
+  }
+
+  scales() {
+    return {
+      x: { time: false, range: () => [1, this.steps] },
+      y: { range: (_, low, high) => around(low, high) },
+      rate: { range: (_, low, high) => [0, (high || 1) * 1.12] },
+    };
+  }
+
+  axes(style) {
+    return [
+      {
+        ...style,
+        grid: { show: false },
+        size: 24,
+        incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5, 1e6],
+        values: (_, splits) => splits.map((v) => format.count(v)),
+      },
+      { ...style, size: 44, space: 34, values: (_, splits) => splits.map((v) => v.toFixed(splits.length > 1 && splits[1] - splits[0] < 0.1 ? 2 : 1)) },
+      { ...style, scale: "rate", side: 1, size: 56, space: 40, grid: { show: false }, values: (_, splits) => splits.map(format.scientific) },
+    ];
+  }
+
+  formatValue(value) {
+    return value == null ? "" : value < 0.05 ? format.scientific(value) : value.toFixed(3);
+  }
+
+  shown() {
+    return [
+      this.data[0],
+      ...this.data.slice(1).map((values, i) => (this.hidden.has(i) ? values.map(() => null) : values)),
+    ];
+  }
+
+  seriesOptions() {
+    const line = (i, width, more) => ({
+      stroke: cssColour(this.series[i].colour),
+      width,
+      points: { show: false },
+      spanGaps: true,
+      ...more,
+    });
+    const lone = (plot, i) => plot.data[0].length < 3 && i > 0;
+    return [line(0, 1, { points: { show: lone, size: 5 } }), line(1, 2.5), line(2, 1.5, { scale: "rate", dash: [3, 3] })];
+  }
+}
+
+// An exponential mean that begins unbiased; steps without a loss do not count.
+function smoothed(values, memory = 0.85) {
+  let sum = 0;
+  let weight = 0;
+  return values.map((value) => {
+    if (value == null) return null;
+    sum = memory * sum + value;
+    weight = memory * weight + 1;
+    return sum / weight;
+  });
+}
+
+function around(low, high) {
+  if (low == null) return [0, 1];
+  const space = Math.max(0.08 * (high - low), 0.05);
+  return [Math.max(0, low - space), high + space];
 }

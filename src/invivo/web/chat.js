@@ -72,6 +72,15 @@ export class Chat {
     select.value = names.includes(chosen) ? chosen : "";
   }
 
+  // A new conversation with this adapter.
+  talkTo(adapter) {
+    this.clear();
+    $("adapter").value = adapter;
+    $("settings").hidden = false;
+    $("settings-open").setAttribute("aria-expanded", "true");
+    $("prompt").focus();
+  }
+
   clear() {
     this.running?.abort();
     this.messages = [];

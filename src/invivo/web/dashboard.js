@@ -3,7 +3,10 @@
 import { PercentileChart, StackedChart } from "./charts.js";
 import * as format from "./format.js";
 
-const PURPOSES = ["decode", "prefill", "score", "train"];
+const PURPOSES = {
+  decode: "decode", prefill: "prefill", score: "score", train: "train forward", backward: "train backward",
+};
+const PROMISES = { ttft: "ttft_ms", itl: "tpot_ms" };
 const PERCENTILES = ["p50", "p95", "p99"];
 const HISTORY = 300; // seconds of percentiles kept by the page
 const RATE_OVER = 5; // seconds averaged for the tiles
@@ -31,7 +34,7 @@ export class Dashboard {
     this.tokens = new StackedChart(
       $("tokens-chart"),
       $("tokens-legend"),
-      PURPOSES.map((name) => ({ name, colour: `--${name}` })),
+      Object.entries(PURPOSES).map(([purpose, name]) => ({ name, colour: `--${purpose}` })),
     );
     this.latency = Object.fromEntries(
       ["ttft", "itl"].map((name) => [
@@ -68,13 +71,15 @@ export class Dashboard {
     const tokens = snapshot.tokens;
     this.tokens.update(Math.floor(snapshot.time), [
       tokens.seconds,
-      ...PURPOSES.map((purpose) => tokens[purpose] || tokens.seconds.map(() => 0)),
+      ...Object.keys(PURPOSES).map((purpose) => tokens[purpose] || tokens.seconds.map(() => 0)),
     ]);
     for (const [name, { chart, data }] of Object.entries(this.latency)) {
       const now = snapshot.latency?.[name] || {};
       data[0].push(snapshot.time);
       PERCENTILES.forEach((p, i) => data[i + 1].push(now[p] ?? null));
       while (data[0][0] < snapshot.time - HISTORY) data.forEach((values) => values.shift());
+      const promise = snapshot.slo?.[PROMISES[name]];
+      chart.setPromise(promise ? promise / 1000 : null);
       chart.update(snapshot.time, data);
     }
     this.showRecent(snapshot);

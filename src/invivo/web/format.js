@@ -14,6 +14,18 @@ export function rate(n) {
   return n > 0 && n < 100 ? n.toFixed(1) : count(n);
 }
 
+export function scientific(n) {
+  if (n == null) return NONE;
+  return n === 0 ? "0" : n.toExponential(1).replace("e-", "e−").replace("e+", "e").replace(".0e", "e");
+}
+
+export function left(s) {
+  if (s == null || s < 0) return "";
+  if (s < 60) return `${Math.max(1, Math.round(s))} s left`;
+  if (s < 5400) return `${Math.round(s / 60)} min left`;
+  return `${(s / 3600).toFixed(1)} h left`;
+}
+
 export function percent(part, whole) {
   if (!whole) return NONE;
   const value = (100 * part) / whole;
