@@ -30,6 +30,7 @@ from invivo.engine.trainable import Trainable
 from invivo.engine.training_graph import build_graph
 from invivo.engine.types import BackwardUnit
 from invivo.engine.window import Mode, Order, WindowTrainer
+from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig
 
 WAYS: list[tuple[Mode, Order]] = [
@@ -319,3 +320,38 @@ def test_labels_look_one_token_ahead_and_skip_what_is_not_learned() -> None:
     assert next_token_labels(tokens).tolist() == [6, 7, 8, -100]
     learned = torch.tensor([True, False, True, True])
     assert next_token_labels(tokens, learned).tolist() == [-100, 7, 8, -100]
+
+
+def test_a_text_whose_tape_cannot_be_so_small_is_refused() -> None:
+    config, specs = CONFIGS["llama"], BYPASSES["lora down"]
+    decoder = random_decoder("llama")
+    parameters = random_parameters(config, specs)
+    least = tape_bytes(
+        trainables_of(specs), config, [random_document(config, 10, seed=0)], False, 0
+    )
+    trainer = WindowTrainer(decoder, Pages(decoder).cache, specs, parameters, tape_bytes=least)
+    trainer.check_length(10)
+    with pytest.raises(InvalidRequest, match="11 tokens"):
+        trainer.check_length(11)
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.3, 1.0])
+def test_bytes_held_stay_within_the_budget_and_equal_the_plan(budget: float) -> None:
+    config, specs = CONFIGS["llama"], BYPASSES["lora all"]
+    decoder = random_decoder("llama")
+    parameters = random_parameters(config, specs)
+    doc = random_document(config, 20, seed=1)
+    allowed = tape_bytes(trainables_of(specs), config, [doc], False, budget)
+    assert allowed is not None
+    plan = plan_activations(
+        config, trainables_of(specs), length=20, dtype="float64", tape_bytes=allowed
+    )
+    pages = Pages(decoder)
+    trainer = WindowTrainer(
+        decoder, pages.cache, specs, parameters, order="layer", tape_bytes=allowed
+    )
+    sequence, text = fresh(doc, pages)
+    trainer.begin(sequence)
+    run_flat(trainer, pages, sequence, [(text, 20)], text, 0, 20)
+    held, _ = held_bytes(trainer, sequence, trainer.next_unit(sequence, 4))
+    assert held == plan.totals.compressed <= allowed

@@ -32,6 +32,8 @@ class JobSpec:
         publish_every, checkpoint_every: optimizer steps; 0 = only at the end.
         keep: checkpoints that stay.
         mode, order: see :mod:`invivo.engine.window`.
+        tape_bytes: most bytes that ``tape`` keeps of one text; what does not fit is run again.
+            None = whatever spares a large product. A text too long for it is refused.
     """
 
     name: str
@@ -54,6 +56,7 @@ class JobSpec:
     keep: int = 2
     mode: Literal["tape", "rerun"] = "tape"
     order: Literal["window", "layer"] = "window"
+    tape_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -75,6 +78,8 @@ class JobSpec:
         ):
             if getattr(self, name) not in choices:
                 raise _refused(name, getattr(self, name), f"must be one of {', '.join(choices)}")
+        if self.tape_bytes is not None and self.tape_bytes < 1:
+            raise _refused("tape_bytes", self.tape_bytes, "must be at least 1")
         for name in ("learning_rate", "share", "epsilon"):
             _in_range(name, getattr(self, name), above=0.0)
         _in_range("weight_decay", self.weight_decay)
@@ -87,7 +92,8 @@ class JobSpec:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a job that goes on from a checkpoint, as JSON has it."""
-        free = {"name", "share", "publish_every", "checkpoint_every", "keep", "mode", "order"}
+        free = {"name", "share", "publish_every", "checkpoint_every", "keep"}
+        free |= {"mode", "order", "tape_bytes"}
         whole = {key: value for key, value in asdict(self).items() if key not in free}
         for spec in whole["bypasses"]:
             spec["on"] = list(spec["on"])

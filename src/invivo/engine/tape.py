@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from invivo.engine.memory_plan import LEVELS, Kept, choose_kept, differentiate, levels_of
+from invivo.engine.memory_plan import LEVELS, Kept, Levels, choose_kept, differentiate, levels_of
 from invivo.engine.trainable import Trainable
 from invivo.engine.trained_hooks import TrainedHooks
 from invivo.engine.training_graph import build_graph
@@ -72,7 +72,9 @@ class TapePlanner:
         self._graph = build_graph(config, trainables, length=1, dtype=name_of[dtype])
         nodes = differentiate(self._graph)
         self._max_bytes = max_bytes
-        self._levels = self._whole = None
+        self._levels: Levels | None = None
+        self._whole: TapePlan | None = None
+        self._planned: dict[int, TapePlan] = {}
         if max_bytes is None:
             kept = choose_kept(self._graph, nodes, rebuild=True, compress=True)
             self._whole = self._plan(kept, {})
@@ -93,9 +95,11 @@ class TapePlanner:
             return self._whole
         assert self._levels is not None
         assert self._max_bytes is not None
-        return self._plan(
-            *self._levels.within(self._graph, length=length, max_bytes=self._max_bytes)
-        )
+        if length not in self._planned:
+            self._planned[length] = self._plan(
+                *self._levels.within(self._graph, length=length, max_bytes=self._max_bytes)
+            )
+        return self._planned[length]
 
     def _plan(self, kept: Kept, levels: dict[int, int]) -> TapePlan:
         graph = self._graph

@@ -70,7 +70,13 @@ class TuningJob:
             ).items()
         }
         self.trainer = WindowTrainer(
-            decoder, cache, self.specs, self.parameters, mode=spec.mode, order=spec.order
+            decoder,
+            cache,
+            self.specs,
+            self.parameters,
+            mode=spec.mode,
+            order=spec.order,
+            tape_bytes=spec.tape_bytes,
         )
         self.optimizer = Optimizer(spec, self.parameters)
         self.n_layers = config.n_layers - self.trainer.bottom
@@ -122,6 +128,7 @@ class TuningJob:
         n = n_virtual(self.specs)
         check_text(text, vocab_size=self._config.vocab_size, longest=longest - n)
         tokens = [0] * n + list(text.tokens)
+        self.trainer.check_length(len(tokens))
         offset = long_text_offset(self._config, len(tokens))
         self.seq = Sequence(Request(self.name, ()), 0, tokens, len(tokens), position_offset=offset)
         weights = None

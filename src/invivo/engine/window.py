@@ -69,7 +69,7 @@ class WindowTrainer:
             parameters: by name, see :mod:`invivo.engine.bypasses`; leaves that require gradients.
             input_gradients: also compute the gradient by the embeddings.
             tape_bytes: most bytes that the tape of one sequence may take, the rest is run again
-                (:meth:`begin` refuses a sequence whose tape cannot be so small); None: whatever
+                (a sequence whose tape cannot be so small is refused); None: whatever
                 spares a large product is kept.
 
         Raises:
@@ -108,11 +108,19 @@ class WindowTrainer:
         """Whether forward windows must run under a :class:`~invivo.engine.recording.Recording`."""
         return self._planner is not None or bool(self._inputs and self._inputs.entries)
 
+    def check_length(self, length: int) -> None:
+        """
+        Raises:
+            InvalidRequest: the tape of so long a sequence does not fit ``tape_bytes``.
+        """
+        if self._planner is not None:
+            self._planner.plan(length)
+
     def begin(self, sequence: TrainSequence) -> None:
         """Make room for a micro-step of ``sequence``, forgetting any that was under way.
 
         Raises:
-            InvalidRequest: the tape of so long a sequence does not fit ``tape_bytes``.
+            InvalidRequest: see :meth:`check_length`.
         """
         plan = self._inputs if self._planner is None else self._planner.plan(sequence.length)
         device, n = sequence.tokens.device, sequence.length
