@@ -12,7 +12,20 @@ from typing import Annotated
 
 import typer
 
-from invivo.cli import bench, chat, demo, generate, keys, models, plan, score, serve, simulate
+from invivo.cli import (
+    bench,
+    chat,
+    demo,
+    finetune,
+    generate,
+    jobs,
+    keys,
+    models,
+    plan,
+    score,
+    serve,
+    simulate,
+)
 from invivo.cli.output import examples, fail
 from invivo.errors import InvalidRequest, InvivoError
 
@@ -33,6 +46,8 @@ app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
 app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("score", epilog=score.EXAMPLES)(score.score)
+app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)

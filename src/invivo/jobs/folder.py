@@ -17,7 +17,7 @@ from typing import IO, BinaryIO, Self
 
 from invivo.errors import Conflict, InvalidRequest, Unavailable
 from invivo.jobs.store import JobStore
-from invivo.lm_jobs import ENDED, CheckpointInfo, FileInfo, JobEvent, JobInfo, JobStatus
+from invivo.lm_jobs import ENDED, CheckpointInfo, FileInfo, JobEvent, JobInfo, JobRequest, JobStatus
 
 _CHUNK = 1 << 20
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -148,6 +148,18 @@ class JobFolder:
         self, job_id: str, limit: int = 10, after: str | None = None
     ) -> list[CheckpointInfo]:
         return self.store.checkpoints(job_id, limit, after)
+
+    def create(self, request: JobRequest) -> JobInfo:
+        """
+        Raises:
+            InvalidRequest: no engine is at hand that could look at the data.
+        """
+        raise InvalidRequest(
+            "a job needs a running engine",
+            field="state",
+            given=str(self.folder),
+            remedy="Use invivo finetune, or a server",
+        )
 
     def cancel(self, job_id: str) -> JobInfo:
         """End it.

@@ -151,6 +151,7 @@ class JobService(JobFolder):
         asked = request.hyperparameters
         spec = self._spec("check", asked, 1)
         checked = checked_specs(self._model.config, spec.bypasses)
+        self._check_size(asked, spec)
         longest_example(asked.max_length, self._can_train(spec))
         file = self.store.file(request.training_file)
         if file.status == "error":
@@ -162,7 +163,7 @@ class JobService(JobFolder):
         shown = asked.as_dict() | {"on": list(checked[0].on), "r": asked.size or None}
         with self._lock:
             names = {info.name for info in self.store.unfinished()}
-            name = request.name or _made_up(names)
+            name = request.name or _made_up(names | self._names_in_use())
             if name in names:
                 raise Conflict(
                     "a job of this name has not ended",
@@ -394,6 +395,24 @@ class JobService(JobFolder):
             publish_every=asked.publish_every,
             checkpoint_every=min(50, math.ceil(n_steps / 10)) if every is None else every,
         )
+
+    def _names_in_use(self) -> set[str]:
+        """Of adapters that a job with a made-up name must not replace."""
+        served = {adapter.name for adapter in self._engine.adapters.list()}
+        return served | {info.name for info in self.store.succeeded()}
+
+    def _check_size(self, asked: Hyperparameters, spec: JobSpec) -> None:
+        """Before anything of that size is made."""
+        most = self._engine.config.max_lora_rank
+        if n_virtual(spec.bypasses):
+            most = self._engine.scheduler.longest_training - 2
+        if asked.size > most:
+            raise InvalidRequest(
+                f"the engine takes at most {most}",
+                field="r",
+                given=asked.size,
+                remedy="Ask for less, or start the engine with larger limits",
+            )
 
     def _can_train(self, spec: JobSpec) -> int:
         return self._engine.scheduler.longest_training - n_virtual(spec.bypasses)

@@ -1,0 +1,304 @@
+"""``invivo finetune``: learn an adapter from a file, here or on a running server."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from invivo.cli import options
+from invivo.cli.output import examples, note, print_json
+from invivo.errors import Conflict, InvalidRequest, InvivoError, NotFound
+
+if TYPE_CHECKING:
+    from invivo.lm import LM
+    from invivo.lm_jobs import Job, JobInfo
+
+WHAT, HOW, RUN = "What is trained", "How", "Run"
+EXAMPLES = examples(
+    "invivo finetune chats.jsonl                          a LoRA for SmolLM2, in ./chats",
+    "invivo finetune chats.jsonl --on q,v --r 16 --lr 2e-4 --epochs 3 --out ./poet",
+    "invivo finetune book.txt --steps 200 --max-length 512 -m Qwen/Qwen3-0.6B",
+    "invivo finetune --out ./poet --resume                go on after Ctrl-C or a crash",
+    "invivo finetune chats.jsonl --url http://127.0.0.1:8000 --name poet",
+    'A line of chats.jsonl: {"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": ...}',
+)
+STATE = "job"  # folder within --out of what resuming needs
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def finetune(
+    data: Annotated[
+        str | None, typer.Argument(help="A .jsonl or .txt file (--url: or a file's id).")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for the adapter, and for what resuming needs. \\[default: ./NAME]",
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the job in --out.", rich_help_panel=RUN),
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="What to call the adapter.", rich_help_panel=RUN),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The finished job as JSON.", rich_help_panel=RUN)
+    ] = False,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            help="lora (default), ia3, adapter, prefix, soft_prompt, steering.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            help="Places, with commas: q, k, v, o, gate, up, down (lora's usual: down).",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    r: Annotated[
+        int | None,
+        typer.Option("--r", help="Rank, width or virtual tokens. 16.", rich_help_panel=WHAT),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", help="A LoRA's factor is alpha / r. r.", rich_help_panel=WHAT),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="Numbers from 0, with commas. All.", rich_help_panel=WHAT),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", help="How often each example is seen. 3.", rich_help_panel=HOW),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="Optimizer steps, instead of epochs.", rich_help_panel=HOW),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", "-b", help="Examples of one step. 4.", rich_help_panel=HOW),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Learning rate. 2e-4.", rich_help_panel=HOW)
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", help="linear, cosine or constant.", rich_help_panel=HOW),
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option("--warmup", help="Steps of warm-up. 0.", rich_help_panel=HOW)
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option("--weight-decay", rich_help_panel=HOW)
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", help="Of first weights and order. 0.", rich_help_panel=HOW),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length",
+            help="Longest example, and length of a plain text's pieces, in tokens.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut longer examples off.", rich_help_panel=HOW)
+    ] = False,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            "--checkpoint-every",
+            help="Steps; a tenth of all, at most 50, unless given.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    model: options.Model = None,
+    url: options.Url = None,
+    key: options.Key = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Learn an adapter from a file, beside whatever else the model serves.
+
+    Ctrl-C writes a checkpoint and leaves; --resume goes on from there, and also after a crash. On a
+    server (--url) the job is the server's: Ctrl-C only stops watching.
+    """
+    from invivo.cli.opening import opened
+
+    given = {
+        "method": method,
+        "on": on,
+        "r": r,
+        "alpha": alpha,
+        "layers": layers,
+        "n_epochs": epochs,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": lr,
+        "schedule": schedule,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "max_length": max_length,
+        "truncate": truncate or None,
+        "checkpoint_every": checkpoint_every,
+    }
+    wanted: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    if url is not None and (resume or out is not None):
+        raise InvalidRequest(
+            "belongs to a job of this machine and cannot go with --url",
+            field="--resume" if resume else "--out",
+            remedy="Jobs of a server: invivo jobs",
+        )
+    if resume:
+        if out is None or data is not None or wanted or name is not None:
+            raise InvalidRequest(
+                "goes with --out, and with nothing that the job knows already",
+                field="--resume",
+                remedy="invivo finetune --out FOLDER --resume",
+            )
+    elif data is None:
+        raise InvalidRequest("is missing", field="DATA", remedy="Give a .jsonl or .txt file")
+    source = data or ""
+    where: dict[str, Any] = {"model": model, "device": device, "dtype": dtype}
+    if url is not None:
+        with opened(**where, url=url, key=key) as lm:
+            job = lm.finetune(source, name=name, **wanted)
+            info = _watched_remotely(job, url, quiet=as_json)
+    else:
+        out = out or Path(name or _name_of(Path(source)))
+        _check_folder(out, resume=resume)
+        with opened(**where, state=out / STATE) as lm:
+            if resume:
+                job = _found(lm, out)
+            else:
+                job = lm.finetune(source, name=name or _name_of(out.resolve()), **wanted)
+            info = _watched_here(job, out, model, quiet=as_json)
+        if info.status == "succeeded":
+            _put_out(out, info.name)
+    if as_json:
+        print_json(asdict(info) | ({} if out is None else {"adapter": str(out)}))
+    if info.status != "succeeded":
+        raise InvivoError(f"the job is {info.status}", remedy=(info.error or {}).get("message"))
+    if not as_json:
+        _tell_done(info, out, model, url)
+
+
+def _name_of(path: Path) -> str:
+    """An adapter's name from that of a file or folder."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem or path.name).strip("-._")
+    return name[:64] or "adapter"
+
+
+def _check_folder(out: Path, *, resume: bool) -> None:
+    begun = (out / STATE / "jobs.sqlite3").exists()
+    if resume and not begun:
+        raise NotFound("holds no job", field="--out", given=str(out))
+    if not resume and begun:
+        raise Conflict(
+            "holds a job already",
+            field="--out",
+            given=str(out),
+            remedy="Add --resume to go on with it, or name another folder",
+        )
+
+
+def _found(lm: LM, out: Path) -> Job:
+    jobs = lm.jobs()
+    if not jobs:
+        raise NotFound(
+            "holds no job",
+            field="--out",
+            given=str(out),
+            remedy="Remove it and start again",
+        )
+    job = jobs[0]
+    if job.status == "paused":
+        job.resume()
+    return job
+
+
+def _watched_here(job: Job, out: Path, model: str | None, *, quiet: bool) -> JobInfo:
+    """Wait for the job; an interruption leaves a checkpoint behind."""
+    try:
+        return job.wait(progress=_shows_bar(quiet), on_info=_Notes(quiet))
+    except KeyboardInterrupt:
+        info = job.pause()
+        if info.status in ("succeeded", "failed", "cancelled"):
+            return info
+        again = f"invivo finetune{_model_option(model)} --out {out} --resume"
+        note(f"stopped at step {info.step} of {info.n_steps}; go on with: {again}")
+        raise
+
+
+def _watched_remotely(job: Job, url: str, *, quiet: bool) -> JobInfo:
+    try:
+        return job.wait(progress=_shows_bar(quiet), on_info=_Notes(quiet))
+    except KeyboardInterrupt:
+        note(f"the job goes on; look again with: invivo jobs show {job.id} --follow --url {url}")
+        raise
+
+
+def _shows_bar(quiet: bool) -> bool:
+    return not quiet and sys.stderr.isatty()
+
+
+class _Notes:
+    """A line every tenth of the way, where a bar would not be seen."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet or sys.stderr.isatty()
+        self._last = 0
+
+    def __call__(self, info: JobInfo) -> None:
+        if self._quiet or not info.n_steps:
+            return
+        tenth = 10 * info.step // info.n_steps
+        if tenth > self._last:
+            self._last = tenth
+            loss = "" if info.loss is None else f", loss {info.loss:.4f}"
+            rate = info.tokens_per_second
+            speed = "" if rate is None else f", {rate:,.0f} tok/s"
+            note(f"step {info.step} of {info.n_steps}{loss}{speed}")
+
+
+def _put_out(out: Path, name: str) -> None:
+    """The adapter's files where the user wants them."""
+    for file in ADAPTER_FILES:
+        shutil.copyfile(out / STATE / "adapters" / name / file, out / file)
+
+
+def _tell_done(info: JobInfo, out: Path | None, model: str | None, url: str | None) -> None:
+    loss = "" if info.loss is None else f", loss {info.loss:.4f}"
+    note(f"{info.n_steps} steps, {info.trained_tokens} tokens{loss}")
+    if out is None:
+        sys.stdout.write(f"{info.fine_tuned_model}\n")
+        note(f"try it: invivo chat --url {url} --use {info.name}")
+        return
+    sys.stdout.write(f"{out}\n")
+    note(f"try it: invivo chat{_model_option(model)} --adapter {info.name}={out} --use {info.name}")
+
+
+def _model_option(model: str | None) -> str:
+    return "" if model is None else f" -m {model}"
