@@ -16,6 +16,7 @@ from invivo.batches import batch_of, conversations_of, score_items_of, text_or_i
 from invivo.engine.types import AdapterInfo
 from invivo.errors import InvalidRequest
 from invivo.lm import LM, Delta, Message, ModelInfo, Prompt, Sampling, ScoreItem
+from invivo.remote_jobs import RemoteJobs
 from invivo.transport import Transport
 from invivo.wire import (
     JsonBody,
@@ -222,6 +223,11 @@ class RemoteLM(LM):
 
     def unload_adapter(self, name: str) -> None:
         self._http.wait(self._http.request("DELETE", f"/v1/adapters/{quote(name, safe='')}"))
+
+    @property
+    def fine_tuning(self) -> RemoteJobs:
+        """The server's files and jobs, those that the key may see."""
+        return RemoteJobs(self._http, self._info.name)
 
     def stats(self) -> dict[str, Any]:
         """The live snapshot, without the histograms (Prometheus has them at /metrics)."""

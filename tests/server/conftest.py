@@ -23,7 +23,9 @@ from invivo.server.settings import Settings
 @pytest.fixture(scope="session")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLM]:
     folder = tiny_model_folder(tmp_path_factory.mktemp("model"), max_position_embeddings=1024)
-    with invivo.load(str(folder), device="cpu", dtype="float32", kv_bytes=16 << 20) as made:
+    state = tmp_path_factory.mktemp("state")
+    options = {"device": "cpu", "dtype": "float32", "kv_bytes": 16 << 20, "state": state}
+    with invivo.load(str(folder), **options) as made:
         yield made
 
 

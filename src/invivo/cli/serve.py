@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from invivo.cli import options
 from invivo.cli.output import examples, note
+from invivo.errors import Conflict
 
 if TYPE_CHECKING:
     from invivo.server.settings import Settings
 
-SERVER, LIMITS = "Server", "Limits"
+SERVER, LIMITS, TUNING = "Server", "Limits", "Fine-tuning"
 EXAMPLES = examples(
     "invivo serve                               SmolLM2 at http://127.0.0.1:8000",
     "invivo serve Qwen/Qwen3-0.6B --port 9000   any Hub id or local folder",
     "invivo serve --adapter poet=./poet         clients ask for smollm2-135m:poet",
+    "invivo serve --state ./state --tpot-ms 30  fine-tuning jobs kept there; 30 ms a token first",
     "invivo keys add me && invivo serve --host 0.0.0.0",
 )
 
@@ -128,6 +131,60 @@ def serve(
             "--max-body", metavar="SIZE", help="Largest request body.", rich_help_panel=LIMITS
         ),
     ] = "4MiB",
+    max_file: Annotated[
+        str,
+        typer.Option(
+            "--max-file", metavar="SIZE", help="Largest training file.", rich_help_panel=LIMITS
+        ),
+    ] = "512MiB",
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state",
+            metavar="DIR",
+            envvar="INVIVO_STATE",
+            help="Folder of training files and jobs; a server started with it again goes on "
+            "with them. [dim]\\[default: in the user's data folder][/dim]",
+            file_okay=False,
+            show_default=False,
+            rich_help_panel=TUNING,
+        ),
+    ] = None,
+    tpot_ms: Annotated[
+        float,
+        typer.Option(
+            "--tpot-ms",
+            min=0.1,
+            help="Milliseconds per output token that training leaves to requests.",
+            rich_help_panel=TUNING,
+        ),
+    ] = 50.0,
+    ttft_ms: Annotated[
+        float,
+        typer.Option(
+            "--ttft-ms",
+            min=0.1,
+            help="Milliseconds to the first token that training leaves to requests.",
+            rich_help_panel=TUNING,
+        ),
+    ] = 5000.0,
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy",
+            help="How training shares the device: co-serve, temporal:N, dynamic-temporal, none.",
+            rich_help_panel=TUNING,
+        ),
+    ] = "co-serve",
+    max_jobs: Annotated[
+        int,
+        typer.Option(
+            "--max-jobs",
+            min=1,
+            help="Jobs at once; more wait their turn.",
+            rich_help_panel=TUNING,
+        ),
+    ] = 4,
 ) -> None:
     """Serve a model over HTTP: OpenAI's endpoints and more, with a live page at /."""
     from invivo.cli.opening import opened
@@ -141,6 +198,7 @@ def serve(
         database=database,
         served_name=name,
         max_body_bytes=options.parse_bytes(max_body, "--max-body"),
+        max_file_bytes=options.parse_bytes(max_file, "--max-file"),
         max_concurrent=max_concurrent,
         max_output_tokens=max_output,
         allowed_origins=tuple(origin or ()),
@@ -161,10 +219,21 @@ def serve(
         max_model_len=max_model_len,
         max_running=max_running,
         max_batch_tokens=max_batch_tokens,
+        state=state,
+        tpot_ms=tpot_ms,
+        ttft_ms=ttft_ms,
+        policy=policy,
+        max_jobs=max_jobs,
     ) as lm:
         info = lm.info()
         shown = f"[{host}]" if ":" in host else host
         note(f"{info.name} ({info.dtype} on {info.device}) at http://{shown}:{port}")
+        try:
+            lm.resume_jobs()
+        except Conflict as error:  # another server of this model trains
+            if state is not None:
+                raise
+            note(f"without fine-tuning: {error}")
         run(lm, settings)
 
 

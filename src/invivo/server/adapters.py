@@ -26,6 +26,7 @@ from invivo.server.services import Services, services_of
 
 router = APIRouter(tags=["adapters"])
 
+UPLOAD_PATH = "/v1/adapters/upload"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
@@ -89,7 +90,7 @@ def load_adapter(body: AdapterRequest, request: Request, principal: Manager) -> 
 
 
 @router.post(
-    "/v1/adapters/upload",
+    UPLOAD_PATH,
     response_model=Adapter,
     responses=failures(409),
     openapi_extra={"requestBody": _UPLOAD_BODY},

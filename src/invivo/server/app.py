@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -20,6 +20,8 @@ from invivo.server import (
     chat,
     completions,
     embeddings,
+    files,
+    fine_tuning,
     health,
     live,
     metrics,
@@ -92,6 +94,8 @@ def create_app(lm: LM, settings: Settings | None = None) -> FastAPI:
         tokens,
         models_route,
         adapters,
+        files,
+        fine_tuning,
         health,
         metrics,
         live,
@@ -111,7 +115,10 @@ def create_app(lm: LM, settings: Settings | None = None) -> FastAPI:
     app.add_middleware(
         BodyLimit,
         max_body_bytes=settings.max_body_bytes,
-        max_upload_bytes=settings.max_upload_bytes,
+        uploads={
+            adapters.UPLOAD_PATH: settings.max_upload_bytes,
+            files.FILES_PATH: settings.max_file_bytes,
+        },
     )
     app.add_middleware(RequestContext)
     return app
@@ -119,7 +126,7 @@ def create_app(lm: LM, settings: Settings | None = None) -> FastAPI:
 
 def _add_page(app: FastAPI) -> None:
     """The live page at / and its files under /static, where they are installed."""
-    folder = Path(str(files("invivo") / "web"))
+    folder = Path(str(resources.files("invivo") / "web"))
     index = folder / "index.html"
     if not index.is_file():
         return

@@ -13,7 +13,7 @@ _MEANING = {
     400: "The request cannot be carried out as written",
     401: "No key, or an unknown one",
     403: "The key lacks the scope or the budget, or the origin is not allowed",
-    404: "No such model or adapter",
+    404: "No such model, adapter, file or job",
     409: "It exists already or is in use",
     413: "The body, the prompt or the upload is too large",
     429: "Too many requests; try again after Retry-After seconds",

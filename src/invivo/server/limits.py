@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from invivo.errors import TooLarge
 from invivo.server.errors import error_response
 
-UPLOAD_PATH = "/v1/adapters/upload"
-
 
 class BodyLimit:
-    """ASGI middleware: answers 413 as soon as a body is, or says that it is, too large."""
+    """ASGI middleware: answers 413 as soon as a body is, or says that it is, too large.
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_upload_bytes: int) -> None:
+    Args:
+        max_body_bytes: for every path that is not in ``uploads``.
+        uploads: path -> largest body there.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, uploads: Mapping[str, int]) -> None:
         self._app = app
         self._max_body = max_body_bytes
-        self._max_upload = max_upload_bytes
+        self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._max_upload if scope["path"] == UPLOAD_PATH else self._max_body
+        limit = self._uploads.get(scope["path"], self._max_body)
         said = dict(scope["headers"]).get(b"content-length", b"0")
         if said.isdigit() and int(said[:20]) > limit:
             await _refuse(limit)(scope, receive, send)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from invivo.lm_jobs import ENDED
 from invivo.server.answers import LiveSnapshot
 from invivo.server.auth import Principal, needs
 from invivo.server.documents import failures, streamed
@@ -19,6 +20,9 @@ from invivo.server.streaming import EventStream, event
 router = APIRouter(tags=["watch"])
 
 PERIOD = 1.0  # seconds between two snapshots of a stream
+MAX_POINTS = 500  # of a loss curve
+_MAX_JOBS = 200  # looked through for those that have not ended
+_MAX_CURVES = 8  # jobs shown, besides those that have not ended
 
 Watcher = Annotated[Principal, Depends(needs("metrics"))]
 
@@ -60,7 +64,38 @@ def snapshot(services: Services) -> dict[str, Any]:
     adapters = [asdict(adapter) for adapter in services.lm.adapters()]
     state = "draining" if services.draining else stats.get("state", "ready")
     shown = {name: value for name, value in stats.items() if name != "histograms"}
-    return _finite(shown | {"state": state, "model": model, "adapters": adapters})
+    jobs = _jobs(services, stats["jobs"])
+    return _finite(shown | {"state": state, "model": model, "adapters": adapters, "jobs": jobs})
+
+
+def _jobs(services: Services, running: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The engine's jobs with what the job service knows of them, and its latest others."""
+    rows = {job["name"]: job for job in running}
+    if services.lm.has_jobs:
+        listed = services.jobs.jobs(_MAX_JOBS)
+        shown = [job for job in listed if job.status not in ENDED] + listed[:_MAX_CURVES]
+        for job in reversed({job.id: job for job in shown}.values()):
+            info = services.jobs.job(job.id)
+            row = rows.pop(info.name, {"name": info.name, "state": info.status})
+            rows[info.name] = row | {
+                "id": info.id,
+                "status": info.status,
+                "step": info.step,
+                "steps": info.n_steps,
+                "loss": info.loss,
+                "losses": curve(info.losses),
+                "trained_tokens": info.trained_tokens,
+                "tokens_per_second": info.tokens_per_second,
+                "estimated_finish": info.estimated_finish,
+            }
+    return list(rows.values())
+
+
+def curve(losses: Sequence[float | None]) -> list[list[float | None]]:
+    """[step, loss] pairs, the last one among them; evenly thinned to ``MAX_POINTS`` at most."""
+    stride = -(-len(losses) // MAX_POINTS) or 1
+    first = (len(losses) - 1) % stride
+    return [[i + 1, losses[i]] for i in range(first, len(losses), stride)]
 
 
 def _finite(value: Any) -> Any:

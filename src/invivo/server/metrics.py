@@ -38,8 +38,16 @@ _TOKENS = {
     "generated": ("generation_tokens", "Tokens generated"),
     "prefill": ("prefill_tokens", "Prompt tokens computed, after preemptions again"),
     "score": ("score_tokens", "Tokens scored or embedded"),
-    "train": ("train_tokens", "Tokens trained on"),
 }
+_JOB_LIVE = ("queued", "running", "paused", "finishing")
+_JOB_STATES = (*_JOB_LIVE, "succeeded", "failed", "cancelled")
+_JOB_GAUGES = (
+    ("loss", "loss", "Mean loss per learned token of a job's last step"),
+    ("step", "step", "Optimizer steps that a job has done"),
+    ("steps", "steps", "Optimizer steps that a job has in all"),
+    ("adapter_version", "version", "Newest version that a job has published"),
+    ("restarts", "restarts", "Texts of a job that began anew"),
+)
 
 
 @router.get(
@@ -91,6 +99,7 @@ class EngineCollector(Collector):
             yield self._counter(name, text, totals[purpose])
         yield self._finished(totals)
         yield self._adapters()
+        yield from self._tuning(stats["jobs"], totals)
         for key, histogram in stats.get("histograms", {}).items():
             if key in _HISTOGRAMS:
                 yield self._histogram(*_HISTOGRAMS[key], histogram)
@@ -124,6 +133,32 @@ class EngineCollector(Collector):
         for adapter in self._services.lm.adapters():
             family.add_metric([*self._values, adapter.name], adapter.running)
         return family
+
+    def _tuning(self, jobs: list[dict[str, Any]], totals: dict[str, int]) -> Iterator[Metric]:
+        tokens = CounterMetricFamily(
+            "invivo:finetune_tokens",
+            "Tokens trained on, by direction",
+            labels=[*self._labels, "direction"],
+        )
+        tokens.add_metric([*self._values, "forward"], totals["train"])
+        tokens.add_metric([*self._values, "backward"], totals["backward"])
+        yield tokens
+        states = GaugeMetricFamily(
+            "invivo:finetune_jobs",
+            "Jobs of the engine by state; of those that have ended, the latest few",
+            labels=[*self._labels, "state"],
+        )
+        for state in _JOB_STATES:
+            states.add_metric([*self._values, state], sum(job["state"] == state for job in jobs))
+        yield states
+        for name, key, text in _JOB_GAUGES:
+            gauge = GaugeMetricFamily(
+                f"invivo:finetune_{name}", text, labels=[*self._labels, "job_name"]
+            )
+            for job in jobs:
+                if job["state"] in _JOB_LIVE and job[key] is not None:
+                    gauge.add_metric([*self._values, job["name"]], job[key])
+            yield gauge
 
     def _histogram(self, name: str, text: str, histogram: dict[str, Any]) -> Metric:
         family = HistogramMetricFamily(f"invivo:{name}", text, labels=self._labels)

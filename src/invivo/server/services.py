@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from fastapi import Request
 
@@ -14,6 +14,9 @@ from invivo.server.admission import Gate
 from invivo.server.budgets import Ledger
 from invivo.server.keys import KeyStore
 from invivo.server.settings import Settings
+
+if TYPE_CHECKING:
+    from invivo.jobs.service import JobService
 
 
 @dataclass(slots=True)
@@ -42,6 +45,16 @@ class Services:
         name = self.info.name
         # A model from a folder goes by the folder's name: clients need not learn the path.
         return Path(name).name if name.startswith(("/", ".", "~")) else name
+
+    @property
+    def jobs(self) -> JobService:
+        """Files and jobs of the model; their folder is opened at the first use.
+
+        Raises:
+            Conflict: another process has it in hand.
+            InvalidRequest: the model cannot be fine-tuned.
+        """
+        return cast("JobService", self.lm.fine_tuning)
 
     def adapter_of(self, model: str | None) -> str | None:
         """The adapter that a request's ``model`` ("base" or "base:adapter") asks for.

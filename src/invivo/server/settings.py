@@ -18,6 +18,7 @@ class Settings:
         database: SQLAlchemy URL of the key store; None = ``default_database()``.
         served_name: model name that clients use; None = the model's own.
         max_body_bytes: largest JSON body. max_upload_bytes: largest adapter upload.
+        max_file_bytes: largest training file. max_stored_bytes: all training files of one key.
         max_concurrent: requests in work at once; more are answered 429.
         max_prompt_tokens: longest prompt; None = what the context holds.
         max_output_tokens: used where a request sets no ``max_tokens``, and the most it may set;
@@ -34,6 +35,8 @@ class Settings:
     served_name: str | None = None
     max_body_bytes: int = 4 << 20
     max_upload_bytes: int = 512 << 20
+    max_file_bytes: int = 512 << 20
+    max_stored_bytes: int = 16 << 30
     max_concurrent: int = 512
     max_prompt_tokens: int | None = None
     max_output_tokens: int | None = None

@@ -1,0 +1,56 @@
+"""Whose file or job it is: a key sees its own, an administrator all, others' do not exist."""
+
+from __future__ import annotations
+
+from invivo.errors import NotFound
+from invivo.lm_jobs import FileInfo, JobInfo
+from invivo.server.auth import Principal
+from invivo.server.services import Services
+
+
+def stored_as(principal: Principal) -> str:
+    """The owner under whom the principal's things are kept; "" without keys."""
+    return principal.key_id or ""
+
+
+def seen_by(principal: Principal) -> str | None:
+    """The owner whose things the principal sees, None = everyone's."""
+    return None if principal.may("admin") else stored_as(principal)
+
+
+def own_file(
+    services: Services, principal: Principal, file_id: str, field: str = "file_id"
+) -> FileInfo:
+    """The file that ``field`` names.
+
+    Raises:
+        NotFound: it is unknown or another's, in the same words.
+    """
+    try:
+        info = services.jobs.file(file_id)
+    except NotFound:
+        info = None
+    if info is None or seen_by(principal) not in (None, info.owner):
+        raise NotFound(
+            "no such file", field=field, given=file_id, remedy="See GET /v1/files for yours"
+        )
+    return info
+
+
+def own_job(
+    services: Services, principal: Principal, job_id: str, field: str = "job_id"
+) -> JobInfo:
+    """The job that ``field`` names.
+
+    Raises:
+        NotFound: it is unknown or another's, in the same words.
+    """
+    try:
+        info = services.jobs.job(job_id)
+    except NotFound:
+        info = None
+    if info is None or seen_by(principal) not in (None, info.owner):
+        raise NotFound(
+            "no such job", field=field, given=job_id, remedy="See GET /v1/fine_tuning/jobs"
+        )
+    return info
