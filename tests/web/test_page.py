@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from invivo.lm_jobs import ENDED, Job
+from invivo.local import LocalLM
 from invivo.server.keys import KeyStore
 from invivo.server.run import ServerThread
 from invivo.server.settings import Settings
@@ -251,3 +254,100 @@ def adapter_files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         tensors[f"{name}.lora_B.weight"] = torch.randn(32, 4, generator=generator)
     save_file(tensors, folder / "adapter_model.safetensors")
     return [str(folder / "adapter_config.json"), str(folder / "adapter_model.safetensors")]
+
+
+def lines_of(n: int) -> str:
+    asked = {"role": "user", "content": "the cat"}
+    answers = [f"the red dog sits on the mat {i}" for i in range(n)]
+    chats = [[asked, {"role": "assistant", "content": answer}] for answer in answers]
+    return "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+
+
+@pytest.fixture
+def long_job(lm: LocalLM, tmp_path: Path) -> Iterator[Job]:
+    data = tmp_path / "dialogue.jsonl"
+    data.write_text(lines_of(20))
+    job = lm.finetune(data, name="long", steps=100_000, r=2, batch_size=1, checkpoint_every=0)
+    yield job
+    if job.status not in ENDED:
+        job.cancel()
+    job.wait()
+
+
+def test_job_is_started_from_a_file_and_its_adapter_talks(page, lm, tmp_path):
+    page.wait_for_selector("#state[data-state=ready]")
+    data = tmp_path / "dialogue.jsonl"
+    data.write_text(lines_of(12))
+    page.click("#job-open")
+    page.set_input_files("#job-form [name=file]", data)
+    page.fill("#job-form [name=suffix]", "dreamer")
+    page.fill("#job-form [name=r]", "2")
+    page.fill("#job-form [name=steps]", "4")
+    page.fill("#job-form [name=batch_size]", "2")
+    page.uncheck("#job-form [value=q]")
+    page.click("#job-form [type=submit]")
+    page.wait_for_selector("#job-dialog:not([open])", state="attached")
+    page.wait_for_selector("#job-list .tag.succeeded")
+    assert "step 4 of 4" in page.locator("#job-list").text_content()
+    wait_until(lambda: "on v, down · r 2" in page.locator("#job-facts").text_content())
+    assert page.locator("#loss-chart canvas").count() == 1
+    assert float(page.locator("#loss-legend b").first.text_content()) > 0
+    assert page.locator("#job-cancel").is_hidden()
+    page.click("#job-chat")
+    assert page.locator("#adapter").input_value() == "dreamer"
+    ask(page, "the cat", max_tokens=3)
+    wait_until(lambda: "dreamer" in page.locator("#recent tbody tr").first.text_content())
+    lm.unload_adapter("dreamer")
+
+
+def test_bad_lines_of_a_file_are_named_in_the_form(page, tmp_path):
+    page.wait_for_selector("#state[data-state=ready]")
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"messages": []}\n' + lines_of(1) + "not json\n")
+    page.click("#job-open")
+    page.set_input_files("#job-form [name=file]", data)
+    page.click("#job-form [type=submit]")
+    page.wait_for_selector("#job-problems li")
+    told = page.locator("#job-problems li").all_text_contents()
+    assert [text.split(":")[0] for text in told] == ["line 1", "line 3"]
+    page.click("#job-dialog [data-close]")
+    wait_until(lambda: "failed" in page.locator("#job-status").text_content())
+    wait_until(lambda: "line 3" in page.locator("#job-error").text_content())
+    assert page.locator("#loss-chart").is_hidden()
+
+
+def test_form_shows_the_fields_of_its_method(page):
+    page.click("#job-open")
+    page.select_option("#job-form [name=method]", "ia3")
+    assert page.locator("#job-form [name=r]").is_hidden()
+    assert page.locator("#job-maps").is_visible()
+    page.select_option("#job-form [name=method]", "prefix")
+    assert page.locator("#job-size-name").text_content() == "Virtual tokens"
+    assert page.locator("#job-maps").is_hidden()
+
+
+def test_job_is_paused_resumed_and_cancelled_after_a_question(page, long_job):
+    page.wait_for_selector("#state[data-state=ready]")
+    page.click("#job-list li:has-text('long') button")
+    page.wait_for_selector("#job-status.running")
+    page.wait_for_selector("#loss-chart:not(.is-empty)")
+    page.wait_for_selector("#tokens-chart:not(.is-empty)")
+    wait_until(lambda: number(page, "#tokens-legend .key:nth-child(5) b") > 0)
+    page.click("#job-pause")
+    page.wait_for_selector("#job-status.paused")
+    page.click("#job-resume")
+    page.wait_for_selector("#job-status.running")
+    page.click("#job-cancel")
+    assert "of 100000 steps" in page.locator("#cancel-message").text_content()
+    page.click("#cancel-dialog .small-button")
+    assert long_job.status == "running"
+    page.click("#job-cancel")
+    page.click("#cancel-dialog .danger")
+    page.wait_for_selector("#job-status.cancelled")
+    assert long_job.status == "cancelled"
+
+
+def test_objective_is_named_beside_the_latency_it_limits(page, lm):
+    page.wait_for_selector("#state[data-state=ready]")
+    wait_until(lambda: page.locator("#itl-legend .promise b").text_content() == "50 ms")
+    assert page.locator("#ttft-legend .promise b").text_content() == "5.00 s"
