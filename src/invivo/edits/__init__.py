@@ -1,0 +1,1 @@
+"""The language of interventions: programs of edits and captures that a request carries."""

@@ -1,0 +1,380 @@
+"""The eager interpreter: what a program means, written to be read.
+
+Every run of every row is one dense pass over its whole text, generated tokens included as far as
+they are known. In float64 this is the oracle that the compiled path is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from invivo.edits.apply import (
+    Context,
+    change_edges,
+    change_router,
+    change_rows,
+    change_weights,
+    copies_of,
+    read_part,
+    skip_rows,
+)
+from invivo.edits.blobs import Blobs
+from invivo.edits.expand import expand_key_heads
+from invivo.edits.reduce import reduce_capture
+from invivo.edits.resolved import (
+    CaptureRef,
+    MeasureRef,
+    ResolvedProgram,
+    ResolvedRow,
+    RunPlan,
+    SourceRef,
+    Touch,
+)
+from invivo.edits.site_names import BLOCKS
+from invivo.errors import InvalidRequest
+from invivo.kernels.paging import PagedLayout, blocks_needed, contiguous_layout
+from invivo.models.bypass import Bypass
+from invivo.models.cache import allocate_kv_cache
+from invivo.models.decoder import Decoder
+from invivo.models.rope import long_text_offset
+
+Key = tuple[str, int]
+_SCORE, _PROB = "attn.head.score", "attn.head.prob"
+
+
+@dataclass(slots=True)
+class Captured:
+    """One capture at one site of one layer.
+
+    Attributes:
+        value: of shape ``ref.shape``; lens with top: log-probabilities.
+        tokens: lens with top: the token ids, of the same shape.
+    """
+
+    ref: CaptureRef
+    value: torch.Tensor
+    tokens: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class Measured:
+    """One measure: ``values`` [positions]."""
+
+    ref: MeasureRef
+    values: torch.Tensor
+
+
+@dataclass(slots=True)
+class RowResult:
+    """What one row brought back; ``logits`` [T, V] of every run that went to its end."""
+
+    row: ResolvedRow
+    captures: list[Captured] = field(default_factory=list)
+    measures: list[Measured] = field(default_factory=list)
+    logits: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def run_program(
+    decoder: Decoder,
+    resolved: ResolvedProgram,
+    *,
+    blobs: Blobs | None = None,
+    params: Mapping[str, torch.Tensor] | None = None,
+    adapters: Mapping[str, Bypass] | None = None,
+) -> list[RowResult]:
+    """Carry out ``resolved`` row by row.
+
+    Args:
+        decoder: the model, in float64 where exactness is wanted.
+        blobs: the named tensors.
+        params: values of the trainable parameters; those that are missing have their start value.
+            Gradients flow to them if they require them.
+        adapters: bypasses by the names that runs give.
+    """
+    context = Context(
+        dtype=decoder.embed.dtype,
+        device=decoder.embed.device,
+        blobs=blobs or Blobs(),
+        params=_parameters(resolved, blobs or Blobs(), decoder.embed, params or {}),
+    )
+    wide = expand_key_heads(decoder) if any(row.expanded for row in resolved.rows) else decoder
+    return [
+        _run_row(wide if row.expanded else decoder, decoder, row, context, adapters or {})
+        for row in resolved.rows
+    ]
+
+
+def _parameters(
+    resolved: ResolvedProgram,
+    blobs: Blobs,
+    like: torch.Tensor,
+    given: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in resolved.program.params.items():
+        field_name = f"params.{name}"
+        if name in given:
+            found[name] = given[name]
+        elif isinstance(parameter.init, str):
+            found[name] = blobs.get(parameter.init.removeprefix("blob:"), field_name).to(like)
+        else:
+            found[name] = torch.full(
+                parameter.shape, parameter.init, dtype=like.dtype, device=like.device
+            )
+        if tuple(found[name].shape) != parameter.shape:
+            raise InvalidRequest(
+                f"the declared shape is {list(parameter.shape)}",
+                field=field_name,
+                given=list(found[name].shape),
+            )
+    return found
+
+
+def _run_row(
+    decoder: Decoder,
+    original: Decoder,
+    row: ResolvedRow,
+    context: Context,
+    adapters: Mapping[str, Bypass],
+) -> RowResult:
+    """All runs of one row, sources before their readers."""
+    result = RowResult(row)
+    share = decoder.config.n_kv_heads // original.config.n_kv_heads
+    done: dict[str, Interpreter] = {}
+    for name, plan in row.runs.items():
+        taps = Interpreter(decoder, plan, row, context, done, share)
+        done[name] = taps
+        logits = _forward(decoder, plan, taps, adapters)
+        if logits is not None:
+            result.logits[name] = logits
+    for capture in row.captures:
+        taps = done[capture.run]
+        seen = taps.after if capture.after else taps.before
+        ref = copies_of(capture.ref, share)[0]
+        at = capture.positions.below(len(row.runs[capture.run].prompt.ids))
+        part = read_part(seen[ref.site, ref.layer], at, ref)
+        value, tokens = reduce_capture(part, capture, original, context)
+        result.captures.append(Captured(capture, value, tokens))
+    for measure in row.measures:
+        result.measures.append(Measured(measure, _measure(measure, result.logits)))
+    return result
+
+
+def _forward(
+    decoder: Decoder, plan: RunPlan, taps: Interpreter, adapters: Mapping[str, Bypass]
+) -> torch.Tensor | None:
+    """Logits [T, V] of a run; None where it stops before the end."""
+    bypass = None
+    if plan.adapter is not None:
+        bypass = adapters.get(plan.adapter)
+        if bypass is None:
+            raise InvalidRequest(
+                "there is no adapter of this name",
+                field=f"runs.{plan.name}.adapter",
+                given=plan.adapter,
+            )
+    ids = list(plan.prompt.ids)
+    for at, token in plan.input.tokens:
+        ids[at] = token
+    device, n = decoder.embed.device, len(ids)
+    layout = contiguous_layout([n], device=device)
+    offset = long_text_offset(decoder.config, n)
+    numbers = [plan.input.number_of(i) + offset for i in range(n)]
+    layout.positions = torch.tensor(numbers, device=device)
+    cache = allocate_kv_cache(
+        decoder.config,
+        n_blocks=blocks_needed([n]),
+        block_size=layout.block_size,
+        device=device,
+        dtype=decoder.embed.dtype,
+    )
+    tokens = torch.tensor(ids, device=device)
+    if plan.stop is not None:
+        _forward_to(decoder, plan.stop, tokens, layout, cache.layers, bypass, taps)
+        return None
+    hidden = decoder.forward(tokens, layout, cache, bypass=bypass, taps=taps)
+    return decoder.logits(hidden, taps=taps)
+
+
+def _forward_to(
+    decoder: Decoder,
+    stop: int,
+    tokens: torch.Tensor,
+    layout: PagedLayout,
+    memory: list[tuple[torch.Tensor, torch.Tensor]],
+    bypass: Bypass | None,
+    taps: Interpreter,
+) -> None:
+    """The layers up to ``stop``, whose ``resid.post`` nobody would offer otherwise."""
+    residual = decoder.embedded(tokens, layout.positions, bypass)
+    if taps.wants("embed.out", -1):
+        residual = taps("embed.out", -1, residual)
+    pending, residual = decoder.run_layers(
+        residual, layout, memory, last=stop + 1, bypass=bypass, taps=taps
+    )
+    total = residual if pending is None else residual + pending
+    if taps.wants("resid.post", stop):
+        taps("resid.post", stop, total)
+
+
+class Interpreter:
+    """The taps of one run: carries out its touches, and keeps what others read.
+
+    Attributes:
+        before, after: values of the sites that captures and sources read, before the touches of
+            that site and after them.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        plan: RunPlan,
+        row: ResolvedRow,
+        context: Context,
+        done: Mapping[str, Interpreter],
+        share: int,
+    ) -> None:
+        self.config = decoder.config
+        self.plan = plan
+        self.context = context
+        self.done = done
+        self.share = share
+        self.before: dict[Key, torch.Tensor] = {}
+        self.after: dict[Key, torch.Tensor] = {}
+        self.touches: dict[Key, list[Touch]] = {}
+        for touch in plan.touches:
+            for key in _tapped_at(touch):
+                self.touches.setdefault(key, []).append(touch)
+        read = [c.ref for c in row.captures if c.run == plan.name]
+        for reader in row.runs.values():
+            for touch in reader.touches:
+                read += [s.ref for s in touch.sources if s.run == plan.name and s.ref is not None]
+        self.kept = {(ref.site, ref.layer) for ref in read}
+        windowed = [i for i, layer in enumerate(self.config.layers) if layer.window is not None]
+        # Windows count position numbers; the decoder's count indices.
+        self.recount = set(windowed) if plan.input.numbers else set()
+
+    def wants(self, site: str, layer: int) -> bool:
+        # Attention always lies open here, so that all runs round alike.
+        key = (site, layer)
+        if site in (_SCORE, _PROB) or key in self.touches or key in self.kept:
+            return True
+        return layer in self.recount and site.startswith(("attn.head.q", "attn.kvhead.k"))
+
+    def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        key = (site, layer)
+        self.before[key] = value.clone()  # the decoder may go on in place
+        new = value
+        if site == _SCORE:
+            new = self._masked(layer, new)
+        for touch in self.touches.get(key, ()):
+            new = self._apply(touch, site, new)
+        if torch.equal(new, value):
+            new = value  # what has not changed is bit for bit the untouched pass
+        self.after[key] = self.before[key] if new is value else new
+        return new
+
+    def _apply(self, touch: Touch, site: str, value: torch.Tensor) -> torch.Tensor:
+        if touch.kernel == "block":
+            return skip_rows(touch, value)
+        if touch.kernel == "edge":
+            return change_edges(touch, value, self.context, scores=site == _SCORE)
+        if touch.ref.site == "moe.expert.on":
+            if site == "moe.expert.weight":
+                return change_weights(touch, value, self.after["moe.router", touch.ref.layer])
+            rerouted = touch.do == "expert_force" or touch.args.get("reroute")
+            return change_router(touch, value) if rerouted else value
+        n_rows = len(touch.positions.below(value.shape[0]))
+        for copy, ref in enumerate(copies_of(touch.ref, self.share)):
+            sources = [
+                self._read(source, copy, n_rows, value)
+                for source in touch.sources
+                if source.run is not None
+            ]
+            value = change_rows(touch, ref, value, sources, self.context)
+        return value
+
+    def _read(
+        self, source: SourceRef, copy: int, n_rows: int, current: torch.Tensor
+    ) -> torch.Tensor:
+        """The rows of a source: from a run that is done, or from this one up to here."""
+        assert source.run is not None
+        assert source.ref is not None
+        taps = self if source.run == self.plan.name else self.done[source.run]
+        value = taps.after.get((source.ref.site, source.ref.layer), current)
+        copies = copies_of(source.ref, self.share)
+        rows = source.positions if source.pooled else source.positions[:n_rows]
+        part = read_part(value, rows, copies[copy % len(copies)])
+        return part.mean(0, keepdim=True) if source.pooled else part
+
+    def _masked(self, layer: int, score: torch.Tensor) -> torch.Tensor:
+        """Scores [T, H, K] with the run's own mask and windows."""
+        if layer in self.recount:
+            score = self._recounted(layer)
+        for queries, keys in self.plan.input.hidden:
+            rows, columns = queries.below(score.shape[0]), keys.below(score.shape[2])
+            if rows and columns:
+                hidden = torch.zeros(score.shape[0], 1, score.shape[2], dtype=torch.bool)
+                hidden[torch.tensor(rows)[:, None], 0, torch.tensor(columns)] = True
+                score = score.masked_fill(hidden.to(score.device), -torch.inf)
+        return score
+
+    def _recounted(self, layer: int) -> torch.Tensor:
+        """The scores of a layer whose window counts position numbers."""
+        kind, config = self.config.layers[layer], self.config
+        rot = "" if kind.rope is None else ".rot"
+        q = self.after[f"attn.head.q{rot}", layer]
+        k = self.after[f"attn.kvhead.k{rot}", layer]
+        k = k.repeat_interleave(config.n_heads // config.n_kv_heads, dim=1)
+        score = torch.einsum("thd,lhd->thl", q, k) * (config.attn_scale or config.head_dim**-0.5)
+        if config.attn_softcap is not None:
+            score = config.attn_softcap * torch.tanh(score / config.attn_softcap)
+        index = torch.arange(q.shape[0], device=q.device)
+        number = torch.tensor(
+            [self.plan.input.number_of(i) for i in range(q.shape[0])], device=q.device
+        )
+        assert kind.window is not None
+        visible = (index[:, None] >= index) & (number[:, None] - number < kind.window)
+        return score.masked_fill(~visible[:, None], -torch.inf)
+
+
+def _tapped_at(touch: Touch) -> list[Key]:
+    """The decoder's sites at which a touch acts."""
+    site, layer, do = touch.ref.site, touch.ref.layer, touch.do
+    if site in BLOCKS:
+        outs = {"block": ("attn.out", "mlp.out"), "attn": ("attn.out",), "mlp": ("mlp.out",)}
+        return [(out, layer) for out in outs[site]]
+    if site == "attn.edge":
+        before = do != "edge_scale" and touch.args["renormalise"]
+        return [(_SCORE if before else _PROB, layer)]
+    if do == "expert_force" or (do == "expert_off" and touch.args["reroute"]):
+        return [("moe.router", layer)]
+    if do in ("expert_on", "expert_off"):
+        return [("moe.router", layer), ("moe.expert.weight", layer)]
+    return [(site, layer)]
+
+
+def _measure(measure: MeasureRef, logits: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[positions]; tokens that are not known yet have none."""
+    rows = logits[measure.run]
+    at = measure.positions.below(rows.shape[0])
+    rows = rows[at]
+    log = torch.log_softmax(rows, -1)
+    match measure.kind:
+        case "logit":
+            return rows[:, measure.tokens[0]]
+        case "logprob":
+            return log[:, measure.tokens[0]]
+        case "prob":
+            return log[:, measure.tokens[0]].exp()
+        case "rank":
+            return (rows > rows[:, measure.tokens[0], None]).sum(-1)
+        case "logit_diff":
+            return rows[:, measure.tokens[0]] - rows[:, measure.tokens[1]]
+        case _:
+            assert measure.other is not None
+            other = torch.log_softmax(logits[measure.other][list(measure.other_positions)], -1)
+            return (log.exp() * (log - other)).sum(-1)
