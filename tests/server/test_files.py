@@ -19,9 +19,13 @@ LINES = b'{"text": "the cat is red"}\n{"text": "the dog is blue"}\n'
 
 @pytest.fixture(autouse=True)
 def clean(lm) -> Iterator[None]:
+    def forget() -> None:
+        for one in lm.fine_tuning.files():
+            lm.fine_tuning.delete_file(one.id)
+
+    forget()
     yield
-    for one in lm.fine_tuning.files():
-        lm.fine_tuning.delete_file(one.id)
+    forget()
 
 
 def upload(http: httpx.Client, content: bytes = LINES, name: str = "data.jsonl", **form):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from invivo.jobs.folder import JobFolder
 from invivo.lm_jobs import Hyperparameters
 from invivo.server.fine_tuning_schemas import HyperparametersBody
 from invivo.server.keys import KeyStore
@@ -177,12 +179,17 @@ def test_pause_resume_and_cancel(client: openai.OpenAI, http, talks):
 
 
 def test_pages_of_jobs_are_newest_first(client: openai.OpenAI, http, talks):
-    made = [start(http, talks, hyperparameters=QUICK | {"steps": 1}).json() for _ in range(5)]
+    made = [
+        start(http, talks, hyperparameters=QUICK | {"steps": 1}, metadata={"i": str(i)}).json()
+        for i in range(5)
+    ]
     for job in made:
         until(http, job["id"], "succeeded")
     listed = list(client.fine_tuning.jobs.list(limit=2))
     assert [one.id for one in listed] == [job["id"] for job in made][::-1]
     assert client.fine_tuning.jobs.list(limit=2).has_more
+    chosen = client.fine_tuning.jobs.list(metadata={"i": "3"})
+    assert [one.id for one in chosen] == [made[3]["id"]]
     error = refusal(http.get("/v1/fine_tuning/jobs?after=ftjob-none"), 404)
     assert error["param"] == "after"
 
@@ -298,14 +305,26 @@ def test_jobs_show_in_the_snapshot_and_the_metrics(http, talks):
         assert float(line.removeprefix(head)) > 0
 
 
-def test_a_long_curve_is_thinned():
-    from invivo.server.live import MAX_POINTS, curve
-
-    assert curve([1.0, None, 3.0]) == [[1, 1.0], [2, None], [3, 3.0]]
-    points = curve([float(i) for i in range(1, 10_001)])
-    assert len(points) <= MAX_POINTS
-    assert points[-1] == [10_000, 10_000.0]
-    assert all(step == loss for step, loss in points)
+def test_a_long_curve_is_thinned(tmp_path):
+    with JobFolder(tmp_path) as folder:
+        job = folder.store.add_job(
+            name="long",
+            model="tiny",
+            training_file="file-1",
+            content="0",
+            filename="a.jsonl",
+            hyperparameters={},
+            metadata={},
+            owner="",
+        )
+        assert folder.curve(job.id, 10) == []
+        for step in range(1, 96):
+            folder.store.step_done(job.id, step, None if step == 2 else 1.0 * step, step)
+            points = folder.curve(job.id, 10)
+            assert points[-1][0] == step
+            assert min(step, 6) <= len(points) <= 10
+            assert len({b[0] - a[0] for a, b in itertools.pairwise(points)}) <= 1
+        assert folder.curve(job.id, 500)[:3] == [(1, 1.0), (2, None), (3, 3.0)]
 
 
 def test_a_key_sees_its_own_jobs_and_an_administrator_all(lm, tmp_path):

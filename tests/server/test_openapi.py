@@ -16,6 +16,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from invivo.lm_jobs import ENDED
 from invivo.server.app import create_app
 from invivo.server.run import ServerThread
 from invivo.server.settings import Settings
@@ -78,9 +79,40 @@ def api(short: ServerThread):
     return schema
 
 
-def possible(case: schemathesis.Case) -> schemathesis.Case:
+@pytest.fixture(scope="module")
+def known(lm, short: ServerThread) -> Iterator[dict[str, str]]:
+    """Names of a model, a file and an ended job that are there."""
+    job = lm.finetune([{"text": "the cat is red"}], name="known", steps=1, batch_size=1)
+    info = job.wait(timeout=30)
+    assert info.status == "succeeded"
+    yield {
+        "model": short.app.state.services.model_name,
+        "file_id": info.training_file,
+        "job_id": job.id,
+    }
+    for each in lm.jobs():
+        each.cancel() if each.status not in ENDED else None
+        assert each.wait(timeout=30).status in ENDED
+        each.delete()
+    for adapter in lm.adapters():
+        lm.unload_adapter(adapter.name)
+    for file in lm.files():
+        lm.delete_file(file.id)
+
+
+def possible(case: schemathesis.Case, known: dict[str, str]) -> schemathesis.Case:
     """A valid request made one that this model can carry out: known names and tokens."""
-    if isinstance(case.body, dict):
+    if case.method != "DELETE":
+        case.path_parameters.update(
+            {name: known[name] for name in ("file_id", "job_id") if name in case.path_parameters}
+        )
+    if isinstance(case.body, dict) and "training_file" in case.body:
+        case.body.update({"model": known["model"], "training_file": known["file_id"]})
+        within = (case.body.get("method") or {}).get("supervised") or {}
+        for holder in (case.body, within):
+            if holder.get("hyperparameters"):
+                holder["hyperparameters"] |= {"steps": 1, "batch_size": 1}
+    elif isinstance(case.body, dict):
         for field in ("model", "guided_json", "guided_regex", "response_format", "logit_bias"):
             case.body.pop(field, None)
         case.body.update(
@@ -105,11 +137,11 @@ def in_vocabulary(value: object) -> object:
 
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
-def test_no_request_makes_it_fail_and_answers_conform(api, method, path):
+def test_no_request_makes_it_fail_and_answers_conform(api, known, method, path):
     operation = api[path][method]
     valid = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
     invalid = operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
-    generated = st.one_of(valid.map(possible), valid, invalid)
+    generated = st.one_of(valid.map(lambda case: possible(case, known)), valid, invalid)
 
     @settings(
         max_examples=40,

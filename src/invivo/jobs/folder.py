@@ -141,6 +141,10 @@ class JobFolder:
     def job(self, job_id: str) -> JobInfo:
         return self.store.job(job_id)
 
+    def curve(self, job_id: str, points: int) -> list[tuple[int, float | None]]:
+        """(step, loss) of evenly spaced steps, the last one among them; at most ``points``."""
+        return self.store.curve(job_id, points)
+
     def events(self, job_id: str, limit: int = 20, after: str | None = None) -> list[JobEvent]:
         return self.store.events(job_id, limit, after)
 

@@ -215,6 +215,19 @@ class JobStore:
             info.losses = [row.loss for row in connection.execute(query)]
         return info
 
+    def curve(self, job_id: str, points: int) -> list[tuple[int, float | None]]:
+        """(step, loss) of evenly spaced steps, the last one among them; at most ``points``."""
+        last = self._job_row(job_id).step
+        stride = max(1, -(-last // points))
+        query = (
+            sql.select(_losses.c.step, _losses.c.loss)
+            .where(_losses.c.job == job_id, (last - _losses.c.step) % stride == 0)
+            .order_by(_losses.c.step)
+            .limit(points)
+        )
+        with self._engine.connect() as connection:
+            return [(row.step, row.loss) for row in connection.execute(query)]
+
     def data_of(self, job_id: str) -> tuple[str, str]:
         """Content and name of its training file."""
         row = self._job_row(job_id)

@@ -68,11 +68,20 @@ def create_job(body: FineTuningRequest, request: Request, principal: Tuner) -> F
 def list_jobs(
     request: Request, principal: Tuner, after: After = None, limit: Limit = 20
 ) -> JobList:
-    """The caller's jobs (an administrator's view: all), newest first, without their losses."""
+    """The caller's jobs (an administrator's view: all), newest first, without their losses.
+
+    A query ``metadata[key]=value`` leaves those with this entry.
+    """
     services = services_of(request)
     if after is not None:
         own_job(services, principal, after, field="after")
-    found = services.jobs.jobs(limit + 1, after, owner=seen_by(principal))
+    wanted = {
+        name.removeprefix("metadata[").removesuffix("]"): value
+        for name, value in request.query_params.items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+    found = services.jobs.jobs(_ALL if wanted else limit + 1, after, owner=seen_by(principal))
+    found = [one for one in found if wanted.items() <= one.metadata.items()]
     page = [_job(services, one) for one in found[:limit]]
     return JobList(object="list", data=page, has_more=len(found) > limit)
 

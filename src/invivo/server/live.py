@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from starlette.concurrency import run_in_threadpool
 
+from invivo.errors import NotFound
 from invivo.lm_jobs import ENDED
 from invivo.server.answers import LiveSnapshot
 from invivo.server.auth import Principal, needs
@@ -21,7 +23,7 @@ router = APIRouter(tags=["watch"])
 
 PERIOD = 1.0  # seconds between two snapshots of a stream
 MAX_POINTS = 500  # of a loss curve
-_MAX_JOBS = 200  # looked through for those that have not ended
+_MAX_JOBS = 64  # looked through for those that have not ended
 _MAX_CURVES = 8  # jobs shown, besides those that have not ended
 
 Watcher = Annotated[Principal, Depends(needs("metrics"))]
@@ -30,7 +32,7 @@ Watcher = Annotated[Principal, Depends(needs("metrics"))]
 @router.get("/v1/live", response_model=LiveSnapshot, responses=failures())
 async def live(request: Request, _principal: Watcher) -> dict[str, Any]:
     """A snapshot of what the engine does; never holds prompts or answers."""
-    return snapshot(services_of(request))
+    return await run_in_threadpool(snapshot, services_of(request))
 
 
 @router.get(
@@ -45,7 +47,7 @@ async def live_stream(request: Request, _principal: Watcher) -> EventStream:
 
 async def _events(services: Services) -> AsyncGenerator[bytes, None]:
     while not services.draining:
-        yield event(snapshot(services))
+        yield event(await run_in_threadpool(snapshot, services))
         await asyncio.sleep(PERIOD)
 
 
@@ -75,27 +77,23 @@ def _jobs(services: Services, running: list[dict[str, Any]]) -> list[dict[str, A
         listed = services.jobs.jobs(_MAX_JOBS)
         shown = [job for job in listed if job.status not in ENDED] + listed[:_MAX_CURVES]
         for job in reversed({job.id: job for job in shown}.values()):
-            info = services.jobs.job(job.id)
-            row = rows.pop(info.name, {"name": info.name, "state": info.status})
-            rows[info.name] = row | {
-                "id": info.id,
-                "status": info.status,
-                "step": info.step,
-                "steps": info.n_steps,
-                "loss": info.loss,
-                "losses": curve(info.losses),
-                "trained_tokens": info.trained_tokens,
-                "tokens_per_second": info.tokens_per_second,
-                "estimated_finish": info.estimated_finish,
+            try:
+                losses = services.jobs.curve(job.id, MAX_POINTS)
+            except NotFound:  # deleted meanwhile
+                continue
+            row = rows.pop(job.name, {"name": job.name, "state": job.status})
+            rows[job.name] = row | {
+                "id": job.id,
+                "status": job.status,
+                "step": job.step,
+                "steps": job.n_steps,
+                "loss": job.loss,
+                "losses": losses,
+                "trained_tokens": job.trained_tokens,
+                "tokens_per_second": job.tokens_per_second,
+                "estimated_finish": job.estimated_finish,
             }
     return list(rows.values())
-
-
-def curve(losses: Sequence[float | None]) -> list[list[float | None]]:
-    """[step, loss] pairs, the last one among them; evenly thinned to ``MAX_POINTS`` at most."""
-    stride = -(-len(losses) // MAX_POINTS) or 1
-    first = (len(losses) - 1) % stride
-    return [[i + 1, losses[i]] for i in range(first, len(losses), stride)]
 
 
 def _finite(value: Any) -> Any:
