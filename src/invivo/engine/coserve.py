@@ -84,6 +84,23 @@ class _Pace:
     n: int
 
 
+def servable(policy: Policy) -> Policy:
+    """The policy, if an engine can follow it.
+
+    Raises:
+        InvalidRequest: only the simulator knows it.
+    """
+    if policy.simulated:
+        raise InvalidRequest(
+            "this policy exists in the simulator only",
+            field="policy",
+            given=policy.name,
+            remedy="Serve with co-serve, temporal:N, dynamic-temporal or none; "
+            "compare with `invivo simulate`",
+        )
+    return policy
+
+
 class Coserver:
     """Plans iterations of inference and training. Used from the scheduler's thread.
 
@@ -104,18 +121,10 @@ class Coserver:
         Raises:
             InvalidRequest: a policy that only the simulator knows.
         """
-        if policy.simulated:
-            raise InvalidRequest(
-                "this policy exists in the simulator only",
-                field="policy",
-                given=policy.name,
-                remedy="Serve with co-serve, temporal:N, dynamic-temporal or none; "
-                "compare with `invivo simulate`",
-            )
         self.scheduler = scheduler
         self.latency = latency
         self.slo = slo
-        self.policy = policy
+        self.policy = servable(policy)
         self.sizes = sizes or Sizes()
         self.served: dict[str, float] = {}
         self._paces: dict[Sequence, _Pace] = {}
@@ -375,5 +384,9 @@ def work_of(plan: Plan) -> Work:
             pairs += size * span.start + size * (size + 1) // 2
         if span.purpose is Purpose.TRAIN:
             train_rows += size
-    backward = sum((u.stop - u.start) * (u.last_layer - u.first_layer) for u in plan.backward)
-    return Work(rows, train_rows, context, pairs, backward)
+    backward = layers = 0
+    for unit in plan.backward:
+        deep = unit.last_layer - unit.first_layer
+        layers += deep
+        backward += (unit.stop - unit.start) * deep
+    return Work(rows, train_rows, context, pairs, backward, layers)

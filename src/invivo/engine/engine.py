@@ -24,6 +24,7 @@ from invivo.engine.finetune import FineTuning, JobHandle, Riders
 from invivo.engine.grammar import GrammarCompiler, Matcher
 from invivo.engine.graphs import DecodeGraphs
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent
+from invivo.engine.latency import LatencyModel
 from invivo.engine.memory import limits_of, room_to_pack
 from invivo.engine.policies import Slo, policy_of
 from invivo.engine.sampler import RowState
@@ -253,6 +254,19 @@ class Engine:
         """
         self._check_open()
         return self._finetuning.add(spec, data, on_event, None if folder is None else Path(folder))
+
+    def set_policy(self, policy: str) -> None:
+        """Share the device between requests and jobs like this from the next iteration on.
+
+        Raises:
+            InvalidRequest: no such policy, or one for the simulator alone.
+        """
+        self._finetuning.set_policy(policy_of(policy))
+
+    @property
+    def latency_model(self) -> LatencyModel | None:
+        """What iterations are predicted to take; None until there was a job. Do not change it."""
+        return self._finetuning.latency
 
     def _wake(self) -> None:
         with self._inbox.wake:

@@ -21,10 +21,10 @@ import torch
 
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.checkpoint import CheckpointWriter, checkpoints, read_checkpoint, step_of
-from invivo.engine.coserve import Coserver, work_of
+from invivo.engine.coserve import Coserver, Sizes, servable, work_of
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent
-from invivo.engine.latency import LatencyModel
-from invivo.engine.latency_profile import measured_profile
+from invivo.engine.latency import LatencyModel, Sample
+from invivo.engine.latency_profile import ENOUGH, first_profile
 from invivo.engine.peft_format import to_peft
 from invivo.engine.policies import Policy, Slo
 from invivo.engine.recording import Recording
@@ -196,6 +196,7 @@ class FineTuning:
         self._handles: dict[TuningJob, JobHandle] = {}
         self._orders: deque[tuple[TuningJob, Command]] = deque()
         self._coserver: Coserver | None = None
+        self._seen: deque[Sample] = deque(maxlen=4 * ENOUGH)  # iterations before the first job
         self._stopped = False
 
     # --- any thread -------------------------------------------------------------------------
@@ -246,6 +247,17 @@ class FineTuning:
                 for job in self._jobs
             )
 
+    @property
+    def latency(self) -> LatencyModel | None:
+        """What the policy predicts with; None until there was a job."""
+        return None if self._coserver is None else self._coserver.latency
+
+    def set_policy(self, policy: Policy) -> None:
+        """Share the device like this from the next iteration on."""
+        self._policy = servable(policy)
+        if self._coserver is not None:
+            self._coserver.policy = policy
+
     def describe(self) -> list[dict[str, Any]]:
         """Every job, ended ones (the latest few) first."""
         with self._lock:
@@ -284,12 +296,20 @@ class FineTuning:
         if not trainees:
             return self._scheduler.schedule(now)
         if self._coserver is None:
-            limits = self._scheduler.limits
-            profile = measured_profile(
-                self._decoder, max_rows=self._max_rows, block_size=limits.block_size
+            profile = first_profile(
+                self._decoder,
+                self._seen,
+                max_rows=self._max_rows,
+                block_size=self._scheduler.limits.block_size,
+                busy=self._scheduler.has_work,
             )
             self._coserver = Coserver(
-                self._scheduler, LatencyModel(profile), self._slo, self._policy
+                self._scheduler,
+                LatencyModel(profile),
+                self._slo,
+                self._policy,
+                # Without requests an arrival waits no longer than between two of its tokens.
+                sizes=Sizes(quantum_ms=self._slo.tpot_ms),
             )
         return self._coserver.plan(now, trainees, busy_until=busy_until)
 
@@ -321,8 +341,11 @@ class FineTuning:
     # --- after an iteration -----------------------------------------------------------------
     def folded(self, plan: Plan, seconds: float, at: float) -> None:
         """The plan's tokens are known since ``at``; it took ``seconds``."""
-        if self._coserver is not None:
-            self._coserver.latency.record(work_of(plan), max(seconds, 1e-6))
+        work, seconds = work_of(plan), max(seconds, 1e-6)
+        if self._coserver is None:
+            self._seen.append(Sample(work, seconds))
+        else:
+            self._coserver.latency.record(work, seconds)
             self._coserver.folded(plan, at)
 
     def dropped(self, riders: Riders, error: Exception | None) -> None:

@@ -1,7 +1,8 @@
 """How long an iteration takes: a model of the engine's own step times, kept up while it runs.
 
     f = max(flat, base + per_row * rows) * [any rows] + context * c + pairs * p
-        + backward_start * [any backward] + backward * b + training_start * [any training rows]
+        + backward_start * [any backward] + backward_layer * l + backward * b
+        + training_start * [any training rows] + train_row * training rows
 
 Up to some number of rows a step costs what reading the weights costs; beyond it, what the
 arithmetic costs: hence the larger of a constant and a line. Everything else is linear. The
@@ -36,6 +37,7 @@ class Work:
         context: keys that the decode rows read, summed.
         pairs: (row, key) pairs of all spans longer than one row.
         backward: token-layers of backward: tokens of each unit times its layers, summed.
+        layers: layers of all units of backward, summed: each costs its start, however few tokens.
     """
 
     rows: int
@@ -43,16 +45,17 @@ class Work:
     context: int = 0
     pairs: int = 0
     backward: int = 0
+    layers: int = 0
 
     def with_window(self, start: int, size: int) -> Work:
         """This and a training window [start, start + size) of one sequence."""
         pairs = self.pairs + size * start + size * (size + 1) // 2
         rows, train_rows = self.rows + size, self.train_rows + size
-        return Work(rows, train_rows, self.context, pairs, self.backward)
+        return Work(rows, train_rows, self.context, pairs, self.backward, self.layers)
 
     def with_backward(self, tokens: int, layers: int) -> Work:
         """This and a backward of ``tokens`` through ``layers``."""
-        return replace(self, backward=self.backward + tokens * layers)
+        return replace(self, backward=self.backward + tokens * layers, layers=self.layers + layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +79,18 @@ class Coefficients:
     backward_start: float
     backward: float
     training_start: float
+    train_row: float = 0.0
+    backward_layer: float = 0.0
 
 
 # A size of each feature at which it matters. Least squares runs in these units, so that one
 # prior suits all: a coefficient is known to some hundredths of a second before any measurement,
 # when measurements scatter by a few percent.
-_UNITS = (1.0, 1.0, 256.0, 1e5, 1e6, 1.0, 1e4, 1.0)
-_PRIOR_INFORMATION = 4.0 * np.eye(8)
+_UNITS = (1.0, 1.0, 256.0, 1e5, 1e6, 1.0, 1e4, 1.0, 256.0, 32.0)
+_PRIOR_INFORMATION = 4.0 * np.eye(10)
 _BASE = 1
 _LEAST = 1e-6  # seconds: no step takes less
+_HICCUP = 4.0  # a step counts at most as that many times what was predicted
 _ENOUGH = 32  # recorded steps from which the safety factor rests on them
 Row = list[float]
 
@@ -97,6 +103,8 @@ def _features(work: Work) -> tuple[Row, Row]:
         float(work.backward > 0),
         work.backward / _UNITS[6],
         float(work.train_rows > 0),
+        work.train_rows / _UNITS[8],
+        work.layers / _UNITS[9],
     ]
     some = float(work.rows > 0)
     return [some, 0.0, 0.0, *rest], [0.0, some, work.rows / _UNITS[2], *rest]
@@ -111,19 +119,19 @@ class _Fit:
     """The coefficients of one range of rows (in ``_UNITS``) and what is known of them."""
 
     weights: Row
-    information: Array  # [8, 8]: sum of x x^T over remembered steps, and the prior
+    information: Array  # [10, 10]: sum of x x^T over remembered steps, and the prior
 
     def copy(self) -> _Fit:
         return _Fit(list(self.weights), self.information.copy())
 
     def seconds(self, work: Work) -> float:
-        flat, base, row, context, pairs, start, backward, training = self.weights
+        flat, base, row, context, pairs, start, backward, training, train_row, layer = self.weights
         time = max(flat, base + row * work.rows / _UNITS[2]) if work.rows else 0.0
         time += context * work.context / _UNITS[3] + pairs * work.pairs / _UNITS[4]
         if work.backward:
-            time += start + backward * work.backward / _UNITS[6]
+            time += start + backward * work.backward / _UNITS[6] + layer * work.layers / _UNITS[9]
         if work.train_rows:
-            time += training
+            time += training + train_row * work.train_rows / _UNITS[8]
         return max(time, _LEAST)
 
     def update(self, work: Work, seconds: float, forgetting: float) -> None:
@@ -134,19 +142,37 @@ class _Fit:
         """
         flat, line = _features(work)
         chosen = flat if _dot(self.weights, flat) >= _dot(self.weights, line) else line
-        expected = _dot(self.weights, chosen)
+        expected = max(_dot(self.weights, chosen), _LEAST)
+        seconds = min(seconds, _HICCUP * expected)
         # Relative to the slower of the two, nearly: neither a hiccup nor an empty step counts much.
         scale = max(seconds, expected / 2)
         x = np.array(chosen) / scale
         self.information = (
             forgetting * self.information + (1 - forgetting) * _PRIOR_INFORMATION + np.outer(x, x)
         )
-        move = np.linalg.solve(self.information, x * ((seconds - expected) / scale)).tolist()
-        # No less time for more work; only the line may start below zero.
-        self.weights = [
-            w + m if i == _BASE else max(w + m, 0.0)
-            for i, (w, m) in enumerate(zip(self.weights, move, strict=True))
-        ]
+        self.weights = _moved(
+            np.array(self.weights), self.information, x * ((seconds - expected) / scale)
+        ).tolist()
+
+
+def _moved(weights: Array, information: Array, gradient: Array) -> Array:
+    """The best step of the weights among those that leave none negative.
+
+    What would become negative stops at zero, and the others move as they should given that: if they
+    moved as before, what balances the negative part would remain, and predictions could grow
+    although steps are fast.
+    """
+    free = np.ones(len(weights), dtype=bool)
+    move = np.zeros(len(weights))
+    while True:
+        move[~free] = -weights[~free]
+        pull = gradient - information[:, ~free] @ move[~free]
+        move[free] = np.linalg.solve(information[np.ix_(free, free)], pull[free])
+        negative = free & (weights + move < 0)
+        negative[_BASE] = False  # only the line may start below zero
+        if not negative.any():
+            return weights + move
+        free &= ~negative
 
 
 class LatencyModel:
@@ -213,6 +239,11 @@ class LatencyModel:
         Until enough steps have been recorded, that of the profile.
         """
         return self._safety
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Real over predicted time of the latest steps."""
+        return tuple(self._ratios)
 
     def record(self, work: Work, seconds: float) -> None:
         """Learn from an iteration that took ``seconds`` (positive)."""
