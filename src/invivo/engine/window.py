@@ -113,8 +113,15 @@ class WindowTrainer:
         Raises:
             InvalidRequest: the tape of so long a sequence does not fit ``tape_bytes``.
         """
-        if self._planner is not None:
-            self._planner.plan(length)
+        self.planned(length)
+
+    def planned(self, length: int) -> TapePlan | None:
+        """What is kept of a sequence of ``length`` rows; None: nothing.
+
+        Raises:
+            InvalidRequest: see :meth:`check_length`.
+        """
+        return self._inputs if self._planner is None else self._planner.plan(length)
 
     def begin(self, sequence: TrainSequence) -> None:
         """Make room for a micro-step of ``sequence``, forgetting any that was under way.
@@ -122,7 +129,7 @@ class WindowTrainer:
         Raises:
             InvalidRequest: see :meth:`check_length`.
         """
-        plan = self._inputs if self._planner is None else self._planner.plan(sequence.length)
+        plan = self.planned(sequence.length)
         device, n = sequence.tokens.device, sequence.length
         decoder = self.decoder
         wide = torch.float64 if decoder.embed.dtype == torch.float64 else torch.float32

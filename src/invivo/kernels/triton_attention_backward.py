@@ -35,11 +35,9 @@ def tile_of(head_dim: int, dtype: torch.dtype) -> Tile:
     """Tile of both kernels; two sums of [n, head_dim] must fit the registers."""
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1)
-    if head_dim <= 64:
-        return Tile(64, 64, 4, 3)
     if head_dim <= 128:
         return Tile(64, 64, 4, 2)
-    return Tile(32, 64, 8, 1)
+    return Tile(32, 32, 8, 1)
 
 
 @triton.jit
@@ -154,29 +152,31 @@ def _key_kernel(
         end = tl.minimum(n_rows, low + BLOCK_N - 1 + WINDOW - start)
     sum_k = tl.zeros([BLOCK_N, D_PAD], tl.float32)
     sum_v = tl.zeros([BLOCK_N, D_PAD], tl.float32)
-    for each in range(EACH):
-        head = part * EACH + each
-        for at in range(begin, end, BLOCK_M):
-            row = at + tl.arange(0, BLOCK_M)
-            real = row < n_rows
-            queries = _load(q, row, head, q_stride, real, D, D_PAD, UPCAST)
-            d_mixed = _load(dz, row, head, dz_stride, real, D, D_PAD, UPCAST)
-            row_lse = tl.load(lse + row * N_HEADS + head, mask=real, other=0.0)
-            # Keys by rows: what comes out feeds the next product from registers.
-            scores = tl.dot(key_rows, tl.trans(queries), input_precision="ieee")
-            probs, slope = _probabilities(
-                scores, row_lse[None, :], (start + row)[None, :], keys[:, None], scale, softcap,
-                WINDOW, SOFTCAP,
-            )  # fmt: skip
-            # Rows beyond the window are zeros in dz and q, but their exponentials may overflow.
-            probs = tl.where(real[None, :], probs, 0.0)
-            if WANT_V:
-                sum_v = tl.dot(probs.to(d_mixed.dtype), d_mixed, sum_v, input_precision="ieee")
-            if WANT_K:
-                row_delta = tl.load(delta + row * N_HEADS + head, mask=real, other=0.0)
-                d_probs = tl.dot(value_rows, tl.trans(d_mixed), input_precision="ieee")
-                d_scores = probs * (d_probs - row_delta[None, :]) * slope
-                sum_k = tl.dot(d_scores.to(queries.dtype), queries, sum_k, input_precision="ieee")
+    # One loop over heads and rows: nested ones leave too few registers.
+    steps = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)
+    for step in range(steps * EACH):
+        head = part * EACH + step // steps
+        at = begin + step % steps * BLOCK_M
+        row = at + tl.arange(0, BLOCK_M)
+        real = row < n_rows
+        queries = _load(q, row, head, q_stride, real, D, D_PAD, UPCAST)
+        d_mixed = _load(dz, row, head, dz_stride, real, D, D_PAD, UPCAST)
+        row_lse = tl.load(lse + row * N_HEADS + head, mask=real, other=0.0)
+        # Keys by rows: what comes out feeds the next product from registers.
+        scores = tl.dot(key_rows, tl.trans(queries), input_precision="ieee")
+        probs, slope = _probabilities(
+            scores, row_lse[None, :], (start + row)[None, :], keys[:, None], scale, softcap,
+            WINDOW, SOFTCAP,
+        )  # fmt: skip
+        # Rows beyond the window are zeros in dz and q, but their exponentials may overflow.
+        probs = tl.where(real[None, :], probs, 0.0)
+        if WANT_V:
+            sum_v = tl.dot(probs.to(d_mixed.dtype), d_mixed, sum_v, input_precision="ieee")
+        if WANT_K:
+            row_delta = tl.load(delta + row * N_HEADS + head, mask=real, other=0.0)
+            d_probs = tl.dot(value_rows, tl.trans(d_mixed), input_precision="ieee")
+            d_scores = probs * (d_probs - row_delta[None, :]) * slope
+            sum_k = tl.dot(d_scores.to(queries.dtype), queries, sum_k, input_precision="ieee")
     dims = tl.arange(0, D_PAD)
     mask = there[:, None] & (dims < D)[None, :]
     place = (part % parts * n_keys + local).to(tl.int64)[:, None] * kv_stride

@@ -9,7 +9,7 @@ import triton.language as tl
 BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit
 def _label_kernel(
     logits, labels, weights, logprobs, softcap, stride,
     VOCABULARY: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTED: tl.constexpr,
