@@ -55,8 +55,8 @@ def add(
         list[str] | None,
         typer.Option(
             "--scope",
-            help="generate, score, adapters, admin or metrics; may be repeated. "
-            "\\[default: generate, score]",
+            help="generate, score, adapters, finetune, metrics or admin; may be "
+            "repeated. \\[default: generate, score]",
             show_default=False,
         ),
     ] = None,
