@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -298,6 +299,41 @@ def test_a_job_killed_after_a_checkpoint_goes_on_as_if_nothing_had_been(
     assert engine.adapters.load("again", checkpoints(tmp_path)[-1]).n_parameters > 0
 
 
+@pytest.mark.parametrize("order", ["pause", "stop", "close"])
+def test_a_job_that_is_put_off_anywhere_leaves_a_checkpoint_and_loses_nothing(
+    tiny: LoadedModel, tmp_path: Path, order: str
+) -> None:
+    options: dict[str, Any] = {"policy": "temporal:1"}
+    spec = JobSpec("j", LORA, 8, 0.01, gradient_accumulation=3)
+    engine = small_engine(tiny, **options)
+    undisturbed = start(engine, spec, texts())
+    drive(engine, undisturbed)
+
+    engine = small_engine(tiny, **options)
+    first = start(engine, spec, texts(), tmp_path)
+    drive(engine, until=lambda: len(first.of("step")) == 4)
+    for _ in range(3):  # into the next step, whose texts count for nothing yet
+        engine.step()
+    assert first.handle is not None
+    steps = first.handle.step
+    if order == "close":
+        engine.close()
+    else:
+        getattr(first.handle, order)()
+        drive(engine, until=lambda: first.of("checkpoint"))
+    assert first.kinds()[-1] == ("checkpoint" if order == "pause" else "stopped")
+    assert checkpoints(tmp_path)[-1].name == f"step-{steps:08d}"
+
+    engine = small_engine(tiny, **options)
+    second = start(engine, spec, texts(), tmp_path)
+    drive(engine, second)
+    assert second.events[0]["step"] == steps
+    assert undisturbed.handle is not None
+    assert second.handle is not None
+    assert second.handle.losses == undisturbed.handle.losses
+    same(trained(engine, second), trained(engine, undisturbed), 0.0)
+
+
 def test_checkpoints_of_another_job_are_refused(tiny: LoadedModel, tmp_path: Path) -> None:
     engine = small_engine(tiny)
     drive(engine, start(engine, JobSpec("j", LORA, 2), texts(), tmp_path))
@@ -573,3 +609,29 @@ def test_a_started_engine_trains_sleeps_and_stops(tiny: LoadedModel, tmp_path: P
     assert all(one.done for one in asked)
     assert endless.kinds()[-1] == "stopped"
     assert engine._thread is None
+
+
+def test_an_engine_that_closes_while_a_checkpoint_is_written_waits_for_it(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.write_adapter
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_adapter", slowly)
+    engine = small_engine(tiny)
+    engine.start()
+    job = start(engine, JobSpec("j", LORA, 10**6), texts(), tmp_path)
+    assert job.handle is not None
+    while not job.of("step"):
+        time.sleep(0.001)
+    job.handle.pause()
+    while job.handle.state != "paused":
+        time.sleep(0.001)
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert job.kinds()[-2:] == ["checkpoint", "stopped"]

@@ -373,9 +373,9 @@ class Engine:
                         or self._finetuning.busy
                     )
                 )
-                if inbox.closed:
-                    self._finetuning.stop()
-                if inbox.closed and not inbox.live and self._in_flight is None:
+            if inbox.closed:
+                self._finetuning.stop()  # without the lock: checkpoints are waited for
+                if not inbox.live and self._in_flight is None:
                     return
             try:
                 moved = self.step()
