@@ -13,6 +13,12 @@ pytest.importorskip("triton")
 
 from tests.kernels.cases import AttentionShape, make_attention_case, relative_error
 
+from invivo.engine.bypasses import BypassSpec, init_parameters
+from invivo.engine.layer_backward import window_in_pages
+from invivo.engine.recording import Recording
+from invivo.engine.train_sequence import TrainSequence, next_token_labels
+from invivo.engine.training_rows import Rows, TrainingRows
+from invivo.engine.window import WindowTrainer
 from invivo.kernels import (
     activation,
     activation_backward,
@@ -31,7 +37,15 @@ from invivo.kernels import (
     triton_norm,
     triton_rotary,
 )
+from invivo.models.cache import allocate_kv_cache
+from invivo.models.config import LayerConfig, ModelConfig, RopeConfig
+from invivo.models.load import random_model
 
+# Those that choose between a kernel and plain torch.
+MODULES = (
+    activation, activation_backward, attention, attention_backward, cross_entropy, lora, norm,
+    norm_backward, rotary,
+)  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
@@ -321,3 +335,62 @@ def test_cross_entropy(softcap, weighted, monkeypatch):
     assert torch.equal(logprobs, again)
     assert relative_error(logprobs, expected.logprobs[kept]) < 1e-6
     assert relative_error(logits @ head, expected.d_hidden[kept]) < 2e-6
+
+
+def test_training_through_the_kernels_equals_training_without(monkeypatch):
+    """A LoRA beside every map, whole and small tapes, three windows, one of a row."""
+    config = ModelConfig(
+        family="llama", vocab_size=48, d_model=32, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=48,
+        max_positions=64, layers=(LayerConfig(), LayerConfig(window=5)),
+        ropes=(RopeConfig(10_000.0, 16),),
+    )  # fmt: skip
+    specs = [BypassSpec("lora", ("q", "v", "o", "gate", "down"), 2)]
+    decoder = random_model(config, device=DEVICE, seed=3)
+    tokens = torch.randint(48, (40,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def gradients(tape_bytes):
+        parameters = {
+            name: (value + 0.1 * random(*value.shape, seed=7)).requires_grad_()
+            for name, value in init_parameters(specs[0], config, seed=1, device=DEVICE).items()
+        }
+        cache = allocate_kv_cache(
+            config, n_blocks=4, block_size=16, device=DEVICE, dtype=torch.float32
+        )
+        trainer = WindowTrainer(
+            decoder, cache, specs, parameters, order="layer", tape_bytes=tape_bytes
+        )
+        sequence = TrainSequence(tokens, next_token_labels(tokens), [2, 0, 3])
+        trainer.begin(sequence)
+        for start, stop in ((0, 17), (17, 18), (18, 40)):
+            layout = window_in_pages(sequence, start, stop, 16)
+            layout.positions = sequence.positions(start, stop)
+            at = layout.positions
+            layout.slots = sequence.table[at // 16] * 16 + at % 16
+            piece = trainer.piece(sequence, start, stop, 0)
+            rows = TrainingRows(None, [Rows(0, stop - start, trainer.bypass.window(start, stop))])
+            recording = Recording(decoder, cache, rows, [piece])
+            with torch.no_grad():
+                hidden = decoder(
+                    tokens[start:stop], layout, cache, bypass=recording.bypass, taps=recording
+                )
+                trainer.forward_done(sequence, start, stop, hidden)
+        while (unit := trainer.next_unit(sequence, 23)) is not None:
+            trainer.run(sequence, unit)
+        return sequence.loss, {name: p.grad for name, p in parameters.items()}
+
+    # As on a GPU: whole tables of angles.
+    monkeypatch.setattr(type(decoder), "_ropes_at", lambda self, _: self._rope_tables())
+    budgets = (None, 16_000)
+    with monkeypatch.context() as plain:
+        for module in MODULES:
+            plain.setattr(module, "runs_triton", lambda *_: False)
+        loss, expected = gradients(None)
+    for module in MODULES:
+        monkeypatch.setattr(module, "runs_triton", lambda *_: True)
+        if hasattr(module, "runs_on_cpu"):
+            monkeypatch.setattr(module, "runs_on_cpu", lambda *_: False)
+    for budget in budgets:
+        got_loss, got = gradients(budget)
+        assert abs(float(got_loss - loss)) < 1e-3
+        for name, wanted in expected.items():
+            assert relative_error(got[name], wanted) < 2e-5, (budget, name)
