@@ -6,9 +6,10 @@
 
 One engine, one LoRA job that never ends (rank 16 on the down projections, AdamW, random texts) and
 the same arrivals for every policy, one after the other; policies change between points, so all use
-the same learnt times. Fine-tuning counts half a token for its forward and half for its backward,
-while requests come. A request keeps the promise if its first token and its mean time per further
-token are in time. Points of a round are run in turn, and --rounds repeats them with other arrivals.
+the same learnt times. At rate 0 training has the device alone, in iterations of one token's promise
+(co-serve) and in whole texts (temporal). Fine-tuning counts half a token for its forward and half
+for its backward, while requests come. A request keeps the promise if its first token and its mean
+time per further token are in time. --rounds repeats everything with other arrivals.
 
 On a GPU the load begins as it would be after a long time (answers under way), and what is left at
 its end is cut off; such a request is judged if it has 64 tokens. ``coserve_figure.py`` draws the
@@ -186,7 +187,7 @@ def main() -> None:
             result["failed"].append([policy, rate, "no time left"])
             continue
         try:
-            engine.set_policy(policy if rate else "co-serve")
+            engine.set_policy(policy)
             point = serve(
                 engine,
                 load(setting, rate, seconds, trace, number) if rate else [],
@@ -233,7 +234,8 @@ def points(args: argparse.Namespace, setting: Setting) -> Iterator[tuple[int, st
     rates = setting.rates if args.rates is None else tuple(map(float, args.rates.split(",")))
     chosen = list(setting.compared) if args.policies is None else args.policies.split(",")
     for number in range(args.rounds):
-        yield number, "alone", 0.0
+        yield number, "co-serve", 0.0
+        yield number, "temporal:64", 0.0  # whole texts: no iteration ends early for an arrival
         for rate in rates:
             for policy in chosen:
                 if args.policies is not None or rate in setting.compared[policy]:
@@ -264,6 +266,8 @@ def warm_up(engine: Engine, setting: Setting, events: list[dict[str, Any]]) -> N
     """Two texts, then some requests beside training."""
     while sum(event["event"] == "step" for event in events) < 2:
         engine.step()
+        if any(event["event"] == "failed" for event in events):
+            raise SystemExit(f"the job has failed: {events[-1]}")
     arrivals = load(setting, setting.rates[-1], 2.0, None, 99)
     serve(
         engine,

@@ -28,6 +28,7 @@ PLANTED = Coefficients(
     training_start=3e-4,
     train_row=1e-5,
     backward_layer=2e-5,
+    pairs_start=2e-4,
 )
 
 
@@ -35,6 +36,7 @@ def seconds(work: Work, c: Coefficients = PLANTED) -> float:
     time = max(c.flat, c.base + c.per_row * work.rows) + c.context * work.context
     time += c.pairs * work.pairs + c.backward * work.backward
     time += c.backward_start * (work.backward > 0) + c.training_start * (work.train_rows > 0)
+    time += c.pairs_start * (work.pairs > 0)
     return time + c.train_row * work.train_rows + c.backward_layer * work.layers
 
 
@@ -80,7 +82,8 @@ def test_staged_profile_gives_the_known_window_and_backward_at_75_ms() -> None:
         assert model.largest_backward(Work(8), 1024, 80, 0.075) == 4
         # 53 + 5.24 n ms for n layers, and about 13 ms for having any training row.
         assert model.predict(Work(8).with_backward(1024, 64)) == pytest.approx(0.388, rel=0.03)
-        assert 0.010 < model.coefficients().training_start < 0.015
+        found = model.coefficients()
+        assert 0.010 < found.training_start + found.pairs_start < 0.015
 
 
 @pytest.mark.parametrize(("noise", "tolerance"), [(0.0, 1e-3), (0.03, 0.05)])

@@ -1,6 +1,7 @@
 """How long an iteration takes: a model of the engine's own step times, kept up while it runs.
 
-    f = max(flat, base + per_row * rows) * [any rows] + context * c + pairs * p
+    f = max(flat, base + per_row * rows) * [any rows] + context * c
+        + pairs_start * [any pairs] + pairs * p
         + backward_start * [any backward] + backward_layer * l + backward * b
         + training_start * [any training rows] + train_row * training rows
 
@@ -81,16 +82,18 @@ class Coefficients:
     training_start: float
     train_row: float = 0.0
     backward_layer: float = 0.0
+    pairs_start: float = 0.0
 
 
 # A size of each feature at which it matters. Least squares runs in these units, so that one
 # prior suits all: a coefficient is known to some hundredths of a second before any measurement,
 # when measurements scatter by a few percent.
-_UNITS = (1.0, 1.0, 256.0, 1e5, 1e6, 1.0, 1e4, 1.0, 256.0, 32.0)
-_PRIOR_INFORMATION = 4.0 * np.eye(10)
+_UNITS = (1.0, 1.0, 256.0, 1e5, 1e6, 1.0, 1e4, 1.0, 256.0, 32.0, 1.0)
+_PRIOR_INFORMATION = 4.0 * np.eye(11)
 _BASE = 1
 _LEAST = 1e-6  # seconds: no step takes less
 _HICCUP = 4.0  # a step counts at most as that many times what was predicted
+_MOST_SAFETY = 1.5
 _ENOUGH = 32  # recorded steps from which the safety factor rests on them
 Row = list[float]
 
@@ -105,6 +108,7 @@ def _features(work: Work) -> tuple[Row, Row]:
         float(work.train_rows > 0),
         work.train_rows / _UNITS[8],
         work.layers / _UNITS[9],
+        float(work.pairs > 0),
     ]
     some = float(work.rows > 0)
     return [some, 0.0, 0.0, *rest], [0.0, some, work.rows / _UNITS[2], *rest]
@@ -119,20 +123,14 @@ class _Fit:
     """The coefficients of one range of rows (in ``_UNITS``) and what is known of them."""
 
     weights: Row
-    information: Array  # [10, 10]: sum of x x^T over remembered steps, and the prior
+    information: Array  # [11, 11]: sum of x x^T over remembered steps, and the prior
 
     def copy(self) -> _Fit:
         return _Fit(list(self.weights), self.information.copy())
 
     def seconds(self, work: Work) -> float:
-        flat, base, row, context, pairs, start, backward, training, train_row, layer = self.weights
-        time = max(flat, base + row * work.rows / _UNITS[2]) if work.rows else 0.0
-        time += context * work.context / _UNITS[3] + pairs * work.pairs / _UNITS[4]
-        if work.backward:
-            time += start + backward * work.backward / _UNITS[6] + layer * work.layers / _UNITS[9]
-        if work.train_rows:
-            time += training + train_row * work.train_rows / _UNITS[8]
-        return max(time, _LEAST)
+        flat, line = _features(work)
+        return max(_dot(self.weights, flat), _dot(self.weights, line), _LEAST)
 
     def update(self, work: Work, seconds: float, forgetting: float) -> None:
         """One step of recursive least squares on the relative error.
@@ -215,10 +213,8 @@ class LatencyModel:
                 ranges[self._range(sample.work)].append(sample)
             self._fits = [_fit(given) if given else self._fits[0].copy() for given in ranges]
         self._ratios: deque[float] = deque(maxlen=256)  # real over predicted time of recent steps
-        self._safety = max(
-            1.0,
-            _quantile([(s.seconds / self.predict(s.work), s.weight) for s in profile], quantile),
-        )
+        late = _quantile([(s.seconds / self.predict(s.work), s.weight) for s in profile], quantile)
+        self._safety = min(max(1.0, late), _MOST_SAFETY)
 
     def predict(self, work: Work) -> float:
         """Seconds.
@@ -234,7 +230,9 @@ class LatencyModel:
 
     @property
     def safety(self) -> float:
-        """By how much recent steps have outlasted their prediction (a quantile), at least 1.
+        """By how much recent steps have outlasted their prediction (a quantile), from 1 to 1.5.
+
+        Beyond that it is left to deadlines, which count what steps really took.
 
         Until enough steps have been recorded, that of the profile.
         """
@@ -251,7 +249,8 @@ class LatencyModel:
         self._ratios.append(seconds / self.predict(work))
         if len(self._ratios) >= _ENOUGH:
             ratios = sorted(self._ratios)
-            self._safety = max(1.0, ratios[int(self._quantile * (len(ratios) - 1))])
+            late = ratios[int(self._quantile * (len(ratios) - 1))]
+            self._safety = min(max(1.0, late), _MOST_SAFETY)
         self._fits[self._range(work)].update(work, seconds, self._forgetting)
 
     def largest(
