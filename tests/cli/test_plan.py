@@ -62,6 +62,19 @@ def test_the_plan_as_json_has_every_tensor_and_order(invivo: Invivo, config_file
     assert lean["totals"]["compressed"] < told["totals"]["compressed"]
 
 
+def test_a_tape_is_cut_to_the_bytes_allowed(invivo: Invivo, config_file: str) -> None:
+    def tape(*options: str) -> int:
+        ran = invivo("plan", config_file, "--lora", "r=4", "--length", "128", "--json", *options)
+        assert ran.code == 0, ran.err
+        return int(json.loads(ran.out)["totals"]["compressed"])
+
+    whole = tape()
+    assert whole // 3 < tape("--tape-bytes", str(whole // 2)) <= whole // 2
+    ran = invivo("plan", config_file, "--lora", "r=4", "--length", "128", "--tape-bytes", "1")
+    assert ran.code != 0
+    assert "tape_bytes" in ran.err
+
+
 def test_bypasses_can_be_combined_and_put_on_some_layers(invivo: Invivo, config_file: str) -> None:
     both = invivo(
         "plan", config_file, "--lora", "r=4", "--steering", "--prefix", "n=2", "--layers", "1-2",

@@ -74,8 +74,15 @@ def plan(
     ] = 512,
     rerun: Annotated[
         str | None,
+        typer.Option("--rerun", help="What the backward may run again: q,k,v,o,gate,up,attention."),
+    ] = None,
+    tape_bytes: Annotated[
+        int | None,
         typer.Option(
-            "--rerun", help="Frozen maps that the backward may run again: q,k,v,o,gate,up."
+            "--tape-bytes",
+            min=1,
+            help="Most bytes of the tape: what runs again is chosen, layer by layer.",
+            rich_help_panel=SEQUENCE,
         ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Of weights and activations.")] = "bfloat16",
@@ -107,6 +114,7 @@ def plan(
         length=length,
         window=window,
         rerun=words(rerun),
+        tape_bytes=tape_bytes,
         dtype=dtype,
     )
     if as_json:
