@@ -1,6 +1,6 @@
 """Make the virtual environment, with nothing but Python's standard library.
 
-    python3 scripts/make_venv.py FOLDER run    what `make demo` needs: invivo[serve] and SmolLM2
+    python3 scripts/make_venv.py FOLDER run    for `make demo`: invivo[serve,study] and SmolLM2
     python3 scripts/make_venv.py FOLDER dev    the same and the tools for tests and checks
 
 torch goes first: where there is no NVIDIA GPU its CPU build, so that nobody downloads gigabytes
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
     if not install_torch(python, gpu):
         print("torch could not be installed; see pip's message above", file=sys.stderr)
         return 1
-    extra, more = "serve", []
+    extra, more = "serve,study", []
     if purpose == "dev":
         # A CUDA build of torch brings the triton that fits it.
         extra, more = "dev", [] if gpu else [f"triton=={TRITON_FOR_INTERPRETER}"]

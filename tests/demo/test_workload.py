@@ -1,83 +1,68 @@
-"""The demo's load on a tiny model: everything it asks is answered, and the tables hold it."""
+"""The demo's load: when requests are sent, and what becomes of one that fails."""
 
 from __future__ import annotations
 
 import asyncio
-import io
-import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from tests.tiny import tiny_model_folder
 
 import invivo
-from invivo.demo import report
 from invivo.demo.adapters import write_random_adapter
-from invivo.demo.passages import passages
-from invivo.demo.workload import ADAPTERS, CARD, Done, Task, run_load, tasks
+from invivo.demo.workload import ROUND, Done, Task, rounds, run_load, tasks
 from invivo.local import LocalLM
 
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLM]:
-    folder = tiny_model_folder(tmp_path_factory.mktemp("model"), max_position_embeddings=8192)
-    with invivo.load(str(folder), kv_bytes=64 << 20) as made:
-        for seed, name in enumerate(ADAPTERS):
-            adapter = tmp_path_factory.mktemp("adapters") / name
-            made.load_adapter(name, write_random_adapter(adapter, folder, seed))
+    folder = tiny_model_folder(tmp_path_factory.mktemp("model"))
+    with invivo.load(str(folder), kv_bytes=8 << 20) as made:
         yield made
 
 
-@pytest.fixture(scope="module")
-def ran(lm: LocalLM) -> tuple[list[Done], dict[str, object]]:
-    before = lm.stats()
-    results = asyncio.run(run_load(lm, tasks(), 16, lambda done: None))
-    return results, report.engine_figures(before, lm.stats(), 2.0)
+def test_purposes_are_spread_over_the_round() -> None:
+    load = tasks()
+    times = [task.at for task in load]
+    assert times == sorted(times)
+    assert times[0] >= 0
+    assert times[-1] < ROUND
+    for purpose in {task.purpose for task in load}:
+        first = min(task.at for task in load if task.purpose == purpose)
+        assert first <= ROUND / sum(task.purpose == purpose for task in load)
 
 
-def test_every_task_succeeds(ran: tuple[list[Done], dict[str, object]]) -> None:
-    results, _ = ran
-    assert [done.error for done in results if done.error] == []
-    assert [done.task for done in results] == tasks()
-    assert all(done.shown for done in results if done.task.kind != "stream")
+def test_rounds_repeat_the_load_under_another_salt() -> None:
+    load = tasks()
+    arrivals = list(islice(rounds(load, first=3), 2 * len(load)))
+    assert [task.salt for _, task in arrivals[:: len(load)]] == ["round 3", "round 4"]
+    first, again = arrivals[1], arrivals[1 + len(load)]
+    assert again[0] == first[0] + ROUND
+    assert again[1].text == first[1].text
+    assert len(list(rounds(load, n=1))) == len(load)
 
 
-def test_structured_answers_have_their_form(ran: tuple[list[Done], dict[str, object]]) -> None:
-    for done in ran[0]:
-        if done.task.sampling.get("json_schema") is CARD and done.timing.tokens < 96:
-            assert set(json.loads(done.shown)) == set(CARD["required"])
-        if "choice" in done.task.sampling:
-            assert done.shown in ("yes", "no")
-
-
-def test_second_questions_find_their_document_in_the_cache(
-    ran: tuple[list[Done], dict[str, object]],
-) -> None:
-    hits = ran[1]["prefix_hits"]
-    assert isinstance(hits, int)
-    assert hits > 0.9 * sum(len(text.encode()) / 2 for text in passages().values())
-
-
-def test_tables_and_document_hold_every_purpose(
-    ran: tuple[list[Done], dict[str, object]],
-) -> None:
-    results, engine = ran
-    console = Console(file=io.StringIO(), width=80)
-    report.show(console, results, engine)
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
-    document = json.loads(json.dumps(report.document(results, engine, {"name": "tiny"})))
-    for purpose in {task.purpose for task in tasks()}:
-        assert purpose in text
-        assert document["purposes"][purpose]["errors"] == []
-    assert "…" not in text  # nothing is cut off at 80 columns
+def test_load_stops_when_told_and_waits_for_what_was_sent(lm: LocalLM) -> None:
+    task = Task("x", "y", "stream", "hello", {"max_tokens": 4, "temperature": 0.0})
+    ended: list[Done] = []
+    results = asyncio.run(
+        run_load(
+            lm,
+            ((0.01 * i, task) for i in range(10_000)),
+            going_on=lambda: len(ended) < 3,
+            finished=ended.append,
+        )
+    )
+    assert 3 <= len(results) < 100
+    assert len(ended) == len(results)
+    assert all(done.error is None for done in results)
 
 
 def test_an_error_is_part_of_the_result(lm: LocalLM) -> None:
     task = Task("x", "y", "stream", "hello", {"temperature": -1})
-    (done,) = asyncio.run(run_load(lm, [task], 1, lambda done: None))
+    (done,) = asyncio.run(run_load(lm, iter([(0.0, task)])))
     assert done.error is not None
 
 

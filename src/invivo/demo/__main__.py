@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from invivo.demo.show import run_demo
@@ -15,6 +16,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="measurements as JSON")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the server too
     try:
         run_demo(port=given.port, stay=sys.stdin.isatty() and not given.exit, as_json=given.json)
     except InvivoError as error:

@@ -7,11 +7,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from invivo.errors import Unavailable
+
+# Threads that wait for each other spin by default: the fastest where a machine is idle otherwise,
+# ten times slower where the clients and a browser need its two cores too.
+WAITING = "passive"
 
 
 def free_port() -> int:
@@ -22,12 +26,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(model: str, adapters: dict[str, Path], port: int, log: Path) -> Iterator[str]:
+def serving(
+    model: str, adapters: dict[str, Path], port: int, log: Path, options: Sequence[str] = ()
+) -> Iterator[str]:
     """Run the server for the length of a ``with`` block.
 
     Args:
         port: 0 takes a free one.
         log: file for what the server writes.
+        options: more of ``invivo serve``.
 
     Yields:
         The server's address, once it is ready.
@@ -37,7 +44,7 @@ def serving(model: str, adapters: dict[str, Path], port: int, log: Path) -> Iter
     """
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "invivo.cli", "serve", model, "--port", str(port)]
+    command = [sys.executable, "-m", "invivo.cli", "serve", model, "--port", str(port), *options]
     for name, folder in adapters.items():
         command += ["--adapter", f"{name}={folder}"]
     with log.open("wb") as output:
@@ -46,7 +53,7 @@ def serving(model: str, adapters: dict[str, Path], port: int, log: Path) -> Iter
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={"OMP_WAIT_POLICY": WAITING, **os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C is the demo's to answer
         )
     try:

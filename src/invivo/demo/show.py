@@ -1,4 +1,4 @@
-"""The demo from beginning to end: model, adapters, server, load, tables, page."""
+"""The demo from beginning to end: model, server, load, learning, tables, report."""
 
 from __future__ import annotations
 
@@ -7,38 +7,55 @@ import json
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-from invivo.demo import report
+from invivo.demo import learning, report
 from invivo.demo.adapters import write_random_adapter
+from invivo.demo.html_report import write_report
+from invivo.demo.learning import NAME, Learning
+from invivo.demo.phases import serve_alone, serve_and_learn
+from invivo.demo.report import Findings
 from invivo.demo.server_process import serving
-from invivo.demo.workload import ADAPTERS, Done, Task, run_load, tasks
+from invivo.demo.workload import ADAPTERS, Done, tasks
 from invivo.errors import Unavailable
+from invivo.lm_jobs import JobInfo
 
 if TYPE_CHECKING:
     from invivo.lm import LM
 
 MODEL = "smollm2-135m"
-CONCURRENCY = 16
+TPOT_MS = 150.0  # what two CPU cores can keep with several answers and a prompt at once
 
 
-def run_demo(*, port: int = 0, stay: bool = False, as_json: bool = False) -> None:
+def run_demo(
+    *, port: int = 0, stay: bool = False, as_json: bool = False, runs: Path = Path("runs/demo")
+) -> None:
     """Run the demo.
 
     Args:
         port: of the server, 0 takes a free one.
         stay: serve on after the tables, until Ctrl-C.
         as_json: print the measurements as JSON on standard output, all else on standard error.
+        runs: the report goes into a new folder in it.
 
     Raises:
-        Unavailable: a request of the load failed, or the server did not start.
+        Unavailable: a request or the job failed, or the server did not start.
+        MissingDependency: matplotlib is not installed.
     """
+    began = time.time()
     console = Console(stderr=as_json, highlight=False)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="invivo-demo-")))
@@ -47,19 +64,23 @@ def run_demo(*, port: int = 0, stay: bool = False, as_json: bool = False) -> Non
             adapter: write_random_adapter(folder / adapter, model_folder, seed)
             for seed, adapter in enumerate(ADAPTERS)
         }
-        console.print(f"two untrained LoRA adapters: {', '.join(ADAPTERS)}")
+        options = ("--tpot-ms", str(TPOT_MS), "--state", str(folder / "state"))
         with console.status("starting the server"):
-            url = stack.enter_context(serving(MODEL, adapters, port, folder / "server.log"))
-        console.print(f"serving at [bold]{url}[/bold] (open it to watch the load)")
-        results, engine, model = measured(console, url)
+            running = serving(MODEL, adapters, port, folder / "server.log", options)
+            url = stack.enter_context(running)
+        console.print(f"serving at [bold]{url}[/bold] (open it to watch)")
+        findings = measured(console, url, began)
+        path = runs / time.strftime("%Y%m%d-%H%M%S", time.localtime(began)) / "report.html"
+        write_report(findings, path)
         if as_json:
-            document = report.document(results, engine, model)
+            document = report.document(findings) | {"report": str(path)}
             sys.stdout.write(json.dumps(document, indent=2) + "\n")
         else:
-            report.show(console, results, engine)
-        failed = [done for done in results if done.error]
+            report.show(console, findings)
+        console.print(f"\nThe report is [bold]{path}[/bold] ({findings.seconds:.0f} s in all).")
+        failed = report.failed(findings)
         if failed:
-            raise Unavailable(f"{len(failed)} of {len(results)} requests failed")
+            raise Unavailable(f"{len(failed)} requests failed")
         if stay:
             wait(console, url)
 
@@ -75,41 +96,75 @@ def prepare_model(console: Console) -> Path:
     return folder
 
 
-def measured(console: Console, url: str) -> tuple[list[Done], dict[str, Any], dict[str, Any]]:
-    """Run the load against the server: results, engine figures, model information."""
+def measured(console: Console, url: str, began: float) -> Findings:
+    """Serve alone, then serve and learn; everything goes through the server's public API."""
     import invivo
 
-    load = tasks()
     with invivo.connect(url) as lm:
-        before = lm.stats()
-        began = time.perf_counter()
-        results = asyncio.run(with_bars(console, lm, load))
-        seconds = time.perf_counter() - began
-        return results, report.engine_figures(before, lm.stats(), seconds), asdict(lm.info())
+        return asyncio.run(_measured(console, lm, began))
 
 
-async def with_bars(console: Console, lm: LM, load: list[Task]) -> list[Done]:
-    """The load with one bar a purpose."""
+async def _measured(console: Console, lm: LM, began: float) -> Findings:
+    load, learned = tasks(), Learning()
+    with console.status("asking and scoring, before anything is learned"):
+        learned.before = await learning.answers(lm)
+        learned.held_out.append((0, await learning.held_out_loss(lm)))
+    console.print(f"loss on the dialogues that are held out: {learned.held_out[0][1]:.3f}")
+    with _bars(console) as bars:
+        bar = bars.add_task("serving alone", total=len(load), figures="")
+        alone = await serve_alone(lm, load, lambda done: bars.advance(bar))
+    job = await asyncio.to_thread(learning.start, lm)
+    with _bars(console) as bars:
+        served = bars.add_task("serving", total=None, figures="")
+        learns = bars.add_task(f"learning {NAME}", total=None, figures="")
+
+        def looked(info: JobInfo) -> None:
+            loss = "" if info.loss is None else f"loss {info.loss:.3f}"
+            rate = "" if info.tokens_per_second is None else f"{info.tokens_per_second:.0f} tok/s"
+            bars.update(
+                learns,
+                total=info.n_steps or None,
+                completed=info.step,
+                figures=f"{loss} {rate}".strip(),
+            )
+
+        def finished(done: Done) -> None:
+            bars.advance(served)
+
+        tuned = await serve_and_learn(lm, job, load, learned, finished, looked)
+    with console.status(f"asking and scoring {NAME}"):
+        learned.after = await learning.answers(lm, NAME)
+        assert learned.job is not None
+        learned.held_out.append((learned.job.step, await learning.held_out_loss(lm, NAME)))
+    stats = await lm.astats()
+    return Findings(
+        model=asdict(await lm.ainfo()),
+        slo=stats["slo"],
+        phases=[alone, tuned],
+        learning=learned,
+        tokens=stats["tokens"],
+        seconds=time.time() - began,
+    )
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Progress]:
     columns = (
-        TextColumn("{task.description:<18}"),
+        TextColumn("{task.description:<16}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        shown = {}
-        for task in load:
-            if task.purpose not in shown:
-                total = sum(t.purpose == task.purpose for t in load)
-                shown[task.purpose] = bars.add_task(task.purpose, total=total)
-        return await run_load(
-            lm, load, CONCURRENCY, lambda done: bars.advance(shown[done.task.purpose])
-        )
+        yield bars
 
 
 def wait(console: Console, url: str) -> None:
     """Serve on until Ctrl-C."""
-    console.print(f"\nThe live page is at [bold]{url}[/bold]; Ctrl-C ends the demo.")
+    console.print(
+        f"The live page is at [bold]{url}[/bold]: chat with {NAME} there. Ctrl-C ends the demo."
+    )
     try:
         while True:
             time.sleep(3600)

@@ -1,11 +1,12 @@
-"""The demo's load: what is asked, and asking it all at once through one LM."""
+"""The demo's load: what is asked and when, and asking it through one LM."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from invivo.demo.passages import passages
@@ -15,6 +16,9 @@ from invivo.timing import Timing, time_stream
 if TYPE_CHECKING:
     from invivo.lm import LM
 
+ROUND = 30.0  # seconds after which the same requests come again
+CONCURRENCY = 16  # requests under way at most; later ones wait for a place
+EXCERPT = 1200  # characters of a passage that a request reads
 QUESTIONS = (
     "What is the capital of France?",
     "Why is the sky blue? Answer in two sentences.",
@@ -24,10 +28,6 @@ QUESTIONS = (
     "Write one sentence about the moon.",
     "What is the difference between a lake and a river?",
     "Give me a short tip for learning a language.",
-    "Who wrote Romeo and Juliet?",
-    "What should I pack for a walk in the rain?",
-    "Explain gravity to a child.",
-    "Suggest a name for a small bakery.",
 )
 CARD = {
     "type": "object",
@@ -53,7 +53,8 @@ class Task:
         kind: stream (chat, streamed), answer (chat, whole), score or embed.
         text: the user's message, or the text to score or embed.
         sampling: arguments of the LM call.
-        after: purpose whose tasks must be done first, if any.
+        at: seconds after the start of a round at which it is sent.
+        salt: keeps the prefix cache of one round from another.
     """
 
     purpose: str
@@ -61,7 +62,8 @@ class Task:
     kind: str
     text: str
     sampling: dict[str, Any] = field(default_factory=dict)
-    after: str | None = None
+    at: float = 0.0
+    salt: str = ""
 
 
 @dataclass(slots=True)
@@ -75,86 +77,88 @@ class Done:
 
 
 def tasks() -> list[Task]:
-    """The whole load, in the order in which it is sent."""
-    texts = passages()
+    """One round, in the order in which it is sent: every purpose spread evenly over it."""
+    texts = {name: text[:EXCERPT] for name, text in passages().items()}
+    greedy: dict[str, Any] = {"temperature": 0.0}
     load: list[Task] = []
-    greedy = {"temperature": 0.0}
-    for i, question in enumerate(QUESTIONS):
-        sampled = {"temperature": 0.2, "top_p": 0.9, "seed": i, "max_tokens": 48}
+    for i, question in enumerate(QUESTIONS[:6]):
+        sampled = {"temperature": 0.2, "top_p": 0.9, "seed": i, "max_tokens": 24}
         load.append(Task("short, streamed", question, "stream", question, sampled))
-    for name, text in texts.items():
-        ask = f"{text}\nSummarise the text above in two sentences."
-        load.append(
-            Task(
-                "summaries",
-                f"Summarise {name}.txt",
-                "stream",
-                ask,
-                {**greedy, "max_tokens": 64},
-            )
-        )
-        again = f"{text}\nWho or what is this text mainly about?"
-        load.append(
-            Task(
-                "second question",
-                f"Who or what is {name}.txt about?",
-                "stream",
-                again,
-                {**greedy, "max_tokens": 32},
-                after="summaries",
-            )
-        )
-    for question in QUESTIONS[:4]:
-        whole = {**greedy, "max_tokens": 48, "repetition_penalty": 1.1}
+    for name in ("alice", "holmes"):
+        ask = f"{texts[name]}\nSummarise the text above in two sentences."
+        short = {**greedy, "max_tokens": 48}
+        load.append(Task("summaries", f"Summarise {name}.txt", "stream", ask, short))
+        again = f"{texts[name]}\nWho or what is this text mainly about?"
+        about = f"Who or what is {name}.txt about?"
+        short = {**greedy, "max_tokens": 32}
+        load.append(Task("second question", about, "stream", again, short))
+    for question in QUESTIONS[6:8]:
+        whole = {**greedy, "max_tokens": 32, "repetition_penalty": 1.1}
         load.append(Task("short, whole", question, "answer", question, whole))
         for adapter in ADAPTERS:
             own = {**whole, "adapter": adapter}
             load.append(Task(f"adapter {adapter}", question, "stream", question, own))
-    for title in ("Alice's Adventures in Wonderland", "Walden"):
-        load.append(
-            Task(
-                "structured",
-                f"Library card of {title}",
-                "answer",
-                f"Fill in a library card for the book '{title}'. Answer in JSON.",
-                {**greedy, "max_tokens": 96, "json_schema": CARD},
-            )
-        )
+    card = "Fill in a library card for the book 'Walden'. Answer in JSON."
+    form = {**greedy, "max_tokens": 72, "json_schema": CARD}
+    load.append(Task("structured", "Library card of Walden", "answer", card, form))
+    fish = {**greedy, "max_tokens": 8, "choice": ["yes", "no"]}
     load.append(
-        Task(
-            "structured",
-            "Is a whale a fish? (yes or no)",
-            "answer",
-            "Is a whale a fish?",
-            {**greedy, "max_tokens": 8, "choice": ["yes", "no"]},
-        )
+        Task("structured", "Is a whale a fish? (yes or no)", "answer", "Is a whale a fish?", fish)
     )
-    for name, text in texts.items():
-        load.append(Task("scoring", f"How probable is {name}.txt?", "score", text))
-        load.append(Task("embedding", f"Where does {name}.txt lie?", "embed", text[:800]))
-    return load
+    for name in ("franklin", "walden"):
+        load.append(Task("scoring", f"How probable is {name}.txt?", "score", texts[name]))
+        load.append(Task("embedding", f"Where does {name}.txt lie?", "embed", texts[name][:400]))
+    return sorted(_spread(load), key=lambda task: task.at)
+
+
+def _spread(load: list[Task]) -> Iterator[Task]:
+    """Gives every task its time: those of one purpose at even distances, purposes side by side."""
+    purposes = list(dict.fromkeys(task.purpose for task in load))
+    for i, purpose in enumerate(purposes):
+        same = [task for task in load if task.purpose == purpose]
+        for k, task in enumerate(same):
+            share = (k + (i + 0.5) / len(purposes)) / len(same)
+            yield replace(task, at=ROUND * share)
+
+
+def rounds(load: list[Task], first: int = 0, n: int | None = None) -> Iterator[tuple[float, Task]]:
+    """(seconds from now, task) of ``n`` rounds (None = without end); ``first`` salts the first."""
+    for r in count() if n is None else range(n):
+        for task in load:
+            yield r * ROUND + task.at, replace(task, salt=f"round {first + r}")
 
 
 async def run_load(
-    lm: LM, load: list[Task], concurrency: int, finished: Callable[[Done], None]
+    lm: LM,
+    arrivals: Iterator[tuple[float, Task]],
+    *,
+    going_on: Callable[[], bool] = lambda: True,
+    finished: Callable[[Done], None] = lambda done: None,
 ) -> list[Done]:
-    """Send the load, ``concurrency`` requests at once; ``finished`` hears of each end."""
-    gate = asyncio.Semaphore(concurrency)
-    events = {task.purpose: asyncio.Event() for task in load}
-    left = {name: sum(task.purpose == name for task in load) for name in events}
+    """Send each task at its time until there are no more or ``going_on`` says no.
+
+    ``finished`` hears of each end. At most ``CONCURRENCY`` requests are under way.
+    """
+    gate = asyncio.Semaphore(CONCURRENCY)
+    began = time.perf_counter()
 
     async def one(task: Task) -> Done:
-        if task.after is not None:
-            await events[task.after].wait()
-        async with gate:
+        try:
             done = await perform(lm, task)
-        left[task.purpose] -= 1
-        if left[task.purpose] == 0:
-            events[task.purpose].set()
+        finally:
+            gate.release()
         finished(done)
         return done
 
-    return await asyncio.gather(*[one(task) for task in load])
+    sent: list[asyncio.Task[Done]] = []
+    for at, task in arrivals:
+        while going_on() and (wait := began + at - time.perf_counter()) > 0:
+            await asyncio.sleep(min(wait, 0.2))
+        if not going_on():
+            break
+        await gate.acquire()
+        sent.append(asyncio.create_task(one(task)))
+    return list(await asyncio.gather(*sent))
 
 
 async def perform(lm: LM, task: Task) -> Done:
@@ -163,16 +167,16 @@ async def perform(lm: LM, task: Task) -> Done:
     messages = [{"role": "user", "content": task.text}]
     try:
         if task.kind == "stream":
-            timing = await time_stream(lm.astream_chat(messages, **task.sampling))
+            timing = await time_stream(lm.astream_chat(messages, salt=task.salt, **task.sampling))
             return Done(task, timing, timing.text)
         if task.kind == "answer":
-            answer = await lm.achat(messages, **task.sampling)
+            answer = await lm.achat(messages, salt=task.salt, **task.sampling)
             timing.tokens, shown = answer.completion_tokens, answer.text
         elif task.kind == "score":
-            score = await lm.ascore(task.text)
+            score = await lm.ascore(task.text, salt=task.salt)
             shown = f"perplexity {score.perplexity:.2f} over {len(score.tokens)} tokens"
         else:
-            vector = await lm.aembed(task.text)
+            vector = await lm.aembed(task.text, salt=task.salt)
             shown = f"a vector of {len(vector)} numbers"
     except InvivoError as error:
         timing.ended = time.perf_counter()
