@@ -1,4 +1,4 @@
-# make demo   install what is missing, then serve a real model under a mixed load
+# make demo   install what is missing, then serve a real model while it learns, with a report
 # make test   install what is missing, then run the tests (ARGS="tests/engine -k cancel")
 # make lint   ruff, mypy, import contract
 # make bench  speed of the engine on this machine, beside transformers

@@ -17,12 +17,12 @@ EXAMPLES = examples(
 
 def demo(
     leave: Annotated[
-        bool, typer.Option("--exit", help="End after the tables instead of serving on.")
+        bool, typer.Option("--exit", help="End after the report instead of serving on.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The measurements as JSON.")] = False,
     port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 0,
 ) -> None:
-    """Serve SmolLM2-135M under a mixed load of real prompts and show what came of it."""
+    """SmolLM2-135M serves a mixed load while a LoRA learns; tables and a report show how."""
     from invivo.demo.show import run_demo
 
     run_demo(port=port, stay=sys.stdin.isatty() and not leave, as_json=as_json)
