@@ -58,7 +58,7 @@ def serving(model: Path, state: Path) -> Iterator[tuple[subprocess.Popen[bytes],
         process.wait()
 
 
-def ask(http: httpx.Client, path: str, patience: float = 40.0) -> Any:
+def ask(http: httpx.Client, path: str, patience: float = 60.0) -> Any:
     """The answer as soon as the server gives one."""
     deadline = time.monotonic() + patience
     while True:
@@ -72,7 +72,7 @@ def ask(http: httpx.Client, path: str, patience: float = 40.0) -> Any:
 
 
 def until(http: httpx.Client, job_id: str, ready: Any) -> dict[str, Any]:
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 60
     while not ready(job := ask(http, f"{JOBS}/{job_id}")):
         assert job["status"] in ("validating_files", "queued", "running"), job
         assert time.monotonic() < deadline, job
