@@ -209,10 +209,10 @@ class JobFolder:
 
     def _marked(self, job_id: str, status: JobStatus, message: str) -> JobInfo:
         info = self.job(job_id)
-        if info.status == status:
-            return info
         if info.status in ENDED:
             raise already_ended(info)
+        if info.status == status:
+            return info
         more = {"finished": time.time()} if status in ENDED else {}
         if self.store.set_job(job_id, unless=ENDED, status=status, **more):
             self.store.add_event(job_id, message)

@@ -159,11 +159,12 @@ class JobStore:
             Conflict: a job that has not ended needs it.
         """
         content = self.content_of(file_id)
-        users = sql.select(_jobs.c.id).where(
-            _jobs.c.content == content, _jobs.c.status.in_(UNFINISHED)
-        )
-        others = sql.select(_files.c.id).where(_files.c.content == content)
+        others = sql.select(_files.c.id).where(_files.c.content == content, _files.c.id != file_id)
+        users = sql.select(_jobs.c.id).where(_jobs.c.status.in_(UNFINISHED))
         with self._engine.begin() as connection:
+            is_last = connection.execute(others.limit(1)).first() is None
+            named = _jobs.c.training_file == file_id
+            users = users.where(named | (_jobs.c.content == content) if is_last else named)
             user = connection.execute(users.limit(1)).scalar()
             if user is not None:
                 raise Conflict(
@@ -173,7 +174,7 @@ class JobStore:
                     remedy="Wait until the job has ended, or cancel it",
                 )
             connection.execute(_files.delete().where(_files.c.id == file_id))
-            return None if connection.execute(others.limit(1)).first() is not None else content
+        return content if is_last else None
 
     def _file_row(self, file_id: str) -> sql.Row[Any]:
         with self._engine.connect() as connection:
