@@ -28,6 +28,7 @@ EXAMPLES = examples(
     "invivo finetune chats.jsonl --url http://127.0.0.1:8000 --name poet",
     'A line of chats.jsonl: {"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": ...}',
 )
+ALONE_MS = 1000.0
 STATE = "job"  # folder within --out of what resuming needs
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -189,9 +190,10 @@ def finetune(
     else:
         out = out or Path(name or _name_of(Path(source)))
         _check_folder(out, resume=resume)
-        with opened(**where, state=out / STATE) as lm:
+        # Nobody else is served here: iterations may be long.
+        with opened(**where, state=out / STATE, tpot_ms=ALONE_MS) as lm:
             if resume:
-                job = _found(lm, out)
+                job = _gone_on(lm)
             else:
                 job = lm.finetune(source, name=name or _name_of(out.resolve()), **wanted)
             info = _watched_here(job, out, model, quiet=as_json)
@@ -212,7 +214,12 @@ def _name_of(path: Path) -> str:
 
 
 def _check_folder(out: Path, *, resume: bool) -> None:
-    begun = (out / STATE / "jobs.sqlite3").exists()
+    begun = False
+    if (out / STATE / "jobs.sqlite3").exists():
+        from invivo.jobs.folder import JobFolder
+
+        with JobFolder(out / STATE, write=False) as kept:
+            begun = bool(kept.jobs(1))
     if resume and not begun:
         raise NotFound("holds no job", field="--out", given=str(out))
     if not resume and begun:
@@ -224,16 +231,8 @@ def _check_folder(out: Path, *, resume: bool) -> None:
         )
 
 
-def _found(lm: LM, out: Path) -> Job:
-    jobs = lm.jobs()
-    if not jobs:
-        raise NotFound(
-            "holds no job",
-            field="--out",
-            given=str(out),
-            remedy="Remove it and start again",
-        )
-    job = jobs[0]
+def _gone_on(lm: LM) -> Job:
+    job = lm.jobs()[0]
     if job.status == "paused":
         job.resume()
     return job

@@ -1,0 +1,179 @@
+"""``invivo finetune`` and ``invivo jobs`` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import invivo as library
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Invivo
+
+SETTINGS = ("--on", "q,v", "--r", "4", "--lr", "0.01", "--batch-size", "2")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    path = tmp_path / "chats.jsonl"
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": f"hello {i}"},
+                {"role": "assistant", "content": "the cat"},
+            ]
+        }
+        for i in range(6)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_a_file_becomes_an_adapter_that_chat_can_load(
+    invivo: Invivo, tiny: str, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "poet"
+    ran = invivo("finetune", data, "-m", tiny, "--steps", "5", *SETTINGS, "--out", str(out))
+    assert ran.code == 0, ran.err
+    assert ran.out.strip() == str(out)
+    assert "step 5 of 5, loss" in ran.err
+    assert f"invivo chat -m {tiny} --adapter poet={out} --use poet" in ran.err
+    with library.load(tiny, kv_bytes=8 << 20, adapters={"poet": out}) as lm:
+        assert lm.adapters()[0].rank == 4
+    again = invivo("finetune", data, "-m", tiny, "--out", str(out))
+    assert again.code == 1
+    assert "Add --resume" in again.err
+
+    listed = invivo("jobs", "list", "--state", str(out / "job"), "--json").json()
+    assert [job["status"] for job in listed] == ["succeeded"]
+    shown = invivo("jobs", "show", "poet", "--state", str(out / "job"), "--json").json()
+    assert len(shown["losses"]) == 5
+    events = invivo("jobs", "events", "poet", "--state", str(out / "job"), "--json").lines()
+    assert events[-1]["message"] == "Succeeded: served as tiny-llama:poet"
+    assert "5 of 5" in invivo("jobs", "show", "poet", "--state", str(out / "job")).out
+    deleted = invivo("jobs", "delete", "poet", "--state", str(out / "job"))
+    assert "poet is deleted" in deleted.err
+    assert invivo("jobs", "list", "--state", str(out / "job"), "--json").json() == []
+
+
+def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on(
+    invivo: Invivo, tiny: str, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "poet"
+    command = ["finetune", data, "-m", tiny, "--steps", "2000", *SETTINGS, "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "invivo.cli", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(library.__file__).parents[1])},
+    )
+    database = out / "job/jobs.sqlite3"
+    deadline = time.monotonic() + 60
+    while True:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        if database.exists():
+            listed = invivo("jobs", "list", "--state", str(out / "job"), "--json")
+            if listed.code == 0 and listed.json() and listed.json()[0]["step"] >= 3:
+                break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with: invivo finetune" in err
+    assert "Traceback" not in err
+    state = str(out / "job")
+    job = invivo("jobs", "list", "--state", state, "--json").json()[0]
+    assert job["status"] == "paused"
+
+    # It is not waited for here: called off, and the command says so.
+    assert invivo("jobs", "cancel", "poet", "--state", state).code == 0
+    ran = invivo("finetune", "-m", tiny, "--out", str(out), "--resume")
+    assert ran.code == 1
+    assert "the job is cancelled" in ran.err
+
+
+def test_a_job_that_was_put_off_is_finished_by_resume(
+    invivo: Invivo, tiny: str, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "poet"
+    with library.load(tiny, kv_bytes=8 << 20, state=out / "job") as lm:
+        job = lm.finetune(data, name="poet", steps=150, r=4, on="q,v")
+        while job.info().step < 3:
+            time.sleep(0.01)
+        stopped = job.pause()
+    assert stopped.status == "paused"
+    ran = invivo("finetune", "-m", tiny, "--out", str(out), "--resume", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json()["step"] == 150
+    assert ran.json()["losses"][: stopped.step] == stopped.losses
+    assert (out / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "DATA: is missing"),
+        (("--resume",), "goes with --out"),
+        (("DATA", "--resume", "--out", "x"), "goes with --out"),
+        (("DATA", "--on", "nowhere"), "on: the model has no linear map of this name"),
+        (("DATA", "--method", "magic"), "method: must be one of"),
+        (("missing.jsonl",), "data: cannot be read: No such file"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    invivo: Invivo,
+    tiny: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [data if argument == "DATA" else argument for argument in arguments]
+    ran = invivo("finetune", *given, "-m", tiny)
+    assert ran.code in (1, 2)
+    assert expected in ran.err
+
+
+def test_bad_lines_are_named_and_leave_room_for_another_try(
+    invivo: Invivo, tiny: str, data: str, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "the cat"}\n{"txt": "the dog"}\n')
+    out = str(tmp_path / "out")
+    ran = invivo("finetune", str(bad), "-m", tiny, "--out", out)
+    assert ran.code == 2
+    assert "line 2: has none of the fields" in ran.err
+    ran = invivo("finetune", data, "-m", tiny, "--out", out, "--steps", "1", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json()["status"] == "succeeded"
+    assert ran.json()["adapter"] == out
+
+
+def test_jobs_of_this_machine_are_those_in_the_data_folder(
+    invivo: Invivo, tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INVIVO_HOME", str(tmp_path / "home"))
+    assert "No jobs yet" in invivo("jobs", "list").err
+    with library.load(tiny, kv_bytes=8 << 20) as lm:
+        job = lm.finetune(data, name="poet", steps=10**6)
+        assert [one["id"] for one in invivo("jobs", "list", "--json").json()] == [job.id]
+        held = invivo("jobs", "cancel", "poet")
+        assert held.code == 1
+        assert "--url" in held.err
+    assert "poet is paused" in invivo("jobs", "pause", "poet").err
+    assert "poet is queued" in invivo("jobs", "resume", job.id).err
+    assert "poet is cancelled" in invivo("jobs", "cancel", "poet").err
+    unknown = invivo("jobs", "show", "nobody")
+    assert unknown.code == 1
+    assert "no such job" in unknown.err
