@@ -173,9 +173,8 @@ def test_pause_resume_and_cancel(client: openai.OpenAI, http, talks):
     ended = until(http, job.id, "cancelled")
     assert ended["fine_tuned_model"] is None
     assert ended["finished_at"]
-    for order in ("pause", "resume"):
+    for order in ("cancel", "pause", "resume"):
         refusal(http.post(f"/v1/fine_tuning/jobs/{job.id}/{order}"), 409)
-    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
 
 def test_pages_of_jobs_are_newest_first(client: openai.OpenAI, http, talks):
