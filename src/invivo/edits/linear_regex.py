@@ -15,7 +15,7 @@ from typing import Any
 from invivo.errors import InvalidRequest, TooLarge
 
 MAX_STATES = 2_000
-MAX_STEPS = 400_000
+BASE_STEPS, STEPS_PER_CHARACTER = 20_000, 12
 
 # One state: ("char", test), ("assert", test), ("split", first, second), ("save", slot), ("match",).
 State = tuple[Any, ...]
@@ -168,7 +168,7 @@ class Pattern:
 
         A group that took no part has (-1, -1).
         """
-        budget = MAX_STEPS
+        budget = BASE_STEPS + STEPS_PER_CHARACTER * len(text)
         start = 0
         while start <= len(text):
             slots, budget = self._search(text, start, budget)

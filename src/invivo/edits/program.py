@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,12 +50,14 @@ class Bounds:
     """What a program may be at most; checked before anything is computed.
 
     Attributes:
-        n_bytes: characters of its JSON form, in UTF-8.
+        n_bytes: bytes of JSON text, or characters of all texts in it.
+        values: numbers, texts and lists in it.
         steps, outputs, selectors, runs: entries.
         rows: rows of the sweep.
     """
 
     n_bytes: int = 1 << 20
+    values: int = 1 << 16
     steps: int = 1024
     outputs: int = 256
     selectors: int = 256
@@ -330,25 +332,30 @@ def parse_program(data: object, *, bounds: Bounds = DEFAULT_BOUNDS) -> Program:
 
 
 def _check_size(data: object, bounds: Bounds) -> None:
-    """Bounds bytes and depth without building anything: text, numbers and brackets are counted."""
-    size = 0
+    """Bounds bytes, values and depth of data that may have come from anywhere."""
+    n_bytes = n_values = 0
     stack: list[tuple[object, int]] = [(data, 0)]
     while stack:
         value, depth = stack.pop()
+        inner: Iterable[object] = ()
+        if isinstance(value, str):
+            n_bytes += len(value)
+        elif isinstance(value, Mapping):
+            n_bytes += sum(len(str(key)) for key in value)
+            n_values += len(value)
+            inner = value.values()
+        elif isinstance(value, list | tuple):
+            n_values += len(value)
+            inner = value
         if depth > 32:
             raise TooLarge("a program nests at most 32 deep", field="program")
-        size += 2
-        if isinstance(value, str):
-            size += len(value)
-        elif isinstance(value, Mapping):
-            size += sum(len(str(key)) for key in value)
-            stack += [(inner, depth + 1) for inner in value.values()]
-        elif isinstance(value, list | tuple):
-            size += 2 * len(value)
-            if size <= bounds.n_bytes:
-                stack += [(inner, depth + 1) for inner in value]
-        if size > bounds.n_bytes:
-            raise TooLarge(f"a program has at most {bounds.n_bytes} bytes", field="program")
+        if n_bytes > bounds.n_bytes or n_values > bounds.values:
+            raise TooLarge(
+                f"a program has at most {bounds.n_bytes} bytes and {bounds.values} values",
+                field="program",
+                remedy="Hand large tensors in as blobs",
+            )
+        stack += [(part, depth + 1) for part in inner]
 
 
 def _named(value: object, path: str, most: int) -> list[tuple[str, Any]]:

@@ -174,7 +174,12 @@ def format_index(index: Index) -> str:
 
 
 def format_site(pattern: SitePattern) -> str:
-    """The canonical spelling; parsing it gives the pattern back (without its alias)."""
+    """The canonical spelling; parsing it gives the pattern back.
+
+    A TransformerLens name stays one: whether it means the same depends on the model.
+    """
+    if pattern.alias is not None:
+        return pattern.alias
     name = pattern.site
     if name not in _OUTSIDE and name not in INPUTS:
         parts = [] if name == "block" else name.split(".")
