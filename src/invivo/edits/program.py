@@ -294,9 +294,7 @@ def parse_program(data: object, *, bounds: Bounds = DEFAULT_BOUNDS) -> Program:
     }
     _check_runs(runs)
     sets = {
-        name: tuple(
-            sorted({read_int(i, f"sets.{name}", least=0, most=10**6) for i in _ints(value, name)})
-        )
+        name: _read_set(value, f"sets.{name}")
         for name, value in _named(fields.take("sets", {}), "sets", bounds.selectors)
     }
     sweep = _read_sweep(fields.take("sweep", {}), bounds)
@@ -366,9 +364,9 @@ def _named(value: object, path: str, most: int) -> list[tuple[str, Any]]:
     return [(read_name(name, path), inner) for name, inner in value.items()]
 
 
-def _ints(value: object, name: str) -> list[Any]:
-    """The indices of a set: a list of numbers, or text as in a site's name ("0-3")."""
-    return read_list(value, f"sets.{name}", least=1, most=65_536)
+def _read_set(value: object, path: str) -> tuple[int, ...]:
+    listed = read_list(value, path, least=1, most=65_536)
+    return tuple(sorted({read_int(i, path, least=0, most=10**6) for i in listed}))
 
 
 def _read_run(value: object, path: str) -> Run:

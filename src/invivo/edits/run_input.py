@@ -50,8 +50,9 @@ def build_input(touches: Sequence[Touch], prompt: PromptText, config: ModelConfi
     ordered = _sets_in_order(sets, prompt)
     for blocks in ordered:
         for block in blocks:
-            others = [b for b in blocks if b is not block]
-            hidden += [(block, other) for other in others]
+            (first, stop), start, end = block.ranges[0], blocks[0].first, blocks[-1].ranges[0][1]
+            sides = ((start, first), (stop, end))
+            hidden.append((block, Positions(tuple((x, y) for x, y in sides if x < y))))
     laid_out = _numbers(ordered, prompt.n_prompt)
     if numbers:
         laid_out = [numbers.get(i, n) for i, n in enumerate(laid_out)]
