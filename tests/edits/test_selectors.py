@@ -23,7 +23,7 @@ from invivo.errors import InvalidRequest
 
 TEXT = ["The", " cat", " in", " Po", "land", " and", " the", " cat", " of", " Box", " A"]
 PROMPT = prompt_of_pieces(
-    [(hash(t) % 1000 if t != " cat" else 7, t) for t in TEXT],
+    [(7 if t == " cat" else 100 + i, t) for i, t in enumerate(TEXT)],
     n_new=3,
     turns=(("system", 0, 2), ("user", 2, 6), ("user", 6, 11)),
     groups={"image": ((2, 4),), "block": ((0, 1), (5, 7))},
