@@ -27,7 +27,9 @@ from invivo.edits.oracle import run_program
 from invivo.edits.program import parse_program
 from invivo.edits.resolve import resolve
 from invivo.kernels.activation import activation
+from invivo.models.config import LayerConfig, ModelConfig, MoEConfig, RopeConfig
 from invivo.models.decoder import Decoder, Layer
+from invivo.models.load import random_model
 from invivo.models.sites import SITES, sites_of
 
 FAMILIES = list(CONFIGS)
@@ -93,6 +95,62 @@ def test_law_2_replacing_the_residual_stream_gives_the_other_runs_output(
     step = {"at": f"layers.{layer}.resid.post", "do": "replace", "from": {"run": "cf"}}
     result = run(decoder, {"steps": [step]})
     assert torch.equal(result.logits["main"], plain_logits(decoder, OTHER))
+
+
+CONFIG = st.builds(
+    lambda layers, heads, share, window, moe, **more: ModelConfig(
+        family="random",
+        vocab_size=40,
+        d_model=12,
+        n_heads=heads * share,
+        n_kv_heads=heads,
+        head_dim=4,
+        d_ff=10,
+        max_positions=32,
+        layers=tuple(
+            LayerConfig(
+                window=window if i % 2 else None, feedforward="moe" if moe and i % 2 == 0 else "mlp"
+            )
+            for i in range(layers)
+        ),
+        ropes=(RopeConfig(100.0, 2),),
+        moe=MoEConfig(3, 2, 6, normalize_weights=True) if moe else None,
+        **more,
+    ),
+    layers=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    share=st.integers(1, 3),
+    window=st.sampled_from([None, 3]),
+    moe=st.booleans(),
+    post_norm=st.booleans(),
+    qk_norm=st.sampled_from(["none", "head", "full"]),
+    attn_softcap=st.sampled_from([None, 2.0]),
+    gated_mlp=st.booleans(),
+    qkv_bias=st.booleans(),
+    norm=st.sampled_from(["rms", "layer"]),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(config=CONFIG, data=st.data())
+def test_laws_1_2_and_6_hold_for_random_architectures(
+    config: ModelConfig, data: st.DataObject
+) -> None:
+    decoder = random_model(config, dtype=torch.float64, seed=3)
+    plain = plain_logits(decoder)
+    site = data.draw(st.sampled_from(list(sites_of(config))))
+    own = {"at": spelled(site), "do": "lerp", "w": 1, "from": "plain", "pos": {"range": [1, 6]}}
+    assert torch.equal(run(decoder, {"steps": [own]}).logits["main"], plain)
+    layer = data.draw(st.integers(0, config.n_layers - 1))
+    swap = {"at": f"layers.{layer}.resid.post", "do": "replace", "from": "cf"}
+    close(run(decoder, {"steps": [swap]}).logits["main"], plain_logits(decoder, OTHER))
+    group = data.draw(st.integers(0, config.n_kv_heads - 1))
+    share = config.n_heads // config.n_kv_heads
+    heads = list(range(group * share, (group + 1) * share))
+    shared = {"at": f"layers.{layer}.attn.kvhead.{group}.v", "do": "scale", "a": 0.5}
+    alone = {**shared, "at": f"layers.{layer}.attn.head.{heads}.v".replace(" ", ""), "expand": True}
+    expected = run(decoder, {"steps": [shared]}).logits["main"]
+    close(run(decoder, {"steps": [alone]}).logits["main"], expected)
 
 
 # Law 3: sums.

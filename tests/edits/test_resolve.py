@@ -203,6 +203,7 @@ def test_touches_stand_in_forward_order_and_say_where() -> None:
     (late,) = find({"steps": steps[1:2]}).rows
     assert late.runs["main"].first_layer == 1
     assert find({}).rows[0].runs["main"].first_layer is None
+    assert find({"steps": steps[:1]}).rows[0].runs["main"].first_layer is None
 
 
 def test_mask_and_positions_of_a_set_are_those_of_the_paper() -> None:

@@ -75,7 +75,7 @@ def cost(resolved: ResolvedProgram) -> dict[str, int]:
             whole += n * layers
             if name in resolved.varying:
                 forwards += 1
-                first = min(plan.first_layer or 0, layers)
+                first = layers if plan.first_layer is None else min(plan.first_layer, layers)
                 shared += n * (layers - first if i else layers)
             elif i == 0:
                 forwards += 1

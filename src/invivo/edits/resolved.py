@@ -145,7 +145,8 @@ class RunPlan:
         """The first layer whose result differs from a plain run's; None if none does."""
         if self.input != RunInput() or self.adapter is not None:
             return 0
-        return min((max(t.ref.layer, 0) for t in self.touches), default=None)
+        touched = [t.ref for t in self.touches if t.ref.layer >= 0 or t.ref.site == "embed.out"]
+        return min((max(ref.layer, 0) for ref in touched), default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -499,5 +499,6 @@ def pair(
         raise InvalidRequest(
             f"position {targets[0] if paired[0] < 0 else targets[-1]} has no partner in the source",
             field=path,
+            remedy='Narrow the positions of the step, to "@prompt" for instance, or use map one',
         )
     return paired
