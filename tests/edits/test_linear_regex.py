@@ -58,6 +58,7 @@ def test_work_is_bounded() -> None:
         list(Pattern("(a?){300}b", field="p").find_all("a" * 5000))
     with pytest.raises(TooLarge):
         Pattern("((a{30}){30}){30}", field="p")
+    assert len(Pattern("(?:(?:){9}){1000000000}", field="p").states) == 3
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tests.edits.small_models import (
 )
 
 from invivo.edits.blobs import Blobs
+from invivo.errors import InvalidRequest
 
 SITE = "layers.1.attn.head.2.z"
 LLAMA, MOE = model("llama"), model("moe")
@@ -354,6 +355,33 @@ def test_prompts_of_different_lengths_pair_up_from_the_end() -> None:
     ).captures[0]
     expected = run(LLAMA, {"out": out}, {"main": long}).captures[0]
     assert torch.equal(got.value, expected.value[4:])
+
+
+class Louder:
+    """A bypass that adds half of what the output matrix gives."""
+
+    at: frozenset[str] = frozenset()
+
+    def __call__(self, layer: int, linear: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return 1.5 * y if linear == "o" else y
+
+    def rows(self, name: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+
+def test_runs_may_have_an_adapter_of_their_own() -> None:
+    program = {
+        "runs": {"donor": {"same": "main", "adapter": "loud"}},
+        "steps": [{"at": "layers.2.resid.post", "do": "replace", "from": "donor"}],
+        "out": [{"measure": "kl", "to": "donor"}, {"measure": "kl", "to": "plain"}],
+    }
+    result = run(LLAMA, program, {"main": MAIN}, adapters={"loud": Louder()})
+    assert torch.equal(result.logits["main"], result.logits["donor"])
+    assert result.measures[0].values.item() == 0.0
+    assert result.measures[1].values.item() > 1e-3
+    with pytest.raises(InvalidRequest, match="no adapter") as caught:
+        run(LLAMA, program, {"main": MAIN})
+    assert caught.value.field == "runs.donor.adapter"
 
 
 def test_generated_tokens_are_touched_as_far_as_they_are_known() -> None:

@@ -111,8 +111,9 @@ class Pattern:
 
     def _repeat(self, least: int, most: Any, inner: Any, *, greedy: bool) -> None:
         for _ in range(least):
+            before = len(self.states)
             self._sequence(inner)
-            if not len(inner):
+            if len(self.states) == before:  # nothing, however often
                 return
         unbounded = str(most) == "MAXREPEAT"
         ends = []

@@ -113,13 +113,19 @@ def resolve(
             f"rows times steps and outputs are at most {bounds.steps}", field="sweep", given=n_steps
         )
     work = _Resolution(program, config, prompts, blobs or Blobs(), encode, bounds)
-    rows = tuple(work.row(binding, bound) for binding, bound in program.rows())
+    rows: list[ResolvedRow] = []
+    varying: frozenset[str] = frozenset()
+    for binding, bound in program.rows():
+        rows.append(work.row(binding, bound))
+        if len(rows) == 1:
+            varying = _varying(program, rows[0])
+            work.fixed = {n: plan for n, plan in rows[0].runs.items() if n not in varying}
     return ResolvedProgram(
         program=program,
         config=config,
         hash=program.hash,
-        rows=rows,
-        varying=_varying(program, rows[0]),
+        rows=tuple(rows),
+        varying=varying,
         n_bytes=work.n_bytes,
     )
 
@@ -174,6 +180,7 @@ class _Resolution:
         self.resolvers: dict[str, Resolver] = {}
         self.sites: dict[tuple[SitePattern, bool], list[SiteRef]] = {}
         self.steps: dict[int, list[Touch]] = {}
+        self.fixed: dict[str, RunPlan] = {}  # of runs that are the same in all rows
 
     def row(self, binding: Mapping[str, Any], program: Program) -> ResolvedRow:
         if not self.resolvers or not self.stable:
@@ -209,6 +216,9 @@ class _Resolution:
         runs, passes = order_runs(inside, {MAIN, *read}, order)
         plans = {}
         for name in runs:
+            if name in self.fixed:
+                plans[name] = self.fixed[name]
+                continue
             changed = MAIN if name == PLAIN else name
             plans[name] = RunPlan(
                 name,

@@ -173,7 +173,8 @@ class ResolvedProgram:
     """A program for one model and its prompts.
 
     Attributes:
-        varying: the runs that differ between rows of the sweep; all others are run once.
+        varying: the runs that differ between rows of the sweep; all others are run once, and their
+            plans are the same objects in all rows.
         n_bytes: bytes of all captures of all rows.
     """
 

@@ -23,6 +23,8 @@ def build_input(touches: Sequence[Touch], prompt: PromptText, config: ModelConfi
     Raises:
         InvalidRequest: blocks are not adjacent or overlap, or a number is out of range.
     """
+    if not touches:
+        return RunInput()
     tokens: dict[int, int] = {}
     numbers: dict[int, int] = {}
     sets: list[tuple[int, tuple[Positions, ...]]] = []

@@ -238,18 +238,25 @@ def head_count(config: ModelConfig, site: str) -> int | None:
 
 
 def _size(config: ModelConfig, letter: str, n_keys: int) -> int:
-    sizes = {
-        "1": 1,
-        "d": config.d_model,
-        "H": config.n_heads,
-        "G": config.n_kv_heads,
-        "D": config.head_dim,
-        "f": config.d_ff,
-        "E": config.moe.n_experts if config.moe else 0,
-        "V": config.vocab_size,
-        "K": n_keys,
-    }
-    return sizes[letter]
+    match letter:
+        case "1":
+            return 1
+        case "d":
+            return config.d_model
+        case "H":
+            return config.n_heads
+        case "G":
+            return config.n_kv_heads
+        case "D":
+            return config.head_dim
+        case "f":
+            return config.d_ff
+        case "E":
+            return config.moe.n_experts if config.moe else 0
+        case "V":
+            return config.vocab_size
+        case _:
+            return n_keys
 
 
 def _why_not(config: ModelConfig, site: str, layer: int) -> str | None:
@@ -307,7 +314,7 @@ def resolve_site(
     chosen: tuple[int, ...] | None = None
     count = config.n_heads if expanded else head_count(config, site)
     if count is not None and pattern.site != "attn.edge":
-        chosen = _indices(heads, count, sets, path, "heads or experts", format_site(pattern))
+        chosen = _indices(heads, count, sets, path, "heads or experts", pattern)
     elif pattern.site == "attn.edge":
         chosen = ()
     components: tuple[int, ...] | None = None
@@ -317,7 +324,7 @@ def resolve_site(
                 "this site cannot be cut by [..]", field=path, given=format_site(pattern)
             )
         components = _indices(
-            pattern.components, last_size(config, site), {}, path, "numbers", format_site(pattern)
+            pattern.components, last_size(config, site), {}, path, "numbers", pattern
         )
     return [SiteRef(site, layer, chosen, components, expanded) for layer in layers]
 
@@ -342,17 +349,18 @@ def _layers_of(
     sets: Mapping[str, tuple[int, ...]],
     path: str,
 ) -> list[int]:
-    given = format_site(pattern)
     if pattern.layers is None:
         layers = [i for i in range(config.n_layers) if _why_not(config, site, i) is None]
         if not layers:
-            raise InvalidRequest(str(_why_not(config, site, 0)), field=path, given=given)
+            raise InvalidRequest(
+                str(_why_not(config, site, 0)), field=path, given=format_site(pattern)
+            )
         return layers
-    named = _indices(pattern.layers, config.n_layers, sets, path, "layers", given)
+    named = _indices(pattern.layers, config.n_layers, sets, path, "layers", pattern)
     for layer in named:
         reason = _why_not(config, site, layer)
         if reason is not None:
-            raise InvalidRequest(f"layer {layer}: {reason}", field=path, given=given)
+            raise InvalidRequest(f"layer {layer}: {reason}", field=path, given=format_site(pattern))
     return list(named)
 
 
@@ -362,7 +370,7 @@ def _indices(
     sets: Mapping[str, tuple[int, ...]],
     path: str,
     what: str,
-    given: str,
+    pattern: SitePattern,
 ) -> tuple[int, ...]:
     if index is None:
         return tuple(range(count))
@@ -371,19 +379,23 @@ def _indices(
             raise InvalidRequest(
                 f"there is no set @{index}",
                 field=path,
-                given=given,
+                given=format_site(pattern),
                 remedy=f"Known: {', '.join(sorted(sets)) or 'none'}",
             )
         found = set(sets[index])
     else:
         if index[-1][1] >= count or any(high >= count for _, high in index):
             raise InvalidRequest(
-                f"there are {count} {what} here, numbered from 0", field=path, given=given
+                f"there are {count} {what} here, numbered from 0",
+                field=path,
+                given=format_site(pattern),
             )
         found = {i for low, high in index for i in range(low, high + 1)}
     if found and max(found) >= count:
         raise InvalidRequest(
-            f"there are {count} {what} here, numbered from 0", field=path, given=given
+            f"there are {count} {what} here, numbered from 0",
+            field=path,
+            given=format_site(pattern),
         )
     return tuple(sorted(found))
 
