@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
 from invivo.engine.types import AdapterInfo
-from invivo.errors import InvalidRequest
 from invivo.lm_jobs import Data, FileInfo, FineTuningBackend, Job, start_job, upload
 
 __all__ = [
@@ -355,20 +354,16 @@ class LM(ABC):
 
     # --- fine-tuning ------------------------------------------------------------------------
     @property
+    @abstractmethod
     def fine_tuning(self) -> FineTuningBackend:
-        """What keeps the files and jobs of this model.
-
-        Raises:
-            InvalidRequest: this LM does not train.
-        """
-        raise InvalidRequest("this model cannot be fine-tuned through this interface")
+        """What keeps the files and jobs of this model."""
 
     @property
     def has_jobs(self) -> bool:
         """Whether ``fine_tuning`` is at hand without opening a folder first."""
         return False
 
-    def resume_jobs(self) -> None:
+    def resume_jobs(self) -> None:  # noqa: B027
         """Go on with what an earlier process has left; what is served over HTTP does so itself."""
 
     def finetune(

@@ -67,10 +67,11 @@ def adapter(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def url(tiny: str) -> Iterator[str]:
+def url(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server in this process."""
     import invivo
     from invivo.server.run import ServerThread
 
-    with invivo.load(tiny, kv_bytes=8 << 20) as lm, ServerThread(lm) as server:
+    state = tmp_path_factory.mktemp("state")
+    with invivo.load(tiny, kv_bytes=8 << 20, state=state) as lm, ServerThread(lm) as server:
         yield server.url

@@ -177,3 +177,25 @@ def test_jobs_of_this_machine_are_those_in_the_data_folder(
     unknown = invivo("jobs", "show", "nobody")
     assert unknown.code == 1
     assert "no such job" in unknown.err
+
+
+def test_a_job_of_a_server_is_followed_paused_and_called_off(
+    invivo: Invivo, url: str, data: str
+) -> None:
+    ran = invivo("finetune", data, "--url", url, "--name", "mate", "--steps", "4", *SETTINGS)
+    assert ran.code == 0, ran.err
+    assert ran.out.strip() == "tiny-llama:mate"
+    assert "--use mate" in ran.err
+    assert invivo("jobs", "show", "mate", "--url", url, "--follow", "--json").json()["step"] == 4
+    events = invivo("jobs", "events", "mate", "--url", url, "--follow").out
+    assert "Succeeded: served as tiny-llama:mate" in events
+
+    with library.connect(url) as lm:
+        endless = lm.finetune(data, name="endless", steps=10**6)
+    assert "endless is paused" in invivo("jobs", "pause", "endless", "--url", url).err
+    assert "endless is running" in invivo("jobs", "resume", "endless", "--url", url).err
+    assert "endless is cancelled" in invivo("jobs", "cancel", endless.id, "--url", url).err
+    assert "endless is deleted" in invivo("jobs", "delete", "endless", "--url", url).err
+    listed = invivo("jobs", "list", "--url", url, "--json").json()
+    assert [job["name"] for job in listed] == ["mate"]
+    assert "tiny-llama" in invivo("jobs", "list", "--url", url).out

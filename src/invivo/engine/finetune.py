@@ -433,9 +433,11 @@ class FineTuning:
         job.writer.start(job.snapshot())
 
     def _save(self, job: TuningJob) -> None:
-        """A checkpoint, if there is none of this step."""
-        if job.writer is not None and not job.writer.busy and job.step > job.saved:
-            self._checkpoint(job)
+        """A checkpoint of a paused job, if there is none of this step."""
+        if job.writer is not None and job.writer.busy:
+            self._written(job, job.writer.outcome(wait=True))
+        if job.writer is not None and job.step > job.saved and job.state == "paused":
+            job.writer.start(job.snapshot())
 
     def _stop(self, job: TuningJob) -> None:
         """End it with a checkpoint; in this thread, as no other can be started at exit."""
