@@ -15,7 +15,7 @@ from rich.console import Console
 from tests.tiny import tiny_model_folder
 
 import invivo
-from invivo.demo import learning, report, show, workload
+from invivo.demo import learning, phases, report, show, workload
 from invivo.demo.adapters import write_random_adapter
 from invivo.demo.html_report import page
 from invivo.demo.report import Findings
@@ -39,6 +39,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLM]:
 def findings(lm: LocalLM) -> Iterator[Findings]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workload, "ROUND", 1.0)
+        patch.setattr(phases, "HEAD_START", 0.1)
         small = {"steps": 12, "publish_every": 3, "r": 2}
         patch.setattr(learning, "HYPERPARAMETERS", {**learning.HYPERPARAMETERS, **small})
         yield asyncio.run(show._measured(Console(file=io.StringIO()), lm, time.time()))

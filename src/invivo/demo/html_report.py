@@ -37,8 +37,6 @@ def page(findings: Findings) -> str:
     drawn = figures(findings)
     style = (files("invivo.demo") / "report.css").read_text(encoding="utf-8")
     learning, slo = findings.learning, findings.slo
-    job = learning.job
-    assert job is not None
     model = findings.model
     alone, tuned = findings.phases
     settings = ", ".join(
@@ -49,7 +47,7 @@ def page(findings: Findings) -> str:
     share = kept(tuned, slo).share
     facts = (
         (f"{first:.2f} → {last:.2f}", "loss on dialogues that were held out"),
-        (f"{job.trained_tokens / learning.seconds:.0f} tokens/s", "learned beside the requests"),
+        (f"{tuned.rate('train'):.0f} tokens/s", "learned beside the requests"),
         ("–" if share is None else f"{share:.0%}", "of the streams kept the objective meanwhile"),
         (f"{tuned.rate('generated'):.0f} tokens/s", "written meanwhile"),
     )
@@ -71,7 +69,7 @@ def page(findings: Findings) -> str:
         _section(
             "Learning",
             drawn["loss"],
-            _html(learning_table(learning)),
+            _html(learning_table(findings)),
             f'<p class="muted">LoRA, {escape(settings)}. Held-out loss is what the same server '
             "says when it scores the answers.</p>",
         ),

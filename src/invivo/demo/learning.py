@@ -23,8 +23,8 @@ HYPERPARAMETERS: dict[str, Any] = {
     "schedule": "cosine",
     "warmup": 2,
     "batch_size": 2,
-    "steps": 24,
-    "publish_every": 12,
+    "steps": 20,
+    "publish_every": 10,
     "seed": 0,
 }
 # Asked before and after, greedily; none of them is in the play.

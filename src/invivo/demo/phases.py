@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from invivo.lm import LM
     from invivo.lm_jobs import Job
 
-LONGEST = 90.0  # seconds of load beside the job; on a slow machine it learns the rest alone
+HEAD_START = 3.0  # seconds of load before the job is asked for, as a job comes to a busy server
+LONGEST = 70.0  # seconds of load beside the job; on a slow machine it learns the rest alone
 LOOK = 0.5  # seconds between two looks at the job
 
 OnDone = Callable[[Done], None]
@@ -61,19 +62,19 @@ async def serve_alone(lm: LM, load: list[Task], finished: OnDone) -> Phase:
 
 async def serve_and_learn(
     lm: LM,
-    job: Job,
+    start: Callable[[], Job],
     load: list[Task],
     learning: Learning,
     finished: OnDone,
     looked: Callable[[JobInfo], None],
 ) -> Phase:
-    """Rounds of the load until the job has ended; ``looked`` hears how the job stands.
+    """Rounds of the load, soon a job beside it, until that has ended; ``looked`` hears of it.
 
     Raises:
         Unavailable: the job has failed.
     """
     before, began = await lm.astats(), time.time()
-    watching = asyncio.create_task(_watch(lm, job, learning, looked))
+    watching = asyncio.create_task(_watch(lm, start, learning, looked))
     until = time.monotonic() + LONGEST
     results = await run_load(
         lm,
@@ -90,10 +91,11 @@ async def serve_and_learn(
 
 
 async def _watch(
-    lm: LM, job: Job, learning: Learning, looked: Callable[[JobInfo], None]
+    lm: LM, start: Callable[[], Job], learning: Learning, looked: Callable[[JobInfo], None]
 ) -> JobInfo:
-    """Follow the job to its end; halfway the version published by then is measured."""
-    began = time.time()
+    """Start the job, follow it to its end; halfway the version published by then is measured."""
+    await asyncio.sleep(HEAD_START)
+    job, began = await asyncio.to_thread(start), time.time()
     measured: asyncio.Task[None] | None = None
 
     async def measure(step: int) -> None:

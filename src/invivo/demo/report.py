@@ -186,7 +186,8 @@ def throughput_table(phases: list[Phase]) -> Table:
     return table
 
 
-def learning_table(learning: Learning) -> Table:
+def learning_table(findings: Findings) -> Table:
+    learning, tuned = findings.learning, findings.phases[-1]
     job = learning.job
     assert job is not None
     steps = dict(learning.held_out)
@@ -196,8 +197,8 @@ def learning_table(learning: Learning) -> Table:
     cells = [_mean_around(losses, step) for step in steps]
     table.add_row("loss on what is learned, 8 steps", *cells)
     table.caption = (
-        f"{job.trained_tokens:,} tokens in {learning.seconds:.0f} s: "
-        f"{job.trained_tokens / learning.seconds:.0f} a second while it served"
+        f"{job.trained_tokens:,} tokens in {learning.seconds:.0f} s; beside the requests, in the "
+        f"first {min(tuned.seconds, learning.seconds):.0f} s, {tuned.rate('train'):.1f} a second"
     )
     table.caption_justify = "left"
     return table
@@ -224,7 +225,7 @@ def answers(learning: Learning) -> RenderableType:
 def show(console: Console, findings: Findings) -> None:
     parts: list[RenderableType] = [
         answers(findings.learning),
-        learning_table(findings.learning),
+        learning_table(findings),
         latency_table(findings),
         throughput_table(findings.phases),
         purpose_table(findings.phases[-1]),

@@ -113,7 +113,6 @@ async def _measured(console: Console, lm: LM, began: float) -> Findings:
     with _bars(console) as bars:
         bar = bars.add_task("serving alone", total=len(load), figures="")
         alone = await serve_alone(lm, load, lambda done: bars.advance(bar))
-    job = await asyncio.to_thread(learning.start, lm)
     with _bars(console) as bars:
         served = bars.add_task("serving", total=None, figures="")
         learns = bars.add_task(f"learning {NAME}", total=None, figures="")
@@ -131,7 +130,9 @@ async def _measured(console: Console, lm: LM, began: float) -> Findings:
         def finished(done: Done) -> None:
             bars.advance(served)
 
-        tuned = await serve_and_learn(lm, job, load, learned, finished, looked)
+        tuned = await serve_and_learn(
+            lm, lambda: learning.start(lm), load, learned, finished, looked
+        )
     with console.status(f"asking and scoring {NAME}"):
         learned.after = await learning.answers(lm, NAME)
         assert learned.job is not None

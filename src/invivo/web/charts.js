@@ -309,8 +309,8 @@ export class LossChart extends Chart {
         incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 1e5, 1e6],
         values: (_, splits) => splits.map((v) => format.count(v)),
       },
-      { ...style, size: 44, space: 34, values: (_, splits) => splits.map((v) => v.toFixed(splits.length > 1 && splits[1] - splits[0] < 0.1 ? 2 : 1)) },
-      { ...style, scale: "rate", side: 1, size: 56, space: 40, grid: { show: false }, values: (_, splits) => splits.map(format.scientific) },
+      { ...style, size: 44, space: 34, values: (_, splits) => splits.map((v) => v.toFixed(splits[1] - splits[0] < 0.5 ? 2 : 1)) },
+      { ...style, scale: "rate", side: 1, size: 56, space: 40, grid: { show: false }, values: (_, splits) => splits.map((v) => (v ? format.scientific(v) : "")) },
     ];
   }
 

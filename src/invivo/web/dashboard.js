@@ -4,7 +4,7 @@ import { PercentileChart, StackedChart } from "./charts.js";
 import * as format from "./format.js";
 
 const PURPOSES = {
-  decode: "decode", prefill: "prefill", score: "score", train: "train forward", backward: "train backward",
+  decode: "decode", prefill: "prefill", score: "score", train: "train", backward: "train backward",
 };
 const PROMISES = { ttft: "ttft_ms", itl: "tpot_ms" };
 const PERCENTILES = ["p50", "p95", "p99"];

@@ -113,7 +113,7 @@ export class Jobs {
       this.detail = detail;
       this.take(events.data);
     } catch (error) {
-      if (error.status === 401 || error.status === 403) this.refused = describe(error);
+      if ([401, 403, 404].includes(error.status)) this.refused = describe(error);
     } finally {
       if (this.shown === job.id) {
         this.looking = false;
