@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from invivo.lm_jobs import Job
 
 NAME = "romeo"
-# Found by trying: in some 4,000 tokens the held-out loss falls by more than half a nat.
+# Found by trying: in some 3,000 tokens the held-out loss falls by more than half a nat.
 HYPERPARAMETERS: dict[str, Any] = {
     "on": ["q", "v", "o", "down"],
     "r": 8,
@@ -23,8 +23,8 @@ HYPERPARAMETERS: dict[str, Any] = {
     "schedule": "cosine",
     "warmup": 2,
     "batch_size": 2,
-    "steps": 20,
-    "publish_every": 10,
+    "steps": 16,
+    "publish_every": 8,
     "seed": 0,
 }
 # Asked before and after, greedily; none of them is in the play.

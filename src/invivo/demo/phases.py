@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from invivo.lm_jobs import Job
 
 HEAD_START = 3.0  # seconds of load before the job is asked for, as a job comes to a busy server
-LONGEST = 70.0  # seconds of load beside the job; on a slow machine it learns the rest alone
+LONGEST = 60.0  # seconds of load beside the job; on a slow machine it learns the rest alone
 LOOK = 0.5  # seconds between two looks at the job
 
 OnDone = Callable[[Done], None]
