@@ -27,7 +27,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Setting:
     engine: dict[str, Any] = field(default_factory=dict)
 
 
-CPU_RATES = (0.5, 1.0, 2.0)
+CPU_RATES = (1.0, 2.0, 3.0)
 GPU_RATES = (4.0, 20.0, 12.0)  # last the one of all policies: device time may end before
 # ShareGPT's lengths in tokens have these log-normal moments; answers end at 768.
 SHAREGPT = (Lengths(4.0, 1.7, 4, 3840), Lengths(5.2, 1.05, 4, 768))
@@ -95,16 +95,16 @@ SETTINGS = {
         tpot_ms=150.0,
         ttft_ms=5000.0,
         rates=CPU_RATES,
-        compared=dict.fromkeys((*POLICIES, "none"), CPU_RATES),
-        seconds=18.0,
+        compared=dict.fromkeys(POLICIES, CPU_RATES) | {"temporal:512": (2.0,), "none": (2.0,)},
+        seconds=22.0,
         warm=0.0,
-        alone=12.0,
+        alone=10.0,
         prompt=Lengths(3.5, 0.7, 8, 128),
         answer=Lengths(3.5, 0.5, 12, 64),
-        texts=(384, 384),
+        texts=(1024, 1024),
         residence=0.0,
         drain=True,
-        engine={"max_model_len": 1024},
+        engine={"max_model_len": 2048, "burst": 4.0},
     ),
     "llama-8b": Setting(
         tpot_ms=50.0,
@@ -119,7 +119,7 @@ SETTINGS = {
         texts=(1024, 2048),
         residence=0.04,
         drain=False,
-        engine={"max_model_len": 8192, "memory_fraction": 0.8, "max_running": 384},
+        engine={"max_model_len": 8192, "memory_fraction": 0.8, "max_running": 384, "burst": 4.0},
     ),
 }
 SETTINGS["tiny"] = Setting(
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--rates", help="comma-separated, only these")
     parser.add_argument("--policies", help="comma-separated, only these")
     parser.add_argument("--seconds", type=float, help="of a point")
+    parser.add_argument("--burst", type=float, help="of the engine, see EngineConfig")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which none begins")
     parser.add_argument("--trace", type=Path, help="arrivals and lengths instead of drawn ones")
@@ -161,6 +162,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     sys.path.remove(str(HERE.resolve()))  # transformers would take kernels.py for a library
     setting = SETTINGS[args.shape]
+    if args.burst is not None:
+        setting = replace(setting, engine=setting.engine | {"burst": args.burst})
     seconds = args.seconds or setting.seconds
     engine = open_engine(args.shape, device, args.layers, setting)
     print(f"engine ready after {time.monotonic() - begun:.1f} s", flush=True)

@@ -449,3 +449,30 @@ def test_promises_that_make_no_sense_are_refused(field: str, value: float) -> No
     with pytest.raises(InvalidRequest) as error:
         Slo(**{field: value})
     assert error.value.field == field
+
+
+def test_a_burst_gathers_the_slack_of_large_pieces_and_keeps_the_mean_pace() -> None:
+    pieces: dict[float, list[int]] = {}
+    for burst in (1.0, 4.0):
+        bench = Bench(
+            limits_of(max_batch_tokens=2048),
+            slo=Slo(tpot_ms=12, burst=burst),
+            sizes=Sizes(quantum_ms=12 * burst),
+        )
+        bench.job(length=2048)
+        seq = bench.ask(8, 200)
+        begun = bench.now
+        pieces[burst] = []
+        while len(seq.tokens) < 150:
+            before, running = bench.now, len(seq.tokens) > seq.n_prompt
+            plan = bench.step()
+            assert plan is not None
+            assert bench.now - before <= burst * 12e-3
+            n = len(seq.tokens) - seq.n_prompt
+            if not running:
+                begun = bench.now
+                continue
+            assert bench.now - begun <= n * 12e-3
+            pieces[burst] += [stop - start for start, stop in trained_of(plan)]
+    assert max(pieces[4.0]) > 1.5 * max(pieces[1.0])
+    assert sum(pieces[4.0]) > 0.9 * sum(pieces[1.0])

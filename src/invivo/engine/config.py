@@ -28,6 +28,9 @@ class EngineConfig:
         cuda_graphs: replay decode steps as CUDA graphs; None = on a GPU.
         tpot_ms, ttft_ms: what fine-tuning leaves to requests: milliseconds per output token, and
             to the first one (see :class:`invivo.engine.policies.Slo`).
+        burst: how many ``tpot_ms`` may pass between two tokens of a request that is early. Above 1,
+            a few quick iterations gather the slack of one large piece of training: worth it where
+            starting one is dear, as on a CPU; answers then come less evenly, at the same mean pace.
         policy: how fine-tuning shares the device with requests (:mod:`invivo.engine.policies`).
         max_jobs: fine-tuning jobs at once.
     """
@@ -46,6 +49,7 @@ class EngineConfig:
     cuda_graphs: bool | None = None
     tpot_ms: float = 50.0
     ttft_ms: float = 5000.0
+    burst: float = 1.0
     policy: str = "co-serve"
     max_jobs: int = 4
 

@@ -25,6 +25,8 @@ from invivo.engine.scheduler import Scheduler
 from invivo.engine.types import BackwardUnit, Plan, Purpose, Sequence, Span, Status
 from invivo.errors import InvalidRequest
 
+_GATHERED = 0.6  # of the slack that a burst allows, from which training joins
+
 
 class Trainee(Protocol):
     """A job that has something to compute, as far as policy must know it.
@@ -165,6 +167,8 @@ class Coserver:
         plan = inference or Plan(spans=[])
         work = work_of(plan)
         budget = self.budget(plan, work, start)
+        if plan.spans and budget < self._worthwhile(work):
+            return plan
         self._fill(plan, work, order, budget)
         if not plan.spans and not plan.backward:
             # The smallest piece outlasts the quantum: nobody is here to mind.
@@ -192,11 +196,12 @@ class Coserver:
     def budget(self, plan: Plan, work: Work, start: float) -> float:
         """Seconds that the whole iteration may last, safety included, from ``start`` on.
 
-        ``plan`` holds inference alone, and ``work`` is its work. Infinite is never the answer:
-        without inference it is the quantum.
+        ``plan`` holds inference alone, and ``work`` is its work. It is never more than the quantum:
+        a first token may be due much later, but need not come late for that.
         """
+        quantum = self.sizes.quantum_ms / 1e3
         if not self.scheduler.has_work:
-            return self.sizes.quantum_ms / 1e3
+            return quantum
         slo, latency = self.slo, self.latency
         patience = slo.patience * slo.ttft_ms / 1e3
         if any(start - seq.request.arrival > patience for seq in self.scheduler.waiting):
@@ -226,7 +231,18 @@ class Coserver:
                 full = full or self._full_iteration()
                 deadline -= full * -(-ahead // self.scheduler.limits.max_batch_tokens)
             due = min(due, deadline)
-        return due - start
+        return min(due - start, quantum)
+
+    def _worthwhile(self, work: Work) -> float:
+        """Seconds below which an iteration with inference waits for more slack.
+
+        Where requests may run ahead of their pace, a few iterations without training gather the
+        slack of one large piece, whose start is paid once.
+        """
+        if self.slo.burst == 1:
+            return 0.0
+        alone = self.latency.predict(work)
+        return alone + _GATHERED * (self.slo.burst * self.slo.pace - alone)
 
     # Whose turn it is.
 

@@ -151,7 +151,7 @@ class Engine:
             self.scheduler,
             self.adapters,
             base_name=model.name,
-            slo=Slo(c.tpot_ms, c.ttft_ms),
+            slo=Slo(c.tpot_ms, c.ttft_ms, burst=c.burst),
             policy=policy_of(c.policy),
             max_rows=max_batch_tokens,
             max_jobs=c.max_jobs,

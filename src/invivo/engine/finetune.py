@@ -309,7 +309,7 @@ class FineTuning:
                 self._slo,
                 self._policy,
                 # Without requests an arrival waits no longer than between two of its tokens.
-                sizes=Sizes(quantum_ms=self._slo.tpot_ms),
+                sizes=Sizes(quantum_ms=self._slo.tpot_ms * self._slo.burst),
             )
         return self._coserver.plan(now, trainees, busy_until=busy_until)
 

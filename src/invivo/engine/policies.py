@@ -21,8 +21,8 @@ class Slo:
         ttft_ms: milliseconds from arrival to the first token.
         headroom: share of ``tpot_ms`` that training leaves alone, for what cannot be foreseen.
         burst: how many ``tpot_ms`` may pass between two tokens of a sequence that is early. 1 keeps
-            every token within the promise; more keeps only the mean of a sequence, and lets
-            training run in larger pieces where starting one is dear.
+            every token within the promise; more keeps only the mean of a sequence, and gathers
+            slack for larger pieces of training where starting one is dear.
         patience: share of ``ttft_ms`` that a request may have waited for a row or memory before
             training stops: nobody can say how many iterations it still waits, but shorter ones
             help.
