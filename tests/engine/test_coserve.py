@@ -103,7 +103,7 @@ def run(plan: Plan, scheduler: Scheduler, jobs: list[SimulatedJob]) -> None:
             if len(span.seq.tokens) == span.seq.limit:
                 scheduler.finish(span.seq)
     for job in jobs:
-        if job.seq in plan.held:
+        if job.seq in plan.held or job.seq in plan.reclaimed:
             job.begin()
     for unit in plan.backward:
         job = next(job for job in jobs if job.name == unit.job)
@@ -154,7 +154,7 @@ def test_a_window_is_the_largest_that_fits_by_prediction(
     ]
     assert trained_of(plan) == ([(start, start + max(fits))] if fits else [])
     assert plan.n_tokens <= 512
-    if fits:
+    if fits and start + max(fits) < 1024:
         assert after == work.with_window(start, max(fits))
 
 
@@ -176,13 +176,13 @@ def test_a_unit_is_the_largest_that_fits_by_prediction(
     plan = Plan([], n_tokens=rows)
     bench.fill(plan, work, budget)
     given = [(u.start, u.stop, u.first_layer, u.last_layer) for u in plan.backward]
-    least = bench.sizes.unit_rows if cuts else bench.sizes.min_window
-    wide = [n for n in range(least, 1025) if fits(n, LAYERS)]
-    deep = [n for n in range(1, LAYERS + 1) if fits(bench.sizes.unit_rows, n)]
-    if wide:
-        assert given == [(1024 - max(wide), 1024, 0, LAYERS)]
-    elif deep and cuts:
-        assert given == [(1024 - bench.sizes.unit_rows, 1024, LAYERS - max(deep), LAYERS)]
+    least = bench.sizes.min_window
+    wide = [n for n in range(least, 1025) if fits(n, 1 if cuts else LAYERS)]
+    deep = [n for n in range(1, LAYERS + 1) if fits(1024, n)]
+    if deep and cuts:
+        assert given == [(0, 1024, LAYERS - max(deep), LAYERS)]
+    elif wide:
+        assert given == [(1024 - max(wide), 1024, LAYERS - 1 if cuts else 0, LAYERS)]
     else:
         assert given == []
 
@@ -224,8 +224,8 @@ def test_without_inference_windows_are_full_and_an_iteration_lasts_a_quantum() -
     bench = Bench()
     bench.job()
     assert trained_of(bench.step()) == [(0, 512)]
-    assert trained_of(bench.step()) == [(512, 1024)]
     plan = bench.step()
+    assert trained_of(plan) == [(512, 1024)]
     assert [(u.start, u.stop, u.first_layer) for u in plan.backward] == [(0, 1024, 0)]
     short = Bench(sizes=Sizes(quantum_ms=6))
     short.job()
@@ -242,7 +242,7 @@ def test_training_goes_on_where_its_smallest_piece_outlasts_the_quantum() -> Non
         assert work_of(plan).rows <= 16
     assert job.texts > 2
     bench.ask(4, 10)
-    assert trained_of(bench.step()) or not bench.step().backward
+    assert inference_of(bench.step())
 
 
 @given(seed=st.integers(0, 10_000), tpot=st.sampled_from([6.0, 10.0, 50.0]))
@@ -396,15 +396,15 @@ def test_temporal_gives_a_whole_training_iteration_after_every_n() -> None:
         trains = bool(trained_of(plan) or plan.backward)
         assert trains != bool(inference_of(plan))
         kinds += "t" if trains else "i"
-    # Two windows and one unit are one iteration of training.
-    assert kinds == "iiiiittt" * 5
+    # A window, then another and the backward behind it.
+    assert kinds == ("iiiiitt" * 6)[:40]
 
 
 def test_alternating_policies_train_at_once_without_inference() -> None:
     for policy in ("temporal:500", "dynamic-temporal"):
         bench = Bench(policy=policy)
         job = bench.job(length=600)
-        for _ in range(9):
+        for _ in range(6):
             bench.step()
         assert job.texts == 4
 

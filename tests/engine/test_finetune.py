@@ -464,7 +464,7 @@ def test_training_gives_way_when_memory_is_short(exact: LoadedModel) -> None:
     engine.step()
     coserver = engine._finetuning._coserver
     assert coserver is not None
-    coserver.sizes = Sizes(min_window=1, unit_rows=1, max_unit=1)  # a text takes long
+    coserver.sizes = Sizes(min_window=1, max_unit=1)  # a text takes long
     rng = random.Random(2)
     for _ in range(3):
         for _ in range(10):

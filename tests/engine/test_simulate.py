@@ -65,7 +65,7 @@ def test_jobs_share_by_weight_when_requests_press() -> None:
 
 
 def test_scarce_memory_costs_training_and_not_requests() -> None:
-    limits = simulated_limits(n_tokens=3000)
+    limits = simulated_limits(n_tokens=2400)
     beside, nothing = small("co-serve", limits=limits), small("none", limits=limits)
     assert beside.reclaimed > 0
     assert beside.preempted <= nothing.preempted + 2
@@ -165,7 +165,7 @@ def test_policies_keep_the_published_order_on_the_staged_steps_and_trace() -> No
             slo=Slo(tpot_ms=75),
             limits=simulated_limits(max_running=8, max_batch_tokens=512),
             training=Training(2048, 80),
-            sizes=Sizes(unit_rows=1024, quantum_ms=250),
+            sizes=Sizes(quantum_ms=250),
         )
         for policy in ("co-serve", "temporal:64", "temporal:128", "temporal:512")
     }

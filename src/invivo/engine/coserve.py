@@ -54,7 +54,8 @@ class Trainee(Protocol):
     def next_unit(self, tokens: int, layers: int | None) -> BackwardUnit | None:
         """The unit that must run next, at most that large; None when the backward is done.
 
-        Asked only once the forward is complete. Neither argument makes it smaller by growing.
+        Asked only once the forward is planned to its end. Neither argument makes it smaller by
+        growing.
         """
         ...
 
@@ -64,15 +65,12 @@ class Sizes:
     """Sizes of training's pieces.
 
     Attributes:
-        min_window: fewest rows worth a window (or the text's rest); each costs a start.
-        unit_rows: where a backward may stop between layers, fewest rows of a unit; it then takes
-            as many layers as fit.
+        min_window: fewest rows worth a window or a unit (or the text's rest); each costs a start.
         max_unit: most rows of a unit.
         quantum_ms: length of an iteration without inference.
     """
 
     min_window: int = 16
-    unit_rows: int = 256
     max_unit: int = 2048
     quantum_ms: float = 50.0
 
@@ -316,27 +314,12 @@ class Coserver:
         """Give the trainee its piece of this iteration, the largest that fits (or the smallest
         worth while); the work with it."""
         seq = trainee.seq
-        length = len(seq.tokens)
-        if seq.n_computed < length:
-            start = seq.n_computed
-            left = length - start
-            rows = min(left, self.scheduler.limits.max_batch_tokens - plan.n_tokens)
-            least = min(left, self.sizes.min_window)
-            if smallest:
-                rows = min(rows, least)
-            size = self.latency.largest_window(work, start, rows, budget, minimum=least)
-            if not size or (not seq.blocks and not self.scheduler.hold(seq, plan)):
-                return work
-            plan.spans.append(Span(seq, start, start + size, Purpose.TRAIN, False))
-            plan.n_tokens += size
-            seq.n_computed += size
-            self.served[trainee.name] += size / 2
-            return work.with_window(start, size)
-        if smallest:
-            one = 1 if trainee.cuts_layers else None
-            unit = trainee.next_unit(self.sizes.min_window, one)
-        else:
-            unit = self._unit(work, trainee, budget)
+        if _left(trainee):
+            work = self._window(plan, work, trainee, budget, smallest=smallest)
+            if smallest or _left(trainee) or seq in plan.reclaimed:
+                return work  # a trainee learns of lost memory with the plan: its units are stale
+        # The backward may begin behind the last window of the same iteration.
+        unit = self._unit(work, trainee, budget, smallest=smallest)
         if unit is None:
             return work
         plan.backward.append(unit)
@@ -344,36 +327,53 @@ class Coserver:
         self.served[trainee.name] += rows * layers / trainee.n_layers / 2
         return work.with_backward(rows, layers)
 
-    def _unit(self, work: Work, trainee: Trainee, budget: float) -> BackwardUnit | None:
-        """The largest unit that fits: rows through all layers, or fewer layers of some rows.
+    def _window(
+        self, plan: Plan, work: Work, trainee: Trainee, budget: float, *, smallest: bool
+    ) -> Work:
+        """The trainee's next rows forward, if some fit; the work with them."""
+        seq = trainee.seq
+        start, left = seq.n_computed, _left(trainee)
+        rows = min(left, self.scheduler.limits.max_batch_tokens - plan.n_tokens)
+        least = min(left, self.sizes.min_window)
+        if smallest:
+            rows = min(rows, least)
+        size = self.latency.largest_window(work, start, rows, budget, minimum=least)
+        if not size or (not seq.blocks and not self.scheduler.hold(seq, plan)):
+            return work
+        plan.spans.append(Span(seq, start, start + size, Purpose.TRAIN, False))
+        plan.n_tokens += size
+        seq.n_computed += size
+        self.served[trainee.name] += size / 2
+        return work.with_window(start, size)
 
-        Few rows through all layers read every weight for little: where layers may be cut, they are.
-        """
+    def _unit(
+        self, work: Work, trainee: Trainee, budget: float, *, smallest: bool
+    ) -> BackwardUnit | None:
+        """The largest unit that fits: all rows (at most ``max_unit``) through as many layers as
+        fit, which reads each weight once for many rows; where not even one layer does, or none may
+        be cut, fewer rows."""
         sizes = self.sizes
-        least = sizes.unit_rows if trainee.cuts_layers else sizes.min_window
+        if trainee.next_unit(1, None) is None:
+            return None
+        if smallest:
+            return trainee.next_unit(sizes.min_window, 1 if trainee.cuts_layers else None)
 
         def grown(tokens: int, layers: int | None) -> Work:
             unit = trainee.next_unit(tokens, layers)
             assert unit is not None
             return work.with_backward(unit.stop - unit.start, unit.last_layer - unit.first_layer)
 
-        if trainee.next_unit(1, None) is None:
-            return None
         limit = min(len(trainee.seq.tokens), sizes.max_unit)
-        most = self.latency.largest(lambda n: grown(n, None), limit, budget)
-        if most:
-            unit = trainee.next_unit(most, None)
-            assert unit is not None
-            whole = unit.start == 0 or most == limit
-            if not whole and unit.stop - unit.start < least:
-                most = 0
-            elif not whole or not trainee.cuts_layers:
-                return unit
-        if not trainee.cuts_layers:
+        depth = 1 if trainee.cuts_layers else None
+        if trainee.cuts_layers:
+            layers = self.latency.largest(lambda n: grown(limit, n), trainee.n_layers, budget)
+            if layers:
+                return trainee.next_unit(limit, layers)
+        rows = self.latency.largest(lambda n: grown(n, depth), limit, budget)
+        unit = trainee.next_unit(rows, depth) if rows else None
+        if unit is None or (unit.stop - unit.start < sizes.min_window and unit.start > 0):
             return None
-        tokens = most or min(sizes.unit_rows, limit)
-        layers = self.latency.largest(lambda n: grown(tokens, n), trainee.n_layers, budget)
-        return trainee.next_unit(tokens, layers) if layers else None
+        return unit
 
     def _full_iteration(self) -> float:
         full = Work(self.scheduler.limits.max_batch_tokens)
@@ -383,9 +383,13 @@ class Coserver:
         self._iteration += (seconds - self._iteration) / 32 if self._iteration else seconds
 
 
+def _left(trainee: Trainee) -> int:
+    """Rows of its text whose forward is not yet planned."""
+    return len(trainee.seq.tokens) - trainee.seq.n_computed
+
+
 def _has_work(trainee: Trainee) -> bool:
-    seq = trainee.seq
-    return seq.n_computed < len(seq.tokens) or trainee.next_unit(1, None) is not None
+    return _left(trainee) > 0 or trainee.next_unit(1, None) is not None
 
 
 def work_of(plan: Plan) -> Work:

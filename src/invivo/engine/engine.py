@@ -550,7 +550,10 @@ class Engine:
         counters = self._counters
         counters.count_tokens(by_purpose, second)
         ended = time.perf_counter()
-        self._finetuning.folded(plan, ended - max(launched.started, self._last_fold), now)
+        took = result.device_seconds
+        if took is None:
+            took = ended - max(launched.started, self._last_fold)
+        self._finetuning.folded(plan, took, now)
         self._last_fold = ended
         n_layers = self.model.config.n_layers
         for unit in plan.backward:

@@ -269,7 +269,7 @@ class _Run:
     def _train(self, plan: Plan, *, counts: bool) -> None:
         jobs = {job.name: (i, job) for i, job in enumerate(self.jobs)}
         for _, job in jobs.values():
-            if job.seq in plan.held:
+            if job.seq in plan.held or job.seq in plan.reclaimed:
                 job.begin()
         for span in plan.spans:
             for i, job in jobs.values():

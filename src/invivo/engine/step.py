@@ -65,7 +65,10 @@ class Work:
 
 @dataclass(slots=True)
 class Launched:
-    """A step on its way; the tensors are on the host once ``done`` has passed."""
+    """A step on its way; the tensors are on the host once ``done`` has passed.
+
+    ``begun`` passes when the device takes the step up.
+    """
 
     plan: Plan
     work: Work
@@ -75,6 +78,7 @@ class Launched:
     logprobs: LogprobRows | None
     scored: LogprobRows | None
     embeddings: dict[int, torch.Tensor]
+    begun: torch.cuda.Event | None
     done: torch.cuda.Event | None
     started: float
 
@@ -109,7 +113,7 @@ class Stepper:
     @torch.inference_mode()
     def launch(self, batch: FlatBatch, work: Work, riders: Riders | None = None) -> Launched:
         """Put one step on the device, its pieces of training after everything else."""
-        started = time.perf_counter()
+        started, begun = time.perf_counter(), self._mark()
         hidden, logits = self._forward(batch, riders)
         tokens = torch.empty(0, dtype=torch.int64)
         logprobs, logprob_rows = None, []
@@ -133,22 +137,23 @@ class Stepper:
             logprobs=logprobs,
             scored=scored,
             embeddings=embeddings,
+            begun=begun,
             done=None,
             started=started,
         )
         if riders is not None:
             with torch.inference_mode(False):
                 riders.learn(hidden, batch.layout)
-        return self._marked(launched)
+        launched.done = self._mark()
+        return launched
 
     def train(self, plan: Plan, riders: Riders) -> Launched:
         """Launch a plan that has backward units and no rows."""
-        started = time.perf_counter()
+        started, begun = time.perf_counter(), self._mark()
         riders.learn(None, None)
         none = torch.empty(0, dtype=torch.int64)
-        return self._marked(
-            Launched(plan, Work([], []), [], none, [], None, None, {}, None, started)
-        )
+        done = self._mark()
+        return Launched(plan, Work([], []), [], none, [], None, None, {}, begun, done, started)
 
     def collect(self, launched: Launched) -> StepResult:
         """Wait for a step and read what came out."""
@@ -173,6 +178,8 @@ class Stepper:
         for span, vector in launched.embeddings.items():
             result.embeddings[span] = vector.tolist()
         result.seconds = time.perf_counter() - launched.started
+        if launched.begun is not None and launched.done is not None:
+            result.device_seconds = launched.begun.elapsed_time(launched.done) / 1e3
         return result
 
     def forget(self, seq: Sequence) -> None:
@@ -180,11 +187,13 @@ class Stepper:
         self._sums.pop(seq, None)
 
     # --- parts ------------------------------------------------------------------------------
-    def _marked(self, launched: Launched) -> Launched:
-        if self._device.type == "cuda":
-            launched.done = torch.cuda.Event()
-            launched.done.record()
-        return launched
+    def _mark(self) -> torch.cuda.Event | None:
+        """An event here in the device's queue; None where there is none."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _forward(
         self, batch: FlatBatch, riders: Riders | None

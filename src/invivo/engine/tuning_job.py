@@ -144,6 +144,7 @@ class TuningJob:
             position_offset=offset,
             job=self.name,
         )
+        self.trainer.rewind(self.sequence)
         return True
 
     def begin(self) -> None:
@@ -159,7 +160,8 @@ class TuningJob:
         if sequence is None or sequence.table is None:
             return
         self._clear()
-        sequence.blocks, sequence.table, sequence.forwarded = [], None, 0
+        sequence.blocks, sequence.table = [], None
+        self.trainer.rewind(sequence)
         sequence.tape, sequence.dx, sequence.sums = None, None, {}
         self.n_restarts += 1
 

@@ -284,6 +284,8 @@ class StepResult:
         logprobs: of the drawn token.
         scored: of the prompt's tokens, in order, as far as the span's rows predict them.
         embeddings: pooled final states, of spans that complete their prompt.
+        seconds: from the launch until the result was on the host.
+        device_seconds: that the device took; None where the host computes itself.
     """
 
     plan: Plan
@@ -292,3 +294,4 @@ class StepResult:
     scored: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     embeddings: dict[int, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
+    device_seconds: float | None = None

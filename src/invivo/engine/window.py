@@ -134,7 +134,6 @@ class WindowTrainer:
         decoder = self.decoder
         wide = torch.float64 if decoder.embed.dtype == torch.float64 else torch.float32
         sequence.table = torch.tensor(sequence.blocks, dtype=torch.int64, device=device)
-        sequence.forwarded = 0
         sequence.loss = torch.zeros((), dtype=wide, device=device)
         sequence.n_labels = torch.zeros((), dtype=torch.int64, device=device)
         shape = (n, decoder.config.d_model)
@@ -144,7 +143,12 @@ class WindowTrainer:
             sequence.tape = Tape.allocate(plan, n, device)
         sequence.sums = {}
         sequence.d_embeddings = None
-        sequence.row, sequence.layer = n, self._n_layers
+        self.rewind(sequence)
+
+    def rewind(self, sequence: TrainSequence) -> None:
+        """Nothing of ``sequence`` has run: its units can be planned from here on."""
+        sequence.forwarded = 0
+        sequence.row, sequence.layer = sequence.length, self._n_layers
 
     def piece(self, sequence: TrainSequence, start: int, stop: int, row: int) -> Piece:
         """What a recording needs of rows [start, stop), which begin at ``row`` of the batch."""
@@ -203,13 +207,13 @@ class WindowTrainer:
         """The unit that must run next, at most ``tokens`` rows by ``layers`` layers.
 
         A unit of window order that stopped between layers goes on with the same rows, one of
-        layer order with the same layers. None when the micro-step is done.
+        layer order with the same layers. None when the micro-step is done. The forward need not
+        have run yet.
 
         Args:
             layers: None takes what suits the order: all layers, or one. A rerun in window order
                 always takes all.
         """
-        assert sequence.forwarded == sequence.length, "the backward begins after the last window"
         assert tokens >= 1
         if self.done(sequence):
             return None
@@ -250,6 +254,7 @@ class WindowTrainer:
 
         The gradient by the embeddings, where asked for, is in ``sequence.d_embeddings``.
         """
+        assert sequence.forwarded == sequence.length, "the backward begins after the last window"
         rows, layers = (unit.start, unit.stop), (unit.first_layer, unit.last_layer)
         self._make_sums(sequence, layers)
         bypass = self.bypass.window(*rows)
