@@ -10,6 +10,7 @@ import typer
 
 from invivo.cli import options
 from invivo.cli.output import examples, note
+from invivo.cli.waiting import wait_passively
 from invivo.errors import Conflict
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def serve(
     ] = 4,
 ) -> None:
     """Serve a model over HTTP: OpenAI's endpoints and more, with a live page at /."""
+    wait_passively()
     from invivo.cli.opening import opened
     from invivo.server.run import run
     from invivo.server.settings import Settings

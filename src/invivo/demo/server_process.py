@@ -13,10 +13,6 @@ from pathlib import Path
 
 from invivo.errors import Unavailable
 
-# Threads that wait for each other spin by default: the fastest where a machine is idle otherwise,
-# ten times slower where the clients and a browser need its two cores too.
-WAITING = "passive"
-
 
 def free_port() -> int:
     """A port that nobody listens on at this moment."""
@@ -53,7 +49,7 @@ def serving(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={"OMP_WAIT_POLICY": WAITING, **os.environ, "PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C is the demo's to answer
         )
     try:
