@@ -161,11 +161,11 @@ def serve(
             begun = progress(engine)
             preempted = engine.stats().preemptions
             zero = now
-        if now >= seconds:
-            break
         while came < len(arrivals) and arrivals[came].at <= now:
             submit(engine, served[came], prompts[came], f"{policy}-{rate}-{number}-{came}", start)
             came += 1
+        if now >= seconds:  # everybody has come: arrivals end before
+            break
         if not engine.step():
             time.sleep(0.0005)
     assert begun is not None
