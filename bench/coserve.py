@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--policies", help="comma-separated, only these")
     parser.add_argument("--seconds", type=float, help="of a point")
     parser.add_argument("--burst", type=float, help="of the engine, see EngineConfig")
+    parser.add_argument("--texts", type=int, help="tokens of every text")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which none begins")
     parser.add_argument("--trace", type=Path, help="arrivals and lengths instead of drawn ones")
@@ -164,6 +165,8 @@ def main() -> None:
     setting = SETTINGS[args.shape]
     if args.burst is not None:
         setting = replace(setting, engine=setting.engine | {"burst": args.burst})
+    if args.texts is not None:
+        setting = replace(setting, texts=(args.texts, args.texts))
     seconds = args.seconds or setting.seconds
     engine = open_engine(args.shape, device, args.layers, setting)
     print(f"engine ready after {time.monotonic() - begun:.1f} s", flush=True)
