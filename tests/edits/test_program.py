@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-import jsonschema
+import jsonschema_rs
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,7 +17,7 @@ from invivo.edits.schema import json_schema
 from invivo.edits.yaml_form import read_yaml, to_yaml
 from invivo.errors import InvalidRequest, InvivoError, TooLarge
 
-VALIDATOR = jsonschema.Draft202012Validator(json_schema())
+VALIDATOR = jsonschema_rs.Draft202012Validator(json_schema())
 CALM = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 EXAMPLE: dict[str, Any] = {
