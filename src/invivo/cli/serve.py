@@ -169,6 +169,16 @@ def serve(
             rich_help_panel=TUNING,
         ),
     ] = 5000.0,
+    burst: Annotated[
+        float,
+        typer.Option(
+            "--burst",
+            min=1,
+            help="How many times --tpot-ms may pass between two tokens of an answer that is early: "
+            "more than 1 gathers slack for larger pieces of training, at the same mean pace.",
+            rich_help_panel=TUNING,
+        ),
+    ] = 1.0,
     policy: Annotated[
         str,
         typer.Option(
@@ -224,6 +234,7 @@ def serve(
         state=state,
         tpot_ms=tpot_ms,
         ttft_ms=ttft_ms,
+        burst=burst,
         policy=policy,
         max_jobs=max_jobs,
     ) as lm:
