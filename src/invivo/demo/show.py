@@ -65,8 +65,8 @@ def run_demo(
             adapter: write_random_adapter(folder / adapter, model_folder, seed)
             for seed, adapter in enumerate(ADAPTERS)
         }
-        options = ("--tpot-ms", str(TPOT_MS), "--burst", str(BURST))
-        options += ("--state", str(folder / "state"))
+        promise = ("--tpot-ms", str(TPOT_MS), "--burst", str(BURST))
+        options = (*promise, "--state", str(folder / "state"))
         with console.status("starting the server"):
             running = serving(MODEL, adapters, port, folder / "server.log", options)
             url = stack.enter_context(running)
