@@ -90,6 +90,7 @@ def create(http: httpx.Client) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_killed_server_goes_on_with_its_job_and_the_curve_is_the_undisturbed_one(tmp_path):
     model = tiny_model_folder(tmp_path)
     state = tmp_path / "state"
