@@ -13,7 +13,6 @@ import typer
 
 from invivo.cli import options
 from invivo.cli.output import examples, note, print_json
-from invivo.cli.waiting import wait_passively
 from invivo.errors import Conflict, InvalidRequest, InvivoError, NotFound
 
 if TYPE_CHECKING:
@@ -146,7 +145,6 @@ def finetune(
     Ctrl-C writes a checkpoint and leaves; --resume goes on from there, and also after a crash. On a
     server (--url) the job is the server's: Ctrl-C only stops watching.
     """
-    wait_passively()
     from invivo.cli.opening import opened
 
     given = {

@@ -10,7 +10,6 @@ import typer
 
 from invivo.cli import options
 from invivo.cli.output import examples, note
-from invivo.cli.waiting import wait_passively
 from invivo.errors import Conflict
 
 if TYPE_CHECKING:
@@ -198,7 +197,6 @@ def serve(
     ] = 4,
 ) -> None:
     """Serve a model over HTTP: OpenAI's endpoints and more, with a live page at /."""
-    wait_passively()
     from invivo.cli.opening import opened
     from invivo.server.run import run
     from invivo.server.settings import Settings
