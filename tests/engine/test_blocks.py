@@ -111,8 +111,8 @@ def test_an_evicted_parent_does_not_lend_its_children_to_a_successor() -> None:
 
 
 def test_namespaces_are_typed_parts() -> None:
-    def request(adapter: str | None, salt: str = "", program: str | None = None) -> Request:
-        return Request(id="r", tokens=(1,), adapter=adapter, salt=salt, program=program)
+    def request(adapter: str | None, salt: str = "") -> Request:
+        return Request(id="r", tokens=(1,), adapter=adapter, salt=salt)
 
     different = [
         prefix_namespace(request(None), 0),
@@ -121,7 +121,6 @@ def test_namespaces_are_typed_parts() -> None:
         prefix_namespace(request("b"), 1),
         prefix_namespace(request(None, salt="a"), 0),
         prefix_namespace(request("a", salt="a"), 1),
-        prefix_namespace(request(None, program="a"), 0),
     ]
     assert len(set(different)) == len(different)
     pool, index = pool_of(20)

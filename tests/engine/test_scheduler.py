@@ -222,7 +222,7 @@ def test_prompts_that_arrive_together_share_within_one_plan() -> None:
     assert len({tuple(seq.blocks[:2]) for seq in seqs}) == 1
 
 
-@pytest.mark.parametrize("different", [{"salt": "t"}, {"adapter": "x"}, {"program": "p"}])
+@pytest.mark.parametrize("different", [{"salt": "t"}, {"adapter": "x"}])
 def test_prefixes_are_found_only_in_their_own_namespace(different) -> None:
     engine = FakeEngine(limits_of())
     engine.add(request_of("a", list(range(12))))

@@ -25,7 +25,6 @@ from invivo.edits.blobs import Blobs
 from invivo.edits.expand import expand_key_heads
 from invivo.edits.reduce import reduce_capture
 from invivo.edits.resolved import (
-    CaptureRef,
     MeasureRef,
     ResolvedProgram,
     ResolvedRow,
@@ -33,6 +32,7 @@ from invivo.edits.resolved import (
     SourceRef,
     Touch,
 )
+from invivo.edits.results import Captured, Measured, RowOutput
 from invivo.edits.site_names import BLOCKS
 from invivo.errors import InvalidRequest
 from invivo.kernels.paging import PagedLayout, blocks_needed, contiguous_layout
@@ -46,34 +46,9 @@ _SCORE, _PROB = "attn.head.score", "attn.head.prob"
 
 
 @dataclass(slots=True)
-class Captured:
-    """One capture at one site of one layer.
-
-    Attributes:
-        value: of shape ``ref.shape``; lens with top: log-probabilities.
-        tokens: lens with top: the token ids, of the same shape.
-    """
-
-    ref: CaptureRef
-    value: torch.Tensor
-    tokens: torch.Tensor | None = None
-
-
-@dataclass(slots=True)
-class Measured:
-    """One measure: ``values`` [positions]."""
-
-    ref: MeasureRef
-    values: torch.Tensor
-
-
-@dataclass(slots=True)
-class RowResult:
+class RowResult(RowOutput):
     """What one row brought back; ``logits`` [T, V] of every run that went to its end."""
 
-    row: ResolvedRow
-    captures: list[Captured] = field(default_factory=list)
-    measures: list[Measured] = field(default_factory=list)
     logits: dict[str, torch.Tensor] = field(default_factory=dict)
 
 

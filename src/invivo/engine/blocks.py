@@ -19,7 +19,7 @@ _MOST_ROOM = 256
 
 
 def prefix_namespace(request: Request, adapter_version: int, position_offset: int = 0) -> Namespace:
-    """What besides tokens decides a block's content: adapter and version, program, tenant, and
+    """What besides tokens decides a block's content: adapter and version, tenant, and
     which positions a LongRoPE model gives the tokens.
 
     Every part carries its kind, so that an adapter's name never equals somebody's salt.
@@ -27,8 +27,6 @@ def prefix_namespace(request: Request, adapter_version: int, position_offset: in
     parts: list[tuple[object, ...]] = [("salt", request.salt)]
     if request.adapter is not None:
         parts.append(("adapter", request.adapter, adapter_version))
-    if request.program is not None:
-        parts.append(("program", request.program))
     if position_offset:
         parts.append(("positions", position_offset))
     return tuple(parts)

@@ -33,6 +33,8 @@ class EngineConfig:
             starting one is dear, as on a CPU; answers then come less evenly, at the same mean pace.
         policy: how fine-tuning shares the device with requests (:mod:`invivo.engine.policies`).
         max_jobs: fine-tuning jobs at once.
+        max_capture_bytes: bytes that the captures of one request may take, and what its program
+            keeps on the device for other runs to read.
     """
 
     max_batch_tokens: int | None = None
@@ -52,6 +54,7 @@ class EngineConfig:
     burst: float = 1.0
     policy: str = "co-serve"
     max_jobs: int = 4
+    max_capture_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -60,6 +63,7 @@ class EngineConfig:
             ("max_adapters", 1),
             ("max_lora_rank", 1),
             ("max_jobs", 1),
+            ("max_capture_bytes", 1),
         ):
             _check_whole(name, getattr(self, name), least)
         for name, least in (

@@ -7,9 +7,17 @@ the training forward are the same computation with different ends.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from invivo.edits.blobs import Blobs
+    from invivo.edits.resolved import ResolvedProgram
+    from invivo.edits.results import ProgramOutput
 
 
 class Purpose(IntEnum):
@@ -79,29 +87,46 @@ class SamplingParams:
     grammar: Grammar | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Intervention:
+    """A program of edits and captures that a request carries, resolved for its prompt.
+
+    Attributes:
+        resolved: of a ``run`` request any number of rows, of every other exactly one, whose run
+            "main" has the request's tokens as its prompt.
+        blobs: the named tensors it refers to.
+        params: values of its trainable parameters; those that are missing have their start value.
+    """
+
+    resolved: ResolvedProgram
+    blobs: Blobs
+    params: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One thing asked of the engine.
 
     ``generate`` samples ``n`` continuations; ``score`` returns log-probabilities of
-    ``tokens[score_from:]`` given what precedes them; ``embed`` returns the pooled final states.
+    ``tokens[score_from:]`` given what precedes them; ``embed`` returns the pooled final states;
+    ``run`` carries out a program, whose captures and measures are all that comes back.
 
     Attributes:
         adapter: name of a loaded adapter, None = the base model.
         salt: tenant; prefixes are never shared between salts.
-        program: hash of the program of edits (reserved), None = untouched.
+        intervention: the program that it carries, None = untouched.
         pooling: for ``embed``: "mean" or "last".
         priority: smaller runs earlier; ties by arrival.
     """
 
     id: str
     tokens: tuple[int, ...]
-    kind: Literal["generate", "score", "embed"] = "generate"
+    kind: Literal["generate", "score", "embed", "run"] = "generate"
     params: SamplingParams = SamplingParams()
     n: int = 1
     adapter: str | None = None
     salt: str = ""
-    program: str | None = None
+    intervention: Intervention | None = None
     score_from: int = 1
     pooling: Literal["mean", "last"] = "mean"
     priority: int = 0
@@ -151,6 +176,7 @@ class Output:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None  # for score: one per scored token
     embedding: list[float] | None = None
+    program: ProgramOutput | None = None  # in the last output of a request with a program
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_match: str | int | None = None  # the stop string or token id that ended it
