@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from invivo.errors import InvalidRequest
+from invivo.marked_prompt import MarkedPrompt, is_parts
 
 
 def batch_of(prompt: Any) -> tuple[list[Any], bool]:
@@ -14,7 +15,7 @@ def batch_of(prompt: Any) -> tuple[list[Any], bool]:
     Raises:
         InvalidRequest: neither a text nor a list.
     """
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | MarkedPrompt) or is_parts(prompt):
         return [prompt], True
     if not isinstance(prompt, Sequence):
         raise InvalidRequest(
@@ -23,6 +24,20 @@ def batch_of(prompt: Any) -> tuple[list[Any], bool]:
     if prompt and isinstance(prompt[0], int):
         return [prompt], True
     return list(prompt), False
+
+
+def run_prompts_of(prompt: Any) -> tuple[list[Any], bool]:
+    """:func:`batch_of` for programs, whose prompt may also be a conversation."""
+    if is_conversation(prompt):
+        return [prompt], True
+    return batch_of(prompt)
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether this is a list of messages."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
+        return False
+    return all(isinstance(one, Mapping) and "role" in one for one in prompt)
 
 
 def score_items_of(text: Any) -> tuple[list[Any], bool]:

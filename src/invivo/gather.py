@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from invivo.edits.results import ProgramOutput
 from invivo.engine.engine import Engine
 from invivo.engine.types import Output, Request, TokenLogprob
 from invivo.errors import Overloaded, Unavailable
@@ -30,6 +31,7 @@ class Gathered:
     strands: dict[int, Strand] = field(default_factory=dict)  # by continuation
     prompt_logprobs: list[TokenLogprob] | None = None
     embedding: list[float] | None = None
+    program: ProgramOutput | None = None
     cached_tokens: int = 0
 
     def add(self, output: Output) -> None:
@@ -42,6 +44,8 @@ class Gathered:
             self.prompt_logprobs = output.prompt_logprobs
         if output.embedding is not None:
             self.embedding = output.embedding
+        if output.program is not None:
+            self.program = output.program
         if output.index == 0:
             self.cached_tokens = output.cached_tokens
 

@@ -17,6 +17,8 @@ from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
 from invivo.engine.types import AdapterInfo
 from invivo.lm_jobs import Data, FileInfo, FineTuningBackend, Job, start_job, upload
+from invivo.marked_prompt import MarkedPrompt
+from invivo.program_result import Array, ProgramResult
 
 __all__ = [
     "LM",
@@ -28,6 +30,7 @@ __all__ = [
     "Job",
     "Message",
     "ModelInfo",
+    "ProgramResult",
     "Prompt",
     "Sampling",
     "Score",
@@ -35,7 +38,12 @@ __all__ = [
     "Token",
 ]
 
-Prompt = str | Sequence[int]
+# A text, token ids, or texts and sets (see invivo.marked_prompt).
+Prompt = str | Sequence[int] | Sequence[str | Mapping[str, Any]] | MarkedPrompt
+# A program of edits and captures: its JSON form as data or as text, a Program, what the builder
+# gives, or the hash under which one is stored.
+ProgramLike = Any
+Blobs = Mapping[str, Any]  # tensors, arrays, nested lists or ids of stored ones, by name
 Message = Mapping[str, Any]  # {"role": ..., "content": ..., and what the chat template knows}
 ScoreItem = Prompt | tuple[Prompt, Prompt]
 
@@ -62,7 +70,10 @@ class Choice:
 
 @dataclass(slots=True)
 class Completion:
-    """The answer to one prompt; ``text`` is the first choice's."""
+    """The answer to one prompt; ``text`` is the first choice's.
+
+    ``program`` is what a program of interventions brought back.
+    """
 
     id: str
     model: str
@@ -71,6 +82,7 @@ class Completion:
     completion_tokens: int
     cached_tokens: int = 0
     prompt_logprobs: list[Token] | None = None
+    program: ProgramResult | None = None
 
     @property
     def text(self) -> str:
@@ -82,7 +94,8 @@ class Delta:
     """A piece of a stream: newly settled text of one choice.
 
     ``cached_tokens`` (of the prompt) is the same in every piece of a choice; ``prompt_logprobs``
-    come once, in the first piece of choice 0; ``finish_reason`` in the last piece of each choice.
+    come once, in the first piece of choice 0; ``finish_reason`` in the last piece of each choice,
+    and so does ``program``.
     """
 
     index: int
@@ -92,6 +105,7 @@ class Delta:
     finish_reason: str | None = None
     cached_tokens: int = 0
     prompt_logprobs: list[Token] | None = None
+    program: ProgramResult | None = None
 
 
 @dataclass(slots=True)
@@ -106,6 +120,7 @@ class Score:
     logprob: float
     greedy: bool
     perplexity: float
+    program: ProgramResult | None = None
 
 
 @dataclass(slots=True)
@@ -129,7 +144,8 @@ class Sampling(TypedDict, total=False):
     """Keyword arguments of every generating call; the fields of ``SamplingParams`` and a few more.
 
     At most one of ``json_schema`` (a mapping, a JSON text or ``True`` for any JSON object),
-    ``regex`` and ``choice`` (the allowed answers) constrains the output.
+    ``regex`` and ``choice`` (the allowed answers) constrains the output. ``interventions`` is a
+    program of edits and captures (docs/interventions.md), ``blobs`` the tensors it names.
     """
 
     max_tokens: int | None
@@ -155,6 +171,8 @@ class Sampling(TypedDict, total=False):
     json_schema: Mapping[str, Any] | str | bool
     regex: str
     choice: Sequence[str]
+    interventions: ProgramLike
+    blobs: Blobs | None
 
 
 class LM(ABC):
@@ -178,18 +196,17 @@ class LM(ABC):
         progress: bool = False,
         **sampling: Unpack[Sampling],
     ) -> list[Completion]: ...
-    @abstractmethod
+    @overload
     def generate(
-        self,
-        prompt: str | list[int] | list[str] | list[list[int]],
-        *,
-        progress: bool = False,
-        **sampling: Unpack[Sampling],
-    ) -> Completion | list[Completion]:
+        self, prompt: Any, *, progress: bool = False, **sampling: Unpack[Sampling]
+    ) -> Any: ...
+    @abstractmethod
+    def generate(self, prompt: Any, *, progress: bool = False, **sampling: Unpack[Sampling]) -> Any:
         """Continue the prompt, or each of several prompts, all in one batch.
 
         Args:
-            prompt: one prompt or a list of prompts.
+            prompt: one prompt or a list of prompts; a prompt with sets is a list of texts and
+                ``{"set": [...]}``.
             progress: show a progress bar over the prompts.
             sampling: see :class:`Sampling`; ``max_tokens`` is 128 unless said.
 
@@ -199,11 +216,7 @@ class LM(ABC):
         """
 
     @abstractmethod
-    async def agenerate(
-        self,
-        prompt: str | list[int] | list[str] | list[list[int]],
-        **sampling: Unpack[Sampling],
-    ) -> Any:
+    async def agenerate(self, prompt: Any, **sampling: Unpack[Sampling]) -> Any:
         """:meth:`generate`; a cancelled task cancels its requests."""
 
     @abstractmethod
@@ -279,6 +292,8 @@ class LM(ABC):
         adapter: str | None = None,
         salt: str = "",
         top: int = 0,
+        interventions: ProgramLike = None,
+        blobs: Blobs | None = None,
         progress: bool = False,
     ) -> Any:
         """Log-probabilities of a text, or of a continuation after a context.
@@ -292,6 +307,7 @@ class LM(ABC):
 
         Args:
             top: how many alternatives to return beside each token, at most 20.
+            interventions: a program of edits and captures, and ``blobs`` the tensors it names.
 
         Returns:
             A :class:`Score`, or a list of them for a batch.
@@ -305,6 +321,8 @@ class LM(ABC):
         adapter: str | None = None,
         salt: str = "",
         top: int = 0,
+        interventions: ProgramLike = None,
+        blobs: Blobs | None = None,
     ) -> Any:
         """:meth:`score`; a cancelled task cancels its requests."""
 
@@ -332,6 +350,76 @@ class LM(ABC):
         salt: str = "",
     ) -> Any:
         """:meth:`embed`; a cancelled task cancels its requests."""
+
+    # --- looking inside and changing --------------------------------------------------------
+    @abstractmethod
+    def run(
+        self,
+        program: ProgramLike,
+        prompt: Any,
+        *,
+        blobs: Blobs | None = None,
+        params: Blobs | None = None,
+        adapter: str | None = None,
+        salt: str = "",
+        progress: bool = False,
+    ) -> Any:
+        """Carry out a program of edits and captures on a prompt; no text is generated.
+
+        Args:
+            program: JSON data or text, a Program, what the builder gives, or the hash of a stored
+                one; docs/interventions.md describes the language.
+            prompt: a text, token ids, texts with sets, or messages; a list of such is a batch.
+            blobs: tensors, arrays, nested lists or ids of stored ones, by the names in the program.
+            params: values of its trainable parameters; the others have their start values.
+
+        Returns:
+            A :class:`ProgramResult`, or a list of them for a batch.
+
+        Raises:
+            InvalidRequest: the program cannot be carried out as written; the field is the path.
+            TooLarge: it asks for more than may be.
+            NotFound: a stored program, a tensor or an adapter is not there.
+        """
+
+    @abstractmethod
+    async def arun(
+        self,
+        program: ProgramLike,
+        prompt: Any,
+        *,
+        blobs: Blobs | None = None,
+        params: Blobs | None = None,
+        adapter: str | None = None,
+        salt: str = "",
+    ) -> Any:
+        """:meth:`run`; a cancelled task cancels its requests."""
+
+    @abstractmethod
+    def explain(
+        self, program: ProgramLike, prompt: Any, *, blobs: Blobs | None = None
+    ) -> dict[str, Any]:
+        """What a program would do on a prompt, before anything runs.
+
+        Resolved positions with their tokens, order, passes, shapes and bytes of captures, cost.
+        Errors are those of :meth:`run`.
+        """
+
+    @abstractmethod
+    def store_program(self, program: ProgramLike) -> str:
+        """Keep a program; its hash ("sha256:...") stands for it from then on."""
+
+    @abstractmethod
+    def stored_program(self, name: str) -> dict[str, Any]:
+        """The JSON form of a stored program. Raises NotFound."""
+
+    @abstractmethod
+    def store_blob(self, value: Any) -> str:
+        """Keep a tensor or an array; programs name it "blob:" and the id that is returned."""
+
+    @abstractmethod
+    def stored_blob(self, name: str) -> Array:
+        """A stored tensor as an array. Raises NotFound."""
 
     # --- tokens -----------------------------------------------------------------------------
     @abstractmethod
@@ -453,6 +541,23 @@ class LM(ABC):
 
     async def aunload_adapter(self, name: str) -> None:
         await asyncio.to_thread(self.unload_adapter, name)
+
+    async def aexplain(
+        self, program: ProgramLike, prompt: Any, *, blobs: Blobs | None = None
+    ) -> dict[str, Any]:
+        return await asyncio.to_thread(self.explain, program, prompt, blobs=blobs)
+
+    async def astore_program(self, program: ProgramLike) -> str:
+        return await asyncio.to_thread(self.store_program, program)
+
+    async def astored_program(self, name: str) -> dict[str, Any]:
+        return await asyncio.to_thread(self.stored_program, name)
+
+    async def astore_blob(self, value: Any) -> str:
+        return await asyncio.to_thread(self.store_blob, value)
+
+    async def astored_blob(self, name: str) -> Array:
+        return await asyncio.to_thread(self.stored_blob, name)
 
     async def astats(self) -> dict[str, Any]:
         return await asyncio.to_thread(self.stats)

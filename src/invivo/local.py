@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 import torch
 
@@ -21,6 +21,8 @@ from invivo.batches import (
     batch_of,
     check_messages,
     conversations_of,
+    is_conversation,
+    run_prompts_of,
     score_items_of,
     text_or_ids,
 )
@@ -34,24 +36,38 @@ from invivo.errors import InvalidRequest, MissingDependency, Unavailable
 from invivo.gather import Gathered, Gathering, failure_of
 from invivo.lm import (
     LM,
+    Blobs,
     Choice,
     Completion,
     Delta,
     Message,
     ModelInfo,
+    ProgramLike,
     Prompt,
     Sampling,
     Score,
     ScoreItem,
     Token,
 )
+from invivo.marked_prompt import (
+    MarkedPrompt,
+    has_sets,
+    is_parts,
+    mark_chat,
+    mark_parts,
+    read_parts,
+)
 from invivo.models.load import LoadedModel, load_model
 from invivo.passing_thread import in_passing_thread
+from invivo.program_result import Array, ProgramResult
+from invivo.programs import GivenProgram, Programs, as_array
 from invivo.sampling import CHAT_TOKENS, GENERATE_TOKENS, Asked, asked_of
 from invivo.tools import plan_tools
 
 if TYPE_CHECKING:
     from invivo.jobs.service import JobService
+
+T = TypeVar("T")
 
 
 class LocalLM(LM):
@@ -60,7 +76,11 @@ class LocalLM(LM):
     Args:
         model: what :func:`invivo.models.load.load_model` gave.
         config: sizes and switches of the engine.
-        state: folder of its fine-tuning jobs; None = one for this model in the user's data folder.
+        state: folder of its fine-tuning jobs, stored programs and tensors; None = jobs are kept in
+            one for this model in the user's data folder, the rest in memory.
+
+    Attributes:
+        programs: what is stored, resolved and read of programs of interventions.
     """
 
     def __init__(
@@ -78,6 +98,13 @@ class LocalLM(LM):
         self._tokenizer.no_padding()
         self._texts: dict[int, str] = {}
         self._created = int(time.time())
+        self.programs = Programs(
+            model,
+            lambda text, special: self.tokenize(text, special=special),
+            self.detokenize,
+            capture_bytes=self.engine.config.max_capture_bytes,
+            folder=self.state,
+        )
         self.engine.start()
         # Also closes a model that is dropped without close(), or is open when the program ends.
         self._services: list[JobService] = []  # one, once there is a use for it
@@ -115,25 +142,15 @@ class LocalLM(LM):
         return lm
 
     # --- generation -------------------------------------------------------------------------
-    def generate(
-        self,
-        prompt: str | list[int] | list[str] | list[list[int]],
-        *,
-        progress: bool = False,
-        **sampling: Unpack[Sampling],
-    ) -> Any:
+    def generate(self, prompt: Any, *, progress: bool = False, **sampling: Unpack[Sampling]) -> Any:
         prompts, single = batch_of(prompt)
         requests = self._generation(prompts, sampling)
         done = [self._completion(g) for g in self._run(requests, progress)]
         return done[0] if single else done
 
-    async def agenerate(
-        self,
-        prompt: str | list[int] | list[str] | list[list[int]],
-        **sampling: Unpack[Sampling],
-    ) -> Any:
+    async def agenerate(self, prompt: Any, **sampling: Unpack[Sampling]) -> Any:
         prompts, single = batch_of(prompt)
-        requests = self._generation(prompts, sampling)
+        requests = await _aside(sampling, lambda: self._generation(prompts, sampling))
         done = [self._completion(g) for g in await self._arun(requests)]
         return done[0] if single else done
 
@@ -160,7 +177,9 @@ class LocalLM(LM):
         **sampling: Unpack[Sampling],
     ) -> Any:
         conversations, single = conversations_of(messages)
-        requests = self._conversation(conversations, tools, tool_choice, sampling)
+        requests = await _aside(
+            sampling, lambda: self._conversation(conversations, tools, tool_choice, sampling)
+        )
         done = [self._completion(g) for g in await self._arun(requests)]
         return done[0] if single else done
 
@@ -168,7 +187,7 @@ class LocalLM(LM):
         return self._stream(lambda: self._generation([prompt], sampling)[0])
 
     def astream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> AsyncGenerator[Delta, None]:
-        return self._astream(lambda: self._generation([prompt], sampling)[0])
+        return self._astream(sampling, lambda: self._generation([prompt], sampling)[0])
 
     def stream_chat(
         self,
@@ -189,7 +208,7 @@ class LocalLM(LM):
         **sampling: Unpack[Sampling],
     ) -> AsyncGenerator[Delta, None]:
         return self._astream(
-            lambda: self._conversation([messages], tools, tool_choice, sampling)[0]
+            sampling, lambda: self._conversation([messages], tools, tool_choice, sampling)[0]
         )
 
     # --- measuring --------------------------------------------------------------------------
@@ -200,10 +219,13 @@ class LocalLM(LM):
         adapter: str | None = None,
         salt: str = "",
         top: int = 0,
+        interventions: ProgramLike = None,
+        blobs: Blobs | None = None,
         progress: bool = False,
     ) -> Any:
         items, single = score_items_of(text)
-        requests = [self._scoring(item, adapter, salt, top) for item in items]
+        given = self._given(interventions, blobs)
+        requests = [self._scoring(item, adapter, salt, top, given) for item in items]
         done = [self._score_of(g) for g in self._run(requests, progress)]
         return done[0] if single else done
 
@@ -214,9 +236,16 @@ class LocalLM(LM):
         adapter: str | None = None,
         salt: str = "",
         top: int = 0,
+        interventions: ProgramLike = None,
+        blobs: Blobs | None = None,
     ) -> Any:
         items, single = score_items_of(text)
-        requests = [self._scoring(item, adapter, salt, top) for item in items]
+
+        def make() -> list[Request]:
+            given = self._given(interventions, blobs)
+            return [self._scoring(item, adapter, salt, top, given) for item in items]
+
+        requests = await _aside({"interventions": interventions}, make)
         done = [self._score_of(g) for g in await self._arun(requests)]
         return done[0] if single else done
 
@@ -248,6 +277,84 @@ class LocalLM(LM):
         requests = [self._embedding(t, pooling, adapter, salt) for t in texts]
         done = [_vector(g, normalize) for g in await self._arun(requests)]
         return done[0] if single else done
+
+    # --- looking inside and changing --------------------------------------------------------
+    def run(
+        self,
+        program: ProgramLike,
+        prompt: Any,
+        *,
+        blobs: Blobs | None = None,
+        params: Blobs | None = None,
+        adapter: str | None = None,
+        salt: str = "",
+        progress: bool = False,
+    ) -> Any:
+        prompts, single = run_prompts_of(prompt)
+        requests = self._running(program, prompts, blobs, params, adapter, salt)
+        done = [self._result(g) for g in self._run(requests, progress)]
+        return done[0] if single else done
+
+    async def arun(
+        self,
+        program: ProgramLike,
+        prompt: Any,
+        *,
+        blobs: Blobs | None = None,
+        params: Blobs | None = None,
+        adapter: str | None = None,
+        salt: str = "",
+    ) -> Any:
+        prompts, single = run_prompts_of(prompt)
+        requests = await asyncio.to_thread(
+            self._running, program, prompts, blobs, params, adapter, salt
+        )
+        gathered = await self._arun(requests)
+        done = await asyncio.to_thread(lambda: [self._result(g) for g in gathered])
+        return done[0] if single else done
+
+    def explain(
+        self, program: ProgramLike, prompt: Any, *, blobs: Blobs | None = None
+    ) -> dict[str, Any]:
+        (request,) = self._running(program, [prompt], blobs, None, None, "")
+        assert request.intervention is not None
+        return self.programs.explain(request.intervention)
+
+    def store_program(self, program: ProgramLike) -> str:
+        return self.programs.store(program)
+
+    def stored_program(self, name: str) -> dict[str, Any]:
+        return self.programs.stored(name).to_dict()
+
+    def store_blob(self, value: Any) -> str:
+        return self.programs.store_blob(value)
+
+    def stored_blob(self, name: str) -> Array:
+        return as_array(self.programs.blob(name))
+
+    def marked(self, prompt: Any) -> MarkedPrompt:
+        """A prompt of any form as the model sees it, with its sets and the turns of a chat."""
+        if isinstance(prompt, MarkedPrompt):
+            return prompt
+        if is_conversation(prompt):
+            return self.marked_chat(prompt)
+        if is_parts(prompt):
+            return mark_parts(read_parts(prompt), lambda t, s: self.tokenize(t, special=s))
+        return MarkedPrompt(tuple(self._ids(prompt, special=True)))
+
+    def marked_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> MarkedPrompt:
+        """:meth:`marked` of a conversation with tools."""
+
+        def render(some: Sequence[Mapping[str, Any]], answer_begins: bool) -> str:
+            return self.apply_chat_template(some, tools=tools, add_generation_prompt=answer_begins)
+
+        check_messages(messages)
+        return mark_chat(messages, render, lambda t, s: self.tokenize(t, special=s))
 
     # --- tokens -----------------------------------------------------------------------------
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
@@ -397,22 +504,25 @@ class LocalLM(LM):
 
     def _stream(self, make: Callable[[], Request]) -> Generator[Delta, None, None]:
         request = make()
+        written = _Written(request)
         queue: SimpleQueue[Output] = SimpleQueue()
         self.engine.submit(request, queue.put)
         try:
             while True:
                 output = queue.get()
-                yield self._delta(output)
+                yield self._delta(output, written)
                 if output.final:
                     return
         finally:
             self.engine.abort(request.id)
 
-    async def _astream(self, make: Callable[[], Request]) -> AsyncGenerator[Delta, None]:
-        request = make()
+    async def _astream(
+        self, sampling: Mapping[str, Any], make: Callable[[], Request]
+    ) -> AsyncGenerator[Delta, None]:
+        request = await _aside(sampling, make)
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Output] = asyncio.Queue()
-
+        written = _Written(request)
         gone = threading.Event()
 
         def put(output: Output) -> None:
@@ -430,7 +540,7 @@ class LocalLM(LM):
                 submit()
             while True:
                 output = await queue.get()
-                yield self._delta(output)
+                yield self._delta(output, written)
                 if output.final:
                     return
         finally:
@@ -440,7 +550,8 @@ class LocalLM(LM):
     # --- requests ---------------------------------------------------------------------------
     def _generation(self, prompts: Sequence[Prompt], sampling: Mapping[str, Any]) -> list[Request]:
         asked = asked_of(sampling, default_max_tokens=GENERATE_TOKENS)
-        return [self._request(self._ids(p, special=True), asked, "cmpl") for p in prompts]
+        given = self._given(asked.interventions, asked.blobs)
+        return [self._request(self.marked(p), asked, "cmpl", given) for p in prompts]
 
     def _conversation(
         self,
@@ -456,41 +567,121 @@ class LocalLM(LM):
         if plan.json_schema is not None:
             sampling = {**sampling, "json_schema": plan.json_schema}
         asked = asked_of(sampling, default_max_tokens=CHAT_TOKENS)
-        texts = [self.apply_chat_template(c, tools=plan.render) for c in conversations]
-        return [self._request(self.tokenize(text), asked, "chatcmpl") for text in texts]
+        given = self._given(asked.interventions, asked.blobs)
+        requests = []
+        for messages in conversations:
+            check_messages(messages)
+            if given is not None or has_sets(messages):
+                prompt = self.marked_chat(messages, tools=plan.render)
+            else:
+                text = self.apply_chat_template(messages, tools=plan.render)
+                prompt = MarkedPrompt(tuple(self.tokenize(text)))
+            requests.append(self._request(prompt, asked, "chatcmpl", given))
+        return requests
 
-    def _request(self, ids: Sequence[int], asked: Asked, prefix: str) -> Request:
+    def _request(
+        self, prompt: MarkedPrompt, asked: Asked, prefix: str, given: GivenProgram | None
+    ) -> Request:
         params = asked.params
+        taken = len(prompt.ids) + self.engine.adapters.n_virtual(asked.adapter)
+        room = max(1, self.engine.scheduler.max_length - taken)
         if asked.default_length and params.max_tokens is not None:
-            taken = len(ids) + self.engine.adapters.n_virtual(asked.adapter)
-            room = self.engine.scheduler.max_length - taken
-            params = replace(params, max_tokens=max(1, min(params.max_tokens, room)))
+            params = replace(params, max_tokens=min(params.max_tokens, room))
+        n_new = room if params.max_tokens is None else min(params.max_tokens, room)
         return Request(
             id=_new_id(prefix),
-            tokens=tuple(ids),
+            tokens=prompt.ids,
             params=params,
             n=asked.n,
             adapter=asked.adapter,
             salt=asked.salt,
             priority=asked.priority,
+            intervention=self.programs.intervention(given, prompt, n_new=n_new),
             arrival=time.monotonic(),
         )
 
-    def _scoring(self, item: ScoreItem, adapter: str | None, salt: str, top: int) -> Request:
-        if isinstance(item, tuple):
+    def _given(self, program: ProgramLike, blobs: Blobs | None) -> GivenProgram | None:
+        if program is None:
+            if blobs:
+                raise InvalidRequest(
+                    "tensors belong to a program", field="blobs", remedy="Give interventions too"
+                )
+            return None
+        return self.programs.given(program, blobs)
+
+    def _running(
+        self,
+        program: ProgramLike,
+        prompts: Sequence[Any],
+        blobs: Blobs | None,
+        params: Blobs | None,
+        adapter: str | None,
+        salt: str,
+    ) -> list[Request]:
+        given = self.programs.given(program, blobs, params)
+        requests = []
+        for prompt in prompts:
+            marked = self.marked(prompt)
+            requests.append(
+                Request(
+                    id=_new_id("run"),
+                    tokens=marked.ids,
+                    kind="run",
+                    adapter=adapter,
+                    salt=salt,
+                    intervention=self.programs.intervention(given, marked),
+                    arrival=time.monotonic(),
+                )
+            )
+        return requests
+
+    def _scoring(
+        self,
+        item: ScoreItem,
+        adapter: str | None,
+        salt: str,
+        top: int,
+        given: GivenProgram | None,
+    ) -> Request:
+        if isinstance(item, tuple) and is_parts(item[0]):
+            prompt, start = self._after_parts(*item)
+        elif isinstance(item, tuple):
             ids, start = self._pair(*item)
+            prompt = MarkedPrompt(tuple(ids))
         else:
-            ids, start = self._ids(item, special=True), 1
+            prompt, start = self.marked(item), 1
         return Request(
             id=_new_id("score"),
-            tokens=tuple(ids),
+            tokens=prompt.ids,
             kind="score",
             params=SamplingParams(prompt_logprobs=top),
             adapter=adapter,
             salt=salt,
             score_from=start,
+            intervention=self.programs.intervention(given, prompt),
             arrival=time.monotonic(),
         )
+
+    def _after_parts(self, context: Any, continuation: Prompt) -> tuple[MarkedPrompt, int]:
+        """:meth:`_pair` after a context with sets; the last text goes on in the continuation."""
+        given = text_or_ids(continuation)
+        if not given:
+            raise InvalidRequest(
+                "the continuation must not be empty", field="text", given=continuation
+            )
+        parts = read_parts(context, "context")
+
+        def mark(laid_out: Sequence[Any]) -> MarkedPrompt:
+            return mark_parts(laid_out, lambda t, s: self.tokenize(t, special=s), "context")
+
+        last = parts[-1]
+        if isinstance(given, str) and isinstance(last, str):
+            whole, before = mark([*parts[:-1], last + given]), mark([*parts[:-1], last.rstrip()])
+        else:
+            before = mark(parts)
+            more = self._ids(given, special=False)
+            whole = replace(before, ids=(*before.ids, *more))
+        return whole, max(1, min(len(before.ids), len(whole.ids) - 1))
 
     def _pair(self, context: Prompt, continuation: Prompt) -> tuple[list[int], int]:
         """Tokens of context and continuation together, and where the continuation begins.
@@ -578,9 +769,24 @@ class LocalLM(LM):
             prompt_logprobs=None
             if gathered.prompt_logprobs is None
             else self._tokens(gathered.prompt_logprobs),
+            program=self._program_of(gathered, choices[0].tokens),
         )
 
-    def _delta(self, output: Output) -> Delta:
+    def _program_of(
+        self, gathered: Gathered, generated: Sequence[int] = ()
+    ) -> ProgramResult | None:
+        """What a request's program brought back, if it has one."""
+        carried = gathered.request.intervention
+        if gathered.program is None or carried is None:
+            return None
+        return self.programs.result(gathered.program, carried, generated)
+
+    def _result(self, gathered: Gathered) -> ProgramResult:
+        found = self._program_of(gathered)
+        assert found is not None
+        return found
+
+    def _delta(self, output: Output, written: _Written) -> Delta:
         error = failure_of(output)
         if error is not None:
             raise error
@@ -594,6 +800,7 @@ class LocalLM(LM):
             prompt_logprobs=None
             if output.prompt_logprobs is None
             else self._tokens(output.prompt_logprobs),
+            program=written.program(output, self.programs),
         )
 
     def _score_of(self, gathered: Gathered) -> Score:
@@ -604,6 +811,7 @@ class LocalLM(LM):
             logprob=total,
             greedy=all(r.rank == 1 for r in records),
             perplexity=_exp(-total / len(records)),
+            program=self._program_of(gathered),
         )
 
     def _tokens(self, records: Sequence[TokenLogprob]) -> list[Token]:
@@ -631,6 +839,30 @@ class LocalLM(LM):
                 text = " " + text
             self._texts[token] = text
         return text
+
+
+class _Written:
+    """What a stream has written so far, as far as its program needs it at the end."""
+
+    def __init__(self, request: Request) -> None:
+        self._carried = request.intervention
+        self._tokens: list[int] = []
+
+    def program(self, output: Output, programs: Programs) -> ProgramResult | None:
+        """What the program brought back, in the output that has it."""
+        if self._carried is None:
+            return None
+        self._tokens += output.tokens
+        if output.program is None:
+            return None
+        return programs.result(output.program, self._carried, self._tokens)
+
+
+async def _aside(sampling: Mapping[str, Any], make: Callable[[], T]) -> T:
+    """``make()``, in a thread where a program has to be resolved, which may take a while."""
+    if sampling.get("interventions") is not None:
+        return await asyncio.to_thread(make)
+    return make()
 
 
 def _shut(engine: Engine, services: Sequence[JobService]) -> None:

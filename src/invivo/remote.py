@@ -12,10 +12,29 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, cast
 from urllib.parse import quote
 
-from invivo.batches import batch_of, conversations_of, score_items_of, text_or_ids
+from invivo.batches import (
+    batch_of,
+    conversations_of,
+    is_conversation,
+    run_prompts_of,
+    score_items_of,
+    text_or_ids,
+)
 from invivo.engine.types import AdapterInfo
 from invivo.errors import InvalidRequest
-from invivo.lm import LM, Delta, Message, ModelInfo, Prompt, Sampling, ScoreItem
+from invivo.lm import (
+    LM,
+    Blobs,
+    Delta,
+    Message,
+    ModelInfo,
+    ProgramLike,
+    Prompt,
+    Sampling,
+    ScoreItem,
+)
+from invivo.program_body import array_of, program_body, read_arrays, write_arrays
+from invivo.program_result import Array, ProgramResult, result_of
 from invivo.remote_jobs import RemoteJobs
 from invivo.transport import Transport
 from invivo.wire import (
@@ -27,12 +46,15 @@ from invivo.wire import (
     delta_of,
     message_body,
     model_of,
+    prompt_body,
     score_of,
 )
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+BLOBS = "/v1/blobs"
 _ITEMS_AT_ONCE = 256  # texts in one scoring or embedding request
+_BLOBS_AT_ONCE = 32
 
 
 def connect(url: str, *, key: str | None = None, timeout: float = 600.0) -> RemoteLM:
@@ -92,10 +114,12 @@ class RemoteLM(LM):
         return await self._http.hop(self._chat(messages, tools, tool_choice, sampling))
 
     def stream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Generator[Delta, None, None]:
-        return self._deltas(COMPLETIONS, completion_body(self._info.name, prompt, sampling))
+        body = completion_body(self._info.name, prompt, sampling)
+        return self._deltas(COMPLETIONS, body, sampling)
 
     def astream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> AsyncGenerator[Delta, None]:
-        return self._adeltas(COMPLETIONS, completion_body(self._info.name, prompt, sampling))
+        body = completion_body(self._info.name, prompt, sampling)
+        return self._adeltas(COMPLETIONS, body, sampling)
 
     def stream_chat(
         self,
@@ -106,7 +130,7 @@ class RemoteLM(LM):
         **sampling: Unpack[Sampling],
     ) -> Generator[Delta, None, None]:
         body = chat_body(self._info.name, messages, tools, tool_choice, sampling)
-        return self._deltas(CHAT, body)
+        return self._deltas(CHAT, body, sampling)
 
     def astream_chat(
         self,
@@ -117,7 +141,7 @@ class RemoteLM(LM):
         **sampling: Unpack[Sampling],
     ) -> AsyncGenerator[Delta, None]:
         body = chat_body(self._info.name, messages, tools, tool_choice, sampling)
-        return self._adeltas(CHAT, body)
+        return self._adeltas(CHAT, body, sampling)
 
     # --- measuring --------------------------------------------------------------------------
 
@@ -128,9 +152,12 @@ class RemoteLM(LM):
         adapter: str | None = None,
         salt: str = "",
         top: int = 0,
+        interventions: ProgramLike = None,
+        blobs: Blobs | None = None,
         progress: bool = False,
     ) -> Any:
-        return self._http.wait(self._score(text, adapter, salt, top, progress))
+        work = self._score(text, adapter, salt, top, interventions, blobs, progress)
+        return self._http.wait(work)
 
     async def ascore(
         self,
@@ -139,8 +166,11 @@ class RemoteLM(LM):
         adapter: str | None = None,
         salt: str = "",
         top: int = 0,
+        interventions: ProgramLike = None,
+        blobs: Blobs | None = None,
     ) -> Any:
-        return await self._http.hop(self._score(text, adapter, salt, top))
+        work = self._score(text, adapter, salt, top, interventions, blobs)
+        return await self._http.hop(work)
 
     def embed(
         self,
@@ -164,6 +194,54 @@ class RemoteLM(LM):
         salt: str = "",
     ) -> Any:
         return await self._http.hop(self._embed(text, pooling, normalize, adapter, salt))
+
+    # --- looking inside and changing --------------------------------------------------------
+
+    def run(
+        self,
+        program: ProgramLike,
+        prompt: Any,
+        *,
+        blobs: Blobs | None = None,
+        params: Blobs | None = None,
+        adapter: str | None = None,
+        salt: str = "",
+        progress: bool = False,
+    ) -> Any:
+        return self._http.wait(
+            self._run(program, prompt, blobs, params, adapter, salt, progress=progress)
+        )
+
+    async def arun(
+        self,
+        program: ProgramLike,
+        prompt: Any,
+        *,
+        blobs: Blobs | None = None,
+        params: Blobs | None = None,
+        adapter: str | None = None,
+        salt: str = "",
+    ) -> Any:
+        return await self._http.hop(self._run(program, prompt, blobs, params, adapter, salt))
+
+    def explain(
+        self, program: ProgramLike, prompt: Any, *, blobs: Blobs | None = None
+    ) -> dict[str, Any]:
+        return self._http.wait(self._explain(program, prompt, blobs))
+
+    def store_program(self, program: ProgramLike) -> str:
+        return self._http.wait(self._store_program(program))
+
+    def stored_program(self, name: str) -> dict[str, Any]:
+        path = f"/v1/programs/{quote(name, safe='')}"
+        return cast(dict[str, Any], self._http.wait(self._http.request("GET", path))["program"])
+
+    def store_blob(self, value: Any) -> str:
+        sent = self._upload({"value": array_of(value, "value")}, lasting=True)
+        return self._http.wait(sent)["value"]
+
+    def stored_blob(self, name: str) -> Array:
+        return self._http.wait(self._arrays([name]))[name]
 
     # --- tokens -----------------------------------------------------------------------------
 
@@ -242,9 +320,7 @@ class RemoteLM(LM):
     async def _generate(self, prompt: Any, sampling: Sampling, progress: bool = False) -> Any:
         prompts, single = batch_of(prompt)
         bodies = [completion_body(self._info.name, one, sampling) for one in prompts]
-        answers = await self._http.post_all(COMPLETIONS, bodies, progress=progress)
-        made = [completion_of(answer, self._info.name) for answer in answers]
-        return made[0] if single else made
+        return await self._completions(COMPLETIONS, bodies, sampling, single, progress)
 
     async def _chat(
         self,
@@ -257,19 +333,133 @@ class RemoteLM(LM):
         several, single = conversations_of(messages)
         name = self._info.name
         bodies = [chat_body(name, one, tools, tool_choice, sampling) for one in several]
-        answers = await self._http.post_all(CHAT, bodies, progress=progress)
-        made = [completion_of(answer, self._info.name) for answer in answers]
+        return await self._completions(CHAT, bodies, sampling, single, progress)
+
+    async def _completions(
+        self,
+        path: str,
+        bodies: list[JsonBody],
+        sampling: Sampling,
+        single: bool,
+        progress: bool,
+    ) -> Any:
+        carried = await self._carried(sampling.get("interventions"), sampling.get("blobs"))
+        bodies = [body | carried for body in bodies]
+        answers = await self._http.post_all(path, bodies, progress=progress)
+        made = []
+        for answer in answers:
+            completion = completion_of(answer, self._info.name)
+            completion.program = await self._result(answer["choices"][0].get("program"))
+            made.append(completion)
         return made[0] if single else made
 
     async def _score(
-        self, text: Any, adapter: str | None, salt: str, top: int, progress: bool = False
+        self,
+        text: Any,
+        adapter: str | None,
+        salt: str,
+        top: int,
+        interventions: ProgramLike = None,
+        blobs: Blobs | None = None,
+        progress: bool = False,
     ) -> Any:
         given, single = score_items_of(text)
         items = [_item(one) for one in given]
         shared: JsonBody = {"model": self._model(adapter), "top": top}
+        shared |= await self._carried(interventions, blobs)
         answers = await self._in_parts("/v1/score", "items", items, shared, salt, progress)
-        scores = [score_of(answer) for answer in answers]
+        scores = []
+        for answer in answers:
+            score = score_of(answer)
+            score.program = await self._result(answer.get("program"))
+            scores.append(score)
         return scores[0] if single else scores
+
+    async def _run(
+        self,
+        program: ProgramLike,
+        prompt: Any,
+        blobs: Blobs | None,
+        params: Blobs | None,
+        adapter: str | None,
+        salt: str,
+        progress: bool = False,
+    ) -> Any:
+        prompts, single = run_prompts_of(prompt)
+        shared: JsonBody = {"model": self._model(adapter)}
+        shared |= await self._program(program, blobs, params)
+        if salt:
+            shared["cache_salt"] = salt
+        bodies = [shared | _run_prompt(one) for one in prompts]
+        answers = await self._http.post_all("/v1/run", bodies, progress=progress)
+        made = [await self._result(answer["data"][0]) for answer in answers]
+        return made[0] if single else made
+
+    async def _explain(
+        self, program: ProgramLike, prompt: Any, blobs: Blobs | None
+    ) -> dict[str, Any]:
+        body = {"model": self._info.name} | await self._program(program, blobs, None)
+        answer = await self._http.post("/v1/explain", body | _run_prompt(prompt))
+        return cast(dict[str, Any], answer["explain"])
+
+    async def _store_program(self, program: ProgramLike) -> str:
+        body, tensors = program_body(program)
+        if tensors:
+            await self._upload(tensors, lasting=True)
+        answer = await self._http.post("/v1/programs", {"program": body})
+        return str(answer["id"])
+
+    async def _carried(self, program: ProgramLike, blobs: Blobs | None) -> JsonBody:
+        """What a generating or scoring request says of its program."""
+        if program is None:
+            return {} if not blobs else {"blobs": await self._ids(blobs, "blobs")}
+        body = await self._program(program, blobs, None)
+        body["interventions"] = body.pop("program")
+        return body
+
+    async def _program(
+        self, program: ProgramLike, blobs: Blobs | None, params: Blobs | None
+    ) -> JsonBody:
+        """A program with its tensors sent ahead: their ids by the names in the program."""
+        written, tensors = program_body(program)
+        body: JsonBody = {"program": written}
+        named = await self._ids({**tensors, **(blobs or {})}, "blobs")
+        if named:
+            body["blobs"] = named
+        if params:
+            body["params"] = await self._ids(params, "params")
+        return body
+
+    async def _ids(self, values: Blobs, field: str) -> dict[str, str]:
+        """Ids of tensors by name; those that are not at the server are sent."""
+        known = {n: v.removeprefix("blob:") for n, v in values.items() if isinstance(v, str)}
+        arrays = {n: array_of(v, f"{field}.{n}") for n, v in values.items() if n not in known}
+        return known | (await self._upload(arrays, lasting=False) if arrays else {})
+
+    async def _upload(self, arrays: Mapping[str, Array], *, lasting: bool) -> dict[str, str]:
+        answer = await self._http.request(
+            "POST",
+            BLOBS,
+            params={"lasting": "true" if lasting else "false"},
+            content=write_arrays(arrays),
+            headers={"Content-Type": "application/octet-stream"},
+        )
+        return {one["name"]: one["id"] for one in answer["data"]}
+
+    async def _result(self, body: JsonBody | None) -> ProgramResult | None:
+        """A result from its JSON, with the numbers that are kept at the server."""
+        if body is None:
+            return None
+        kept = body.get("pools") or {}
+        arrays = await self._arrays(list(kept.values()))
+        return result_of(body, {kind: arrays[name] for kind, name in kept.items()})
+
+    async def _arrays(self, ids: list[str]) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+        for at in range(0, len(ids), _BLOBS_AT_ONCE):
+            names = quote(",".join(ids[at : at + _BLOBS_AT_ONCE]), safe=",:")
+            found |= read_arrays(await self._http.fetch(f"{BLOBS}/{names}"))
+        return found
 
     async def _embed(
         self,
@@ -308,18 +498,34 @@ class RemoteLM(LM):
         answers = await self._http.post_all(path, bodies, progress=progress)
         return [one for answer in answers for one in answer["data"]]
 
-    def _deltas(self, path: str, body: JsonBody) -> Generator[Delta, None, None]:
+    def _deltas(
+        self, path: str, body: JsonBody, sampling: Sampling
+    ) -> Generator[Delta, None, None]:
+        program, blobs = sampling.get("interventions"), sampling.get("blobs")
+        if program is not None or blobs:
+            body = body | self._http.wait(self._carried(program, blobs))
         with closing(self._http.stream(path, body)) as events:
             for item in events:
                 delta = delta_of(item)
                 if delta is not None:
+                    found = item["choices"][0].get("program")
+                    if found is not None:
+                        delta.program = self._http.wait(self._result(found))
                     yield delta
 
-    async def _adeltas(self, path: str, body: JsonBody) -> AsyncGenerator[Delta, None]:
+    async def _adeltas(
+        self, path: str, body: JsonBody, sampling: Sampling
+    ) -> AsyncGenerator[Delta, None]:
+        program, blobs = sampling.get("interventions"), sampling.get("blobs")
+        if program is not None or blobs:
+            body = body | await self._http.hop(self._carried(program, blobs))
         async with aclosing(self._http.astream(path, body)) as events:
             async for item in events:
                 delta = delta_of(item)
                 if delta is not None:
+                    found = item["choices"][0].get("program")
+                    if found is not None:
+                        delta.program = await self._http.hop(self._result(found))
                     yield delta
 
     def _post(self, path: str, **body: Any) -> JsonBody:
@@ -331,5 +537,11 @@ class RemoteLM(LM):
 
 def _item(one: Any) -> JsonBody:
     if isinstance(one, tuple):
-        return {"context": text_or_ids(one[0]), "text": text_or_ids(one[1])}
-    return {"text": text_or_ids(one)}
+        return {"context": prompt_body(one[0]), "text": text_or_ids(one[1])}
+    return {"text": prompt_body(one)}
+
+
+def _run_prompt(prompt: Any) -> JsonBody:
+    if is_conversation(prompt):
+        return {"messages": [message_body(message) for message in prompt]}
+    return {"prompt": prompt_body(prompt)}

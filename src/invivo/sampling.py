@@ -19,7 +19,7 @@ _GRAMMARS = ("json_schema", "regex", "choice")
 KEYWORDS = (
     _PLAIN
     | {"max_tokens", "logit_bias", "stop"}
-    | {"n", "adapter", "salt", "priority"}
+    | {"n", "adapter", "salt", "priority", "interventions", "blobs"}
     | set(_GRAMMARS)
 )
 
@@ -31,6 +31,7 @@ class Asked:
     Attributes:
         default_length: ``max_tokens`` was not said, ``params`` holds a default that may be cut to
             what fits.
+        interventions, blobs: a program of edits and captures as it was handed in, and its tensors.
     """
 
     params: SamplingParams
@@ -39,6 +40,8 @@ class Asked:
     salt: str
     priority: int
     default_length: bool
+    interventions: Any = None
+    blobs: Mapping[str, Any] | None = None
 
 
 def asked_of(keywords: Mapping[str, Any], *, default_max_tokens: int) -> Asked:
@@ -74,6 +77,8 @@ def asked_of(keywords: Mapping[str, Any], *, default_max_tokens: int) -> Asked:
         salt=keywords.get("salt", ""),
         priority=keywords.get("priority", 0),
         default_length="max_tokens" not in keywords,
+        interventions=keywords.get("interventions"),
+        blobs=keywords.get("blobs"),
     )
 
 

@@ -83,6 +83,16 @@ class Transport:
             raise self._unreachable(error) from error
         return _checked(response)
 
+    async def fetch(self, path: str) -> bytes:
+        """The body of an answer that is no JSON; errors as :meth:`request`."""
+        try:
+            response = await self._client.get(path)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if response.status_code >= 400:
+            _checked(response)
+        return response.content
+
     async def post(self, path: str, body: JsonBody) -> JsonBody:
         return await self.request("POST", path, json=body)
 

@@ -12,6 +12,7 @@ from invivo.batches import check_messages, text_or_ids
 from invivo.engine.types import AdapterInfo, Grammar, SamplingParams
 from invivo.errors import InvalidRequest, InvivoError
 from invivo.lm import Choice, Completion, Delta, Message, ModelInfo, Prompt, Sampling, Score, Token
+from invivo.marked_prompt import MarkedPrompt, is_parts, read_parts
 from invivo.sampling import CHAT_TOKENS, GENERATE_TOKENS, Asked, asked_of
 
 JsonBody = dict[str, Any]
@@ -60,10 +61,27 @@ def completion_body(model: str, prompt: Prompt, sampling: Sampling) -> JsonBody:
     """Body of /v1/completions for one prompt; raises InvalidRequest for unknown keywords."""
     asked = asked_of(sampling, default_max_tokens=GENERATE_TOKENS)
     body = _generation_body(model, asked)
-    body["prompt"] = text_or_ids(prompt)
+    body["prompt"] = prompt_body(prompt)
     if asked.params.logprobs is not None:
         body["logprobs"] = asked.params.logprobs
     return body
+
+
+def prompt_body(prompt: Any) -> Any:
+    """A prompt as it is sent: a text, token ids, or texts and sets.
+
+    Raises:
+        InvalidRequest: it is none of these.
+    """
+    if isinstance(prompt, MarkedPrompt):
+        raise InvalidRequest(
+            "a marked prompt belongs to a model in this process",
+            field="prompt",
+            remedy="Give the text, or texts and sets",
+        )
+    if not is_parts(prompt):
+        return text_or_ids(prompt)
+    return [p if isinstance(p, str) else {"set": list(p)} for p in read_parts(prompt)]
 
 
 def chat_body(
@@ -90,6 +108,13 @@ def chat_body(
 def message_body(message: Message) -> JsonBody:
     """A message with the arguments of its tool calls as text, as the API wants them."""
     body = dict(message)
+    if is_parts(body.get("content")):
+        body["content"] = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "set", "set": list(part)}
+            for part in read_parts(body["content"], "content")
+        ]
     if body.get("tool_calls"):
         body["tool_calls"] = [
             _call_body(call, number) for number, call in enumerate(body["tool_calls"])

@@ -143,6 +143,10 @@ class ResolveCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def peek(self, key: tuple[object, ...]) -> ResolvedProgram | None:
+        """The program under ``key``, if it is here."""
+        return self._kept.get(key)
+
     def get(self, key: tuple[object, ...], make: Callable[[], ResolvedProgram]) -> ResolvedProgram:
         """The program under ``key`` (hash of the program, prompt ids, blob hashes, model)."""
         found = self._kept.get(key)

@@ -103,9 +103,24 @@ class Ticket:
         )
         return (self._reserved - prompt) // sequences
 
+    async def more(self, tokens: int) -> None:
+        """Reserves so many prompt tokens more: those of a program's other passes.
+
+        Raises:
+            Forbidden: the budget does not cover them.
+        """
+        ledger, budget = self._services.ledger, self._principal.budget
+        self._prompt_tokens += tokens
+        if ledger is None or budget is None or not tokens:
+            return
+        assert self._principal.key_id is not None
+        self._reserved += await run_in_threadpool(
+            ledger.reserve, self._principal.key_id, budget, tokens, tokens
+        )
+
     def ran(self, prompt_tokens: int) -> None:
         """The prompts were taken into the engine."""
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens += prompt_tokens
 
     def wrote(self, output_tokens: int) -> None:
         """So many more tokens were generated."""

@@ -76,6 +76,20 @@ class AnswerMessage(Answer):
     tool_calls: list[ToolCallAnswer] | None = None
 
 
+class ProgramAnswer(Answer):
+    """What a program brought back.
+
+    Arrays are ``{"shape", "dtype", "data"}`` with the numbers in one list ("inf", "-inf" and "nan"
+    as texts), or, where there are many, ``{"shape", "dtype", "offset"}``: they lie then in the blob
+    that ``pools`` names for the dtype.
+    """
+
+    rows: list[dict[str, Any]]
+    explain: dict[str, Any]
+    meta: dict[str, Any]
+    pools: dict[str, str] | None = None
+
+
 class ChatChoice(Answer):
     index: int
     message: AnswerMessage
@@ -84,6 +98,7 @@ class ChatChoice(Answer):
     text: str | None = None
     token_ids: list[int] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    program: ProgramAnswer | None = None
 
 
 class ChatCompletion(Answer):
@@ -111,6 +126,7 @@ class ChatChunkChoice(Answer):
     token_ids: list[int] | None = None
     cached_tokens: int | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    program: ProgramAnswer | None = None
 
 
 class ChatChunk(Answer):
@@ -139,6 +155,7 @@ class CompletionChoice(Answer):
     token_ids: list[int] | None = None
     cached_tokens: int | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    program: ProgramAnswer | None = None
 
 
 class CompletionAnswer(Answer):
@@ -179,6 +196,7 @@ class ScoreAnswer(Answer):
     logprob: float
     greedy: bool
     perplexity: float
+    program: ProgramAnswer | None = None
 
 
 class ScoreList(Answer):
@@ -186,6 +204,49 @@ class ScoreList(Answer):
     data: list[ScoreAnswer]
     model: str
     usage: Usage
+
+
+class RunList(Answer):
+    object: Literal["list"]
+    data: list[ProgramAnswer]
+    model: str
+    usage: Usage
+
+
+class Explained(Answer):
+    object: Literal["explanation"]
+    explain: dict[str, Any]
+
+
+class StoredProgram(Answer):
+    id: str
+    object: Literal["program"]
+    bytes: int
+    program: dict[str, Any] | None = None
+
+
+class StoredProgramList(Answer):
+    object: Literal["list"]
+    data: list[StoredProgram]
+
+
+class Blob(Answer):
+    id: str
+    object: Literal["blob"]
+    bytes: int
+    name: str | None = None
+    shape: list[int] | None = None
+    dtype: str | None = None
+
+
+class BlobList(Answer):
+    object: Literal["list"]
+    data: list[Blob]
+
+
+class Forgotten(Answer):
+    id: str
+    deleted: bool
 
 
 class Tokens(Answer):

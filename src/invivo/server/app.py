@@ -17,6 +17,7 @@ from invivo import __version__
 from invivo.lm import LM
 from invivo.server import (
     adapters,
+    blobs,
     chat,
     completions,
     embeddings,
@@ -26,6 +27,7 @@ from invivo.server import (
     live,
     metrics,
     models_route,
+    programs,
     score,
     tokens,
 )
@@ -91,6 +93,8 @@ def create_app(lm: LM, settings: Settings | None = None) -> FastAPI:
         completions,
         embeddings,
         score,
+        programs,
+        blobs,
         tokens,
         models_route,
         adapters,
@@ -118,6 +122,7 @@ def create_app(lm: LM, settings: Settings | None = None) -> FastAPI:
         uploads={
             adapters.UPLOAD_PATH: settings.max_upload_bytes,
             files.FILES_PATH: settings.max_file_bytes,
+            blobs.BLOBS_PATH: settings.max_blob_bytes,
         },
     )
     app.add_middleware(RequestContext)

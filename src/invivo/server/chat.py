@@ -6,12 +6,13 @@ import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from invivo.lm import Choice, Completion, Delta, Sampling
+from invivo.marked_prompt import MarkedPrompt, has_sets
 from invivo.server.admission import Ticket, admit
 from invivo.server.answers import (
     AnswerMessage,
@@ -27,6 +28,7 @@ from invivo.server.answers import (
     ToolCallDelta,
 )
 from invivo.server.auth import Principal, needs
+from invivo.server.carried import carried_by, program_answer, reserve_passes
 from invivo.server.context import request_id
 from invivo.server.documents import failures, streamed
 from invivo.server.messages import template_messages, template_tools
@@ -91,6 +93,7 @@ def _plan(body: ChatRequest, services: Services, principal: Principal) -> _Chat:
         sampling["logprobs"] = body.top_logprobs or 0
     sampling["adapter"] = services.adapter_of(body.model)
     sampling["salt"] = principal.salt(body.cache_salt)
+    sampling.update(cast(Sampling, carried_by(body.interventions, body.blobs, principal)))
     return _Chat(
         body=body,
         services=services,
@@ -104,35 +107,39 @@ def _plan(body: ChatRequest, services: Services, principal: Principal) -> _Chat:
     )
 
 
-def _tokens(chat: _Chat) -> list[int]:
-    lm = chat.services.lm
+def _marked(chat: _Chat) -> MarkedPrompt:
+    lm = chat.services.local
+    if chat.body.interventions is not None or has_sets(chat.messages):
+        return lm.marked_chat(chat.messages, tools=chat.tools.render)
     text = lm.apply_chat_template(chat.messages, tools=chat.tools.render)
-    return lm.tokenize(text)
+    return MarkedPrompt(tuple(lm.tokenize(text)))
 
 
 def _max_tokens(body: ChatRequest) -> int | None:
     return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
-async def _prompt(chat: _Chat, ticket: Ticket) -> tuple[list[int], Sampling]:
+async def _prompt(chat: _Chat, ticket: Ticket) -> tuple[MarkedPrompt, Sampling]:
     """The conversation as tokens, and the keywords to answer it with."""
-    prompt = await run_in_threadpool(_tokens, chat)
+    prompt = await run_in_threadpool(_marked, chat)
     sampling = chat.sampling.copy()
     sampling["max_tokens"] = await ticket.prompt(
-        [len(prompt)],
+        [len(prompt.ids)],
         max_tokens=_max_tokens(chat.body),
         n=chat.body.n or 1,
         fit=chat.body.fit_max_tokens,
     )
-    ticket.ran(len(prompt))
+    ticket.ran(len(prompt.ids))
+    await reserve_passes(chat.services, ticket, sampling, [prompt])
     return prompt, sampling
 
 
 async def _answer(chat: _Chat) -> ChatCompletion:
     async with admit(chat.services, chat.principal) as ticket:
         prompt, sampling = await _prompt(chat, ticket)
-        completion: Completion = await chat.services.lm.agenerate(prompt, **sampling)
+        completion: Completion = await chat.services.local.agenerate(prompt, **sampling)
         ticket.wrote(completion.completion_tokens)
+    carried = await program_answer(chat.services, chat.principal, completion.program)
     answer = ChatCompletion(
         id=chat.id,
         object="chat.completion",
@@ -144,6 +151,8 @@ async def _answer(chat: _Chat) -> ChatCompletion:
         ),
         system_fingerprint=chat.fingerprint,
     )
+    if carried is not None:
+        answer.choices[0].program = carried
     if completion.prompt_logprobs is not None:
         answer.choices[0].prompt_logprobs = token_logprobs(completion.prompt_logprobs, ids=True)
     return answer
@@ -187,7 +196,7 @@ async def _events(chat: _Chat) -> AsyncGenerator[bytes, None]:
     cached = written = 0
     async with admit(chat.services, chat.principal) as ticket:
         prompt, sampling = await _prompt(chat, ticket)
-        stream = chat.services.lm.astream(prompt, **sampling)
+        stream = chat.services.local.astream(prompt, **sampling)
         async with aclosing(stream):
             async for delta in stream:
                 ticket.wrote(len(delta.tokens))
@@ -197,10 +206,14 @@ async def _events(chat: _Chat) -> AsyncGenerator[bytes, None]:
                     choices[delta.index] = _StreamedChoice(chat)
                 choice = choices[delta.index].take(delta)
                 if choice is not None:
+                    if delta.program is not None:
+                        choice.program = await program_answer(
+                            chat.services, chat.principal, delta.program
+                        )
                     yield event(_chunk(chat, [choice], with_usage))
     if with_usage:
         last = _chunk(chat, [], with_usage)
-        last.usage = usage(len(prompt), written, cached)
+        last.usage = usage(len(prompt.ids), written, cached)
         yield event(last)
     yield event(DONE)
 

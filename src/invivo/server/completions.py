@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Depends, Request
 from starlette.concurrency import run_in_threadpool
@@ -15,6 +15,7 @@ from invivo.lm import Choice, Completion, Delta, Sampling, Token
 from invivo.server.admission import Ticket, admit
 from invivo.server.answers import CompletionAnswer, CompletionChoice, CompletionLogprobs
 from invivo.server.auth import Principal, needs
+from invivo.server.carried import carried_by, program_answer, reserve_passes
 from invivo.server.context import request_id
 from invivo.server.documents import failures, streamed
 from invivo.server.prompts import Prompts, prompts_of
@@ -80,6 +81,7 @@ def _plan(body: CompletionRequest, services: Services, principal: Principal) -> 
             sampling["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     sampling["adapter"] = services.adapter_of(body.model)
     sampling["salt"] = principal.salt(body.cache_salt)
+    sampling.update(cast(Sampling, carried_by(body.interventions, body.blobs, principal)))
     return _Run(
         body=body,
         services=services,
@@ -93,7 +95,7 @@ def _plan(body: CompletionRequest, services: Services, principal: Principal) -> 
 
 async def _prompts(run: _Run, ticket: Ticket) -> tuple[Prompts, Sampling]:
     """The prompts as tokens, and the keywords to run them with."""
-    prompts = await run_in_threadpool(prompts_of, run.services.lm, run.body.prompt)
+    prompts = await run_in_threadpool(prompts_of, run.services, run.body.prompt)
     # The engine needs a token to generate; one that was not asked for is thrown away.
     wanted = 1 if run.only_echo else run.body.max_tokens
     max_tokens = await ticket.prompt(
@@ -102,21 +104,27 @@ async def _prompts(run: _Run, ticket: Ticket) -> tuple[Prompts, Sampling]:
     ticket.ran(sum(prompts.sizes))
     sampling = run.sampling.copy()
     sampling["max_tokens"] = max_tokens
+    await reserve_passes(run.services, ticket, sampling, prompts.marked)
     return prompts, sampling
 
 
 async def _answer(run: _Run) -> CompletionAnswer:
     async with admit(run.services, run.principal) as ticket:
         prompts, sampling = await _prompts(run, ticket)
-        completions: list[Completion] = await run.services.lm.agenerate(prompts.ids, **sampling)
+        completions: list[Completion] = await run.services.local.agenerate(
+            prompts.marked, **sampling
+        )
         written = 0 if run.only_echo else sum(one.completion_tokens for one in completions)
         ticket.wrote(written)
     choices = []
     for number, completion in enumerate(completions):
         head = _echo(run, prompts, number, completion) if run.body.echo else None
+        carried = await program_answer(run.services, run.principal, completion.program)
         for choice in completion.choices:
             choice.index += number * run.n
             choices.append(_choice(run, choice, head))
+            if carried is not None:
+                choices[-1].program = carried
         if completion.prompt_logprobs is not None and run.body.prompt_logprobs is not None:
             choices[-run.n].prompt_logprobs = token_logprobs(completion.prompt_logprobs, ids=True)
     cached = sum(completion.cached_tokens for completion in completions)
@@ -137,7 +145,7 @@ class _Echo:
 
 def _echo(run: _Run, prompts: Prompts, number: int, completion: Completion) -> _Echo:
     lm = run.services.lm
-    ids = prompts.ids[number]
+    ids = prompts.marked[number].ids
     text = prompts.texts[number]
     return _Echo(
         text=lm.detokenize(ids) if text is None else text,
@@ -195,7 +203,7 @@ async def _events(run: _Run) -> AsyncGenerator[bytes, None]:
     written = 0
     async with admit(run.services, run.principal) as ticket:
         prompts, sampling = await _prompts(run, ticket)
-        streams = [run.services.lm.astream(ids, **sampling) for ids in prompts.ids]
+        streams = [run.services.local.astream(one, **sampling) for one in prompts.marked]
 
         def numbered(number: int, delta: Delta) -> Delta:
             return replace(delta, index=delta.index + number * run.n)
@@ -208,6 +216,10 @@ async def _events(run: _Run) -> AsyncGenerator[bytes, None]:
                 choice = _piece(run, delta, offsets.get(delta.index, 0))
                 offsets[delta.index] = offsets.get(delta.index, 0) + len(delta.text)
                 if choice is not None:
+                    if delta.program is not None:
+                        choice.program = await program_answer(
+                            run.services, run.principal, delta.program
+                        )
                     chunk = _empty(run)
                     chunk.choices = [choice]
                     if with_usage:

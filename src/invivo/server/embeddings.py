@@ -49,12 +49,12 @@ async def create_embeddings(
 async def _embed(body: EmbeddingRequest, services: Services, principal: Principal) -> EmbeddingList:
     adapter = services.adapter_of(body.model)
     async with admit(services, principal) as ticket:
-        prompts = await run_in_threadpool(prompts_of, services.lm, body.input)
+        prompts = await run_in_threadpool(prompts_of, services, body.input)
         await ticket.prompt(prompts.sizes)
         total = sum(prompts.sizes)
         ticket.ran(total)
         vectors: list[list[float]] = await services.lm.aembed(
-            prompts.ids,
+            [list(one.ids) for one in prompts.marked],
             pooling=body.pooling,
             normalize=body.normalize,
             adapter=adapter,

@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from invivo.errors import Conflict, InvalidRequest, NotFound
 
-SCOPES = ("generate", "score", "adapters", "finetune", "metrics", "admin")
+SCOPES = ("generate", "score", "edit", "adapters", "finetune", "metrics", "admin")
 DEFAULT_SCOPES = ("generate", "score")
 PREFIX = "iv-"
 

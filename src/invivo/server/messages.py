@@ -10,8 +10,9 @@ from invivo.errors import InvalidRequest
 from invivo.server.schemas import (
     AssistantMessage,
     ChatMessage,
+    ContentPart,
     MessageToolCall,
-    TextPart,
+    SetContent,
     ToolDefinition,
     ToolMessage,
 )
@@ -47,10 +48,14 @@ def _message(message: ChatMessage, place: str) -> dict[str, Any]:
     return out
 
 
-def _text(content: str | list[TextPart] | None) -> str:
-    if isinstance(content, list):
-        return "\n".join(part.text for part in content)
-    return content or ""
+def _text(content: str | list[ContentPart] | None) -> str | list[Any]:
+    """Texts are joined to one; beside a set they stay parts, which follow each other directly."""
+    if not isinstance(content, list):
+        return content or ""
+    texts = [part.text for part in content if not isinstance(part, SetContent)]
+    if len(texts) == len(content):
+        return "\n".join(texts)
+    return [{"set": part.set} if isinstance(part, SetContent) else part.text for part in content]
 
 
 def _call(call: MessageToolCall, place: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 MAX_TEXT = 1 << 22  # characters; the body limit is usually lower
 MAX_DEPTH = 64  # nesting of JSON schemas and tools
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+BLOB_ID = r"^sha256:[0-9a-f]{64}$"  # and a program's hash
 MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -66,7 +67,21 @@ class TextPart(Strict):
     text: Text
 
 
-Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+Members = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]],
+    Field(min_length=1, max_length=256),
+]
+
+
+class SetContent(Strict):
+    """Extension: texts whose order does not matter; parts beside one follow it directly."""
+
+    type: Literal["set"]
+    set: Members
+
+
+ContentPart = Annotated[TextPart | SetContent, Field(discriminator="type")]
+Content = Text | Annotated[list[ContentPart], Field(min_length=1, max_length=1024)]
 
 
 class SystemMessage(Strict):
@@ -177,6 +192,24 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
+class SetPart(Strict):
+    """Texts whose order does not matter (set-based prompting); each is tokenised alone."""
+
+    set: Members
+
+
+Parts = Annotated[list[Text | SetPart], Field(min_length=1, max_length=2048)]
+ProgramHash = Annotated[str, Field(pattern=BLOB_ID)]
+ProgramData = Annotated[
+    JsonObject | ProgramHash,
+    Field(description="A program (docs/interventions.md), or the hash of a stored one"),
+]
+BlobNames = Annotated[
+    dict[Annotated[str, Field(max_length=128)], Annotated[str, Field(pattern=BLOB_ID)]],
+    Field(max_length=1024, description="Ids of tensors (/v1/blobs) by the names in the program"),
+]
+
+
 class Generation(Strict):
     """What chat and plain completions share."""
 
@@ -233,6 +266,10 @@ class Generation(Strict):
     return_token_ids: bool | None = Field(
         None, description="Extension: choices also have token_ids and the unparsed text"
     )
+    interventions: ProgramData | None = Field(
+        None, description="Extension: a program of edits and captures, or the hash of a stored one"
+    )
+    blobs: BlobNames | None = Field(None, description="Extension: tensors of the program")
 
     @model_validator(mode="after")
     def _whole_token_ids(self) -> Generation:
@@ -275,7 +312,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """Body of POST /v1/completions."""
 
-    prompt: Text | TokenIds | Texts | TokenLists
+    prompt: Text | TokenIds | Texts | TokenLists | Parts
     max_tokens: int | None = Field(
         16, ge=0, le=MAX_TOKEN_ID, description="0 only with echo; null = until the context is full"
     )
@@ -310,10 +347,10 @@ class EmbeddingRequest(Strict):
 
 
 class ScoreItem(Strict):
-    """A text, or a text after a context; both as strings or as token ids."""
+    """A text, or a text after a context; as strings, token ids, or texts and sets."""
 
-    text: Text | TokenIds
-    context: Text | TokenIds | None = None
+    text: Text | TokenIds | Parts
+    context: Text | TokenIds | Parts | None = None
 
 
 class ScoreRequest(Strict):
@@ -322,9 +359,53 @@ class ScoreRequest(Strict):
     model: ModelName | None = None
     items: Annotated[list[ScoreItem], Field(min_length=1, max_length=2048)]
     top: int = Field(0, ge=0, le=20, description="Alternatives beside each token")
+    interventions: ProgramData | None = None
+    blobs: BlobNames | None = None
     cache_salt: CacheSalt | None = Field(
         None, description="Prefixes are shared only within one salt (and key)"
     )
+
+
+class ExplainRequest(Strict):
+    """Body of POST /v1/explain: a program and the prompt it is meant for."""
+
+    model: ModelName | None = None
+    program: ProgramData
+    prompt: Text | TokenIds | Parts | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    blobs: BlobNames | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ExplainRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class RunRequest(Strict):
+    """Body of POST /v1/run: a program, and one prompt or several."""
+
+    model: ModelName | None = Field(None, description='"base" or "base:adapter"; default the base')
+    program: ProgramData
+    prompt: Text | TokenIds | Texts | TokenLists | Parts | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    blobs: BlobNames | None = None
+    params: BlobNames | None = Field(None, description="Values of the program's parameters")
+    cache_salt: CacheSalt | None = Field(
+        None, description="Prefixes are shared only within one salt (and key)"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> RunRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class ProgramRequest(Strict):
+    """Body of POST /v1/programs."""
+
+    program: JsonObject
 
 
 class TokenizeRequest(Strict):

@@ -9,12 +9,15 @@ from fastapi import APIRouter, Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from invivo.lm import LM, Score, Token
+from invivo.marked_prompt import MarkedPrompt
 from invivo.server.admission import admit
-from invivo.server.answers import ScoreAnswer, ScoredToken, ScoreList, Usage
+from invivo.server.answers import ProgramAnswer, ScoreAnswer, ScoredToken, ScoreList, Usage
 from invivo.server.auth import Principal, needs
+from invivo.server.carried import carried_by, program_answer, reserve_passes
 from invivo.server.documents import failures
+from invivo.server.prompts import parts_of
 from invivo.server.sampling import finite
-from invivo.server.schemas import ScoreItem, ScoreRequest
+from invivo.server.schemas import ScoreItem, ScoreRequest, SetPart
 from invivo.server.services import Services, services_of
 from invivo.server.streaming import until_disconnect
 
@@ -40,27 +43,40 @@ async def create_scores(
 
 async def _score(body: ScoreRequest, services: Services, principal: Principal) -> ScoreList:
     adapter = services.adapter_of(body.model)
+    carried = carried_by(body.interventions, body.blobs, principal)
     async with admit(services, principal) as ticket:
         sizes = await run_in_threadpool(_sizes, services.lm, body.items)
         await ticket.prompt(sizes)
         ticket.ran(sum(sizes))
+        items = [_item(item) for item in body.items]
+        if "interventions" in carried:
+            marked = await run_in_threadpool(_marked, services, items)
+            await reserve_passes(services, ticket, carried, marked)
         scores: list[Score] = await services.lm.ascore(
-            [_item(item) for item in body.items],
+            items,
             adapter=adapter,
             salt=principal.salt(body.cache_salt),
             top=body.top,
+            **carried,
         )
     total = sum(sizes)
+    programs = [await program_answer(services, principal, score.program) for score in scores]
     return ScoreList(
         object="list",
-        data=[_answer(i, score) for i, score in enumerate(scores)],
+        data=[_answer(i, score, programs[i]) for i, score in enumerate(scores)],
         model=body.model or services.model_name,
         usage=Usage(prompt_tokens=total, total_tokens=total),
     )
 
 
 def _item(item: ScoreItem) -> Any:
-    return item.text if item.context is None else (item.context, item.text)
+    text = parts_of(item.text)
+    return text if item.context is None else (parts_of(item.context), text)
+
+
+def _marked(services: Services, items: list[Any]) -> list[MarkedPrompt]:
+    """The items' tokens, as far as the account needs them."""
+    return [services.local.marked(item[1] if isinstance(item, tuple) else item) for item in items]
 
 
 def _sizes(lm: LM, items: list[ScoreItem]) -> list[int]:
@@ -69,14 +85,22 @@ def _sizes(lm: LM, items: list[ScoreItem]) -> list[int]:
     for item in items:
         size = 0
         for part in (item.context or "", item.text):
-            size += len(lm.tokenize(part)) if isinstance(part, str) else len(part)
+            size += _size(lm, part)
         sizes.append(size)
     return sizes
 
 
-def _answer(index: int, score: Score) -> ScoreAnswer:
+def _size(lm: LM, part: Any) -> int:
+    if isinstance(part, str):
+        return len(lm.tokenize(part))
+    if isinstance(part, SetPart):
+        return sum(_size(lm, member) for member in part.set)
+    return sum(1 if isinstance(one, int) else _size(lm, one) for one in part)
+
+
+def _answer(index: int, score: Score, program: ProgramAnswer | None) -> ScoreAnswer:
     perplexity = score.perplexity
-    return ScoreAnswer(
+    answer = ScoreAnswer(
         index=index,
         object="score",
         tokens=[_token(token) for token in score.tokens],
@@ -84,6 +108,9 @@ def _answer(index: int, score: Score) -> ScoreAnswer:
         greedy=score.greedy,
         perplexity=perplexity if math.isfinite(perplexity) else _LARGEST,
     )
+    if program is not None:
+        answer.program = program
+    return answer
 
 
 def _token(token: Token) -> ScoredToken:

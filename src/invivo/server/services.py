@@ -17,6 +17,7 @@ from invivo.server.settings import Settings
 
 if TYPE_CHECKING:
     from invivo.jobs.service import JobService
+    from invivo.local import LocalLM
 
 
 @dataclass(slots=True)
@@ -45,6 +46,11 @@ class Services:
         name = self.info.name
         # A model from a folder goes by the folder's name: clients need not learn the path.
         return Path(name).name if name.startswith(("/", ".", "~")) else name
+
+    @property
+    def local(self) -> LocalLM:
+        """The model as one of this process: what marks prompts and keeps programs."""
+        return cast("LocalLM", self.lm)
 
     @property
     def jobs(self) -> JobService:

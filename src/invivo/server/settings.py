@@ -19,6 +19,7 @@ class Settings:
         served_name: model name that clients use; None = the model's own.
         max_body_bytes: largest JSON body. max_upload_bytes: largest adapter upload.
         max_file_bytes: largest training file. max_stored_bytes: all training files of one key.
+        max_blob_bytes: largest upload of tensors.
         max_concurrent: requests in work at once; more are answered 429.
         max_prompt_tokens: longest prompt; None = what the context holds.
         max_output_tokens: used where a request sets no ``max_tokens``, and the most it may set;
@@ -37,6 +38,7 @@ class Settings:
     max_upload_bytes: int = 512 << 20
     max_file_bytes: int = 512 << 20
     max_stored_bytes: int = 16 << 30
+    max_blob_bytes: int = 64 << 20
     max_concurrent: int = 512
     max_prompt_tokens: int | None = None
     max_output_tokens: int | None = None
