@@ -282,6 +282,9 @@ REDUCTIONS: dict[str, tuple[Argument, ...]] = {
         Argument("tokens", "tokens", "tokens whose log-probabilities are wanted", False),
         Argument("sets", "token_sets", "sets of tokens, each a log-sum of probabilities", False),
     ),
+    "direct": (
+        Argument("tokens", "tokens", "tokens whose logits the value has a direct share in"),
+    ),
     "probe": (
         Argument("w", "value", "[classes, width]", takes=("matrix",)),
         Argument("b", "value", "[classes]", False, ("number", "vector"), 0.0),

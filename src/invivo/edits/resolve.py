@@ -543,6 +543,9 @@ class _Resolution:
             case "dot" | "cos":
                 check_value(args["v"], shape[-1:], f"{path}.v", self.blobs, self.program.params)
                 return shape[:-1]
+            case "direct":
+                self._check_width(site, path, "a direct share")
+                return (*shape[:-1], len(args["tokens"]))
             case "probe":
                 w = args["w"]
                 weight = (
@@ -560,13 +563,7 @@ class _Resolution:
                 check_value(args["b"], (n,), f"{path}.b", self.blobs, self.program.params)
                 return (*shape[:-1], n)
             case _:
-                whole = site.components is None and site.site not in _KEY_SITES
-                if not whole or last_size(config, site.site) != config.d_model:
-                    raise InvalidRequest(
-                        f"a lens reads values of width {config.d_model}",
-                        field=f"{path}.capture",
-                        given=format_ref(site),
-                    )
+                self._check_width(site, path, "a lens")
                 top = args["top"]
                 if top is not None and not 1 <= top <= config.vocab_size:
                     raise InvalidRequest(
@@ -574,6 +571,15 @@ class _Resolution:
                     )
                 n = top or len(args["tokens"] or args["sets"])
                 return (*shape[:-1], n)
+
+    def _check_width(self, site: SiteRef, path: str, what: str) -> None:
+        whole = site.components is None and site.site not in _KEY_SITES
+        if not whole or last_size(self.config, site.site) != self.config.d_model:
+            raise InvalidRequest(
+                f"{what} reads values of width {self.config.d_model}",
+                field=f"{path}.capture",
+                given=format_ref(site),
+            )
 
     def _measure_of(self, number: int, measure: Measure, stops: dict[str, int]) -> MeasureRef:
         path = f"out[{number}]"
