@@ -1,0 +1,284 @@
+"""Gradients of queries, keys and gates, all chunks at once, from the kept states.
+
+With S entering a chunk, dS leaving it and dA = tril(dO V^T) (see ``gla_chunked``)::
+
+    dQ / scale = exp(gc) (dO S^T)    + sum_j dA_ij K_j exp(gc_i - gc_j)
+    dK         = exp(gn - gc)(V dS^T) + sum_i dA_ij (scale Q_i) exp(gc_i - gc_j)
+    dg_t = sum_{i >= t in the chunk} (Q_i dQ_i - K_i dK_i) + carry
+    carry = exp(gn) rowsum(S dS) + sum_j K_j (state part of dK_j)
+
+What a row has from itself (i = j) drops out of dg and is left out there: it would only add its
+rounding. The products with dA are of tf32 where the inputs are bfloat16: rounding to bfloat16 would
+be the larger part of the error of dg. Two kernels share the chunks between them by the flag of
+``pairs``: one anchored product for the mild, sub-chunks of 16 rows for the steep.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from invivo.kernels.triton_gla.loads import anchored, load_gates, load_rows, store_rows
+from invivo.kernels.triton_gla.pairs import Within
+from invivo.kernels.triton_gla.tables import CHUNK, SUB, Chunks, gradient_tile, padded
+
+
+@triton.jit
+def _read_states(
+    dz, v, kept, d_kept, place, row, real, dims, head, dz_stride, v_stride,
+    K_PAD: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dO S^T`` and ``V dS^T`` [ROWS, BLOCK_K], and ``rowsum(S dS)`` [BLOCK_K]."""
+    kind = kept.dtype.element_ty
+    read = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    d_written = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    both = tl.zeros([BLOCK_K], tl.float32)
+    for begin in range(0, V, BLOCK_V):
+        values = begin + tl.arange(0, BLOCK_V)
+        dz_rows = load_rows(dz, row, real, values, head, dz_stride, V).to(kind)
+        v_rows = load_rows(v, row, real, values, head, v_stride, V).to(kind)
+        at = (place * V + values[:, None]) * K_PAD + dims[None, :]
+        mask = (values < V)[:, None]
+        state = tl.load(kept + at, mask=mask, other=0.0)
+        d_state = tl.load(d_kept + at, mask=mask, other=0.0)
+        read = tl.dot(dz_rows, state, read, input_precision=PRECISION)
+        d_written = tl.dot(v_rows, d_state, d_written, input_precision=PRECISION)
+        both += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
+    return read, d_written, both
+
+
+@triton.jit
+def _store_gates(
+    dg, g, value, row, real, dims, head, stride, tau,
+    N_HEADS: tl.constexpr, K: tl.constexpr, FROM_LOGITS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of log gates, or of the logits they came from."""
+    if FROM_LOGITS:
+        logits = load_rows(g, row, real, dims, head, stride, K).to(tl.float32)
+        value = value * tl.sigmoid(-logits) / tau
+    store_rows(dg, value, row, real, dims, head, N_HEADS * K, K)
+
+
+@triton.jit
+def _gradient_kernel(
+    q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, steep, chunks,
+    scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
+    N_HEADS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Chunks that are not flagged. Grid (tiles of K, N_HEADS, slots)."""
+    head, slot = tl.program_id(1), tl.program_id(2)
+    n = tl.load(chunks + 2 * slot + 1)
+    if n == 0:
+        return
+    place = (slot * N_HEADS + head).to(tl.int64)
+    if tl.load(steep + place) != 0:
+        return
+    at = tl.arange(0, C)
+    row, real = tl.load(chunks + 2 * slot) + at, at < n
+    dims = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    read, d_written, both = _read_states(
+        dz, v, kept, d_kept, place, row, real, dims, head, dz_stride, v_stride,
+        K_PAD, V, C, BLOCK_K, BLOCK_V, PRECISION,
+    )  # fmt: skip
+
+    gates = load_gates(g, row, real, dims, head, g_stride, tau, K, FROM_LOGITS)
+    q_rows = load_rows(q, row, real, dims, head, q_stride, K).to(tl.float32)
+    k_rows = load_rows(k, row, real, dims, head, k_stride, K).to(tl.float32)
+    sums, last, middle, _ = anchored(gates)
+    down, up = tl.exp2(sums - middle[None, :]), tl.exp2(middle[None, :] - sums)
+    d_written = d_written * tl.exp2(last[None, :] - sums)
+    carry = tl.exp2(last) * both + tl.sum(k_rows * d_written, 0)
+    square = d_pairs + place * (C * C)
+    weights = tl.load(square + at[:, None] * C + at[None, :])
+    weights = tl.where(at[:, None] > at[None, :], weights, 0.0)
+    # Read turned, and not turned here: Triton mistranslates products of turned products.
+    turned = tl.load(square + at[None, :] * C + at[:, None])
+    turned = tl.where(at[None, :] > at[:, None], turned, 0.0)
+    from_keys = tl.dot(weights, k_rows * up, input_precision=PRECISION)
+    from_queries = tl.dot(turned, q_rows * down * scale, input_precision=PRECISION)
+    dq_rows = (read * tl.exp2(sums) + from_keys * down) * scale
+    dk_rows = d_written + from_queries * up
+    both_rows = q_rows * dq_rows - k_rows * dk_rows
+    own = tl.load(square + at * (C + 1))[:, None] * scale
+    store_rows(dq, dq_rows + own * k_rows, row, real, dims, head, N_HEADS * K, K)
+    store_rows(dk, dk_rows + own * q_rows, row, real, dims, head, N_HEADS * K, K)
+    dg_rows = tl.cumsum(both_rows, 0, reverse=True) + carry[None, :]
+    _store_gates(dg, g, dg_rows, row, real, dims, head, g_stride, tau, N_HEADS, K, FROM_LOGITS)
+
+
+@triton.jit
+def _steep_gradient_kernel(
+    q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, steep, chunks,
+    scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
+    N_HEADS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, SUB_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Flagged chunks, sub-chunk by sub-chunk from the last. Grid (tiles of K, N_HEADS, slots)."""
+    head, slot = tl.program_id(1), tl.program_id(2)
+    n = tl.load(chunks + 2 * slot + 1)
+    if n == 0:
+        return
+    place = (slot * N_HEADS + head).to(tl.int64)
+    if tl.load(steep + place) == 0:
+        return
+    at, sub = tl.arange(0, C), tl.arange(0, SUB_ROWS)
+    first = tl.load(chunks + 2 * slot)
+    dims = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    square = d_pairs + place * (C * C)
+    gates = load_gates(g, first + at, at < n, dims, head, g_stride, tau, K, FROM_LOGITS)
+    _, d_written, both = _read_states(
+        dz, v, kept, d_kept, place, first + at, at < n, dims, head, dz_stride, v_stride,
+        K_PAD, V, C, BLOCK_K, BLOCK_V, PRECISION,
+    )  # fmt: skip
+    k_chunk = load_rows(k, first + at, at < n, dims, head, k_stride, K).to(tl.float32)
+    sums, last, _, _ = anchored(gates)
+    d_written = d_written * tl.exp2(last[None, :] - sums)
+    carry = tl.exp2(last) * both + tl.sum(k_chunk * d_written, 0)
+
+    parts: tl.constexpr = C // SUB_ROWS
+    for back in range(parts):
+        part = parts - 1 - back
+        begin = part * SUB_ROWS
+        i = begin + sub
+        real = i < n
+        q_rows = load_rows(q, first + i, real, dims, head, q_stride, K).to(tl.float32)
+        k_rows = load_rows(k, first + i, real, dims, head, k_stride, K).to(tl.float32)
+        inside = tl.cumsum(_gates_of(g, first, begin, begin, n, dims, head, g_stride, tau,
+                                     K, SUB_ROWS, FROM_LOGITS), 0)  # fmt: skip
+        to_end = _to_end(g, first, begin, n, dims, head, g_stride, tau, K, SUB_ROWS, FROM_LOGITS)
+        before = tl.sum(tl.where((at < begin)[:, None], gates, 0.0), 0)
+        after = tl.sum(tl.where((at >= begin + SUB_ROWS)[:, None], gates, 0.0), 0)
+        read, written, _ = _read_states(
+            dz, v, kept, d_kept, place, first + i, real, dims, head, dz_stride, v_stride,
+            K_PAD, V, SUB_ROWS, BLOCK_K, BLOCK_V, PRECISION,
+        )  # fmt: skip
+        dq_rows = read * tl.exp2(inside + before[None, :])
+        dk_rows = written * tl.exp2(to_end + after[None, :])
+
+        # Earlier sub-chunks, as seen by these queries; later ones, as they see these keys.
+        from_keys = tl.zeros([SUB_ROWS, BLOCK_K], tl.float32)
+        from_queries = tl.zeros([SUB_ROWS, BLOCK_K], tl.float32)
+        for other in range(parts):
+            start = other * SUB_ROWS
+            j = start + sub
+            if other < part:
+                between = (at >= start + SUB_ROWS) & (at < begin)
+                between_sum = tl.sum(tl.where(between[:, None], gates, 0.0), 0)
+                up = _to_end(
+                    g, first, start, n, dims, head, g_stride, tau, K, SUB_ROWS, FROM_LOGITS
+                )
+                keys = load_rows(k, first + j, j < n, dims, head, k_stride, K).to(tl.float32)
+                weights = tl.load(square + i[:, None] * C + j[None, :])
+                keys = keys * tl.exp2(up + between_sum[None, :])
+                from_keys = tl.dot(weights, keys, from_keys, input_precision=PRECISION)
+            if other > part:
+                between = (at >= begin + SUB_ROWS) & (at < start)
+                between_sum = tl.sum(tl.where(between[:, None], gates, 0.0), 0)
+                down = tl.cumsum(_gates_of(g, first, start, start, n, dims, head, g_stride, tau,
+                                           K, SUB_ROWS, FROM_LOGITS), 0)  # fmt: skip
+                queries = load_rows(q, first + j, j < n, dims, head, q_stride, K).to(tl.float32)
+                weights = tl.load(square + j[None, :] * C + i[:, None])
+                queries = queries * tl.exp2(down + between_sum[None, :]) * scale
+                from_queries = tl.dot(weights, queries, from_queries, input_precision=PRECISION)
+        dq_rows += from_keys * tl.exp2(inside)
+        dk_rows += from_queries * tl.exp2(to_end)
+
+        for column in range(SUB_ROWS):
+            since = tl.cumsum(_gates_of(g, first, begin, begin + column + 1, n, dims, head,
+                                        g_stride, tau, K, SUB_ROWS, FROM_LOGITS), 0)  # fmt: skip
+            factor = tl.where((sub > column)[:, None], tl.exp2(since), 0.0)
+            weight = tl.load(square + i * C + begin + column)
+            key = tl.sum(tl.where((sub == column)[:, None], k_rows, 0.0), 0)
+            dq_rows += weight[:, None] * factor * key[None, :]
+            query_sum = tl.sum(weight[:, None] * factor * q_rows, 0) * scale
+            dk_rows += tl.where((sub == column)[:, None], query_sum[None, :], 0.0)
+
+        dq_rows = dq_rows * scale
+        both_rows = q_rows * dq_rows - k_rows * dk_rows
+        own = tl.load(square + i * (C + 1))[:, None] * scale
+        store_rows(dq, dq_rows + own * k_rows, first + i, real, dims, head, N_HEADS * K, K)
+        store_rows(dk, dk_rows + own * q_rows, first + i, real, dims, head, N_HEADS * K, K)
+        dg_rows = tl.cumsum(both_rows, 0, reverse=True) + carry[None, :]
+        _store_gates(
+            dg, g, dg_rows, first + i, real, dims, head, g_stride, tau, N_HEADS, K, FROM_LOGITS
+        )
+        carry += tl.sum(both_rows, 0)
+
+
+@triton.jit
+def _gates_of(
+    g, first, begin, low, n, dims, head, stride, tau,
+    K: tl.constexpr, SUB_ROWS: tl.constexpr, FROM_LOGITS: tl.constexpr,
+):  # fmt: skip
+    """Log gates of the sub-chunk from row ``begin`` of the chunk; 0 before row ``low``."""
+    i = begin + tl.arange(0, SUB_ROWS)
+    there = (i >= low) & (i < n)
+    return load_gates(g, first + i, there, dims, head, stride, tau, K, FROM_LOGITS)
+
+
+@triton.jit
+def _to_end(
+    g, first, begin, n, dims, head, stride, tau,
+    K: tl.constexpr, SUB_ROWS: tl.constexpr, FROM_LOGITS: tl.constexpr,
+):  # fmt: skip
+    """Sums of the log gates after each row of a sub-chunk, up to its end."""
+    sub = tl.arange(0, SUB_ROWS)
+    later = begin + sub + 1
+    there = (sub + 1 < SUB_ROWS) & (later < n)
+    gates = load_gates(g, first + later, there, dims, head, stride, tau, K, FROM_LOGITS)
+    return tl.cumsum(gates, 0, reverse=True)
+
+
+def gradient(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    dz: torch.Tensor,
+    within: Within,
+    kept: torch.Tensor,
+    d_kept: torch.Tensor,
+    chunks: Chunks,
+    *,
+    scale: float,
+    tau: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dg, contiguous, in the dtypes of q, k and g.
+
+    kept, d_kept: [slots, H, V, K padded], the states entering chunks and their gradients at their
+    ends; the rest as in ``within_chunks``.
+    """
+    assert within.d_pairs is not None
+    n_heads, channels = q.shape[1:]
+    k_pad, wide = padded(channels), kept.dtype == torch.float32
+    tile = gradient_tile(k_pad, v.shape[2], wide=wide)
+    dq, dk, dg = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, g))
+    arguments = (
+        q, k, g, v, dz, dq, dk, dg, kept, d_kept, within.d_pairs, within.steep, chunks.chunks,
+        scale, 1.0 if tau is None else tau,
+        q.stride(0), k.stride(0), g.stride(0), v.stride(0), dz.stride(0),
+    )  # fmt: skip
+    sizes = {
+        "N_HEADS": n_heads,
+        "K": channels,
+        "K_PAD": k_pad,
+        "V": v.shape[2],
+        "C": CHUNK,
+        "FROM_LOGITS": tau is not None,
+        "PRECISION": "tf32x3" if wide else "tf32",
+    }
+    _gradient_kernel[(triton.cdiv(k_pad, tile.k), n_heads, chunks.n_chunks)](
+        *arguments, BLOCK_K=tile.k, BLOCK_V=tile.v,
+        num_warps=tile.warps, num_stages=tile.stages, **sizes,
+    )  # fmt: skip
+    block = min(32, k_pad)
+    _steep_gradient_kernel[(triton.cdiv(k_pad, block), n_heads, chunks.n_chunks)](
+        *arguments, SUB_ROWS=SUB, BLOCK_K=block, BLOCK_V=min(32, padded(v.shape[2])),
+        num_warps=4, num_stages=1, **sizes,
+    )  # fmt: skip
+    return dq, dk, dg

@@ -1,0 +1,59 @@
+"""What the kernels of this folder share: reading tiles and log gates."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from invivo.kernels.triton_gla.tables import FLOOR, LOG2E
+
+
+def by_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [T, H, D] with the heads of a row next to each other; rows may lie at any stride."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
+@triton.jit
+def load_rows(x, row, real, dims, head, stride, WIDTH: tl.constexpr):
+    """[rows, dims] of one head of x [T, H, WIDTH]; zeros where not ``real`` or beyond WIDTH."""
+    place = x + row.to(tl.int64)[:, None] * stride + (head * WIDTH + dims)[None, :]
+    return tl.load(place, mask=real[:, None] & (dims < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(x, value, row, real, dims, head, stride, WIDTH: tl.constexpr):
+    place = x + row.to(tl.int64)[:, None] * stride + (head * WIDTH + dims)[None, :]
+    mask = real[:, None] & (dims < WIDTH)[None, :]
+    tl.store(place, value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def log2_gates(raw, tau, FROM_LOGITS: tl.constexpr):
+    """Log gates in units of log 2, float32, from natural ones or from logits; NaN stays NaN."""
+    x = raw.to(tl.float32)
+    if FROM_LOGITS:
+        # log sigmoid(x) = min(x, 0) - log(1 + exp(-|x|))
+        x = (tl.minimum(x, 0.0) * LOG2E - tl.log2(1.0 + tl.exp2(-tl.abs(x) * LOG2E))) / tau
+    else:
+        x = x * LOG2E
+    return tl.where(x < FLOOR, FLOOR, x)
+
+
+@triton.jit
+def load_gates(
+    g, row, real, dims, head, stride, tau, WIDTH: tl.constexpr, FROM_LOGITS: tl.constexpr
+):
+    """Log gates [rows, dims] in units of log 2; 0 (nothing decays) where there is no gate."""
+    raw = load_rows(g, row, real, dims, head, stride, WIDTH)
+    there = real[:, None] & (dims < WIDTH)[None, :]
+    return tl.where(there, log2_gates(raw, tau, FROM_LOGITS), 0.0)
+
+
+@triton.jit
+def anchored(gates):
+    """Of log gates [C, K]: their sums, the last, the middle of their range, and the range."""
+    sums = tl.cumsum(gates, 0)
+    last = tl.sum(gates, 0)
+    first = tl.sum(tl.where((tl.arange(0, gates.shape[0]) == 0)[:, None], gates, 0.0), 0)
+    return sums, last, (first + last) * 0.5, first - last

@@ -1,0 +1,165 @@
+"""Gated linear attention on GPUs as torch operators: differentiable, and whole for torch.compile.
+
+``invivo::gla`` keeps nothing but its inputs for the backward. No operator reads the device from
+the host, so all may be captured in CUDA graphs. Meaning and shapes are those of
+:mod:`invivo.kernels.gla`; the spans come as a tensor on the device, rows beyond the last span are
+not written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from invivo.kernels.triton_gla.passes import backward_pass, forward_pass, state_like
+from invivo.kernels.triton_gla.step import step
+
+MAX_KEYS = 256  # a state tile of so many rows fits the registers
+
+
+def supports(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether the kernels serve these sizes: at most 256 key channels, rows of whole 16 bytes."""
+    sizes = q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    return sizes and 16 <= q.shape[-1] <= MAX_KEYS and q.dtype in kinds
+
+
+def gla_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    *,
+    span_start: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    want_state: bool = False,
+    tau: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """:func:`invivo.kernels.gla.gla`, or, with ``tau``, ``gla_from_logits``.
+
+    span_start: [S + 1] int32 on the device, from 0 to T; S >= 1.
+    """
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    out, state = gla_forward(q, k, v, g, span_start, initial_state, scale, tau, want_state)
+    return out, state if want_state else None
+
+
+@torch.library.custom_op("invivo::gla", mutates_args=())
+def gla_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    span_start: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    scale: float,
+    tau: float | None,
+    want_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`~invivo.kernels.triton_gla.passes.forward_pass`."""
+    return forward_pass(q, k, v, g, span_start, initial_state, scale, tau, want_state)
+
+
+@gla_forward.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    span_start: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    scale: float,
+    tau: float | None,
+    want_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    nothing = v.new_empty(0, dtype=torch.float32)
+    out = v.new_empty(v.shape)
+    return out, state_like(q, v, span_start) if want_state else nothing
+
+
+@torch.library.custom_op("invivo::gla_backward", mutates_args=())
+def gla_backward(
+    dz: torch.Tensor,
+    d_final: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    span_start: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    scale: float,
+    tau: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`~invivo.kernels.triton_gla.passes.backward_pass`."""
+    return backward_pass(dz, d_final, q, k, v, g, span_start, initial_state, scale, tau)
+
+
+@gla_backward.register_fake
+def _(
+    dz: torch.Tensor,
+    d_final: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    span_start: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    scale: float,
+    tau: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = (t.new_empty(t.shape) for t in (q, k, v, g))
+    nothing = q.new_empty(0, dtype=torch.float32)
+    return *grads, nothing if initial_state is None else state_like(q, v, span_start)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, g, span_start, initial_state, ctx.scale, ctx.tau, _ = inputs
+    ctx.save_for_backward(q, k, v, g, span_start, initial_state)
+
+
+def _backward(ctx: Any, dz: torch.Tensor | None, d_final: torch.Tensor | None) -> tuple:
+    q, k, v, g, span_start, initial_state = ctx.saved_tensors
+    if dz is None:
+        dz = torch.zeros_like(v)
+    if d_final is not None and d_final.numel() == 0:
+        d_final = None
+    dq, dk, dv, dg, d_initial = gla_backward(
+        dz, d_final, q, k, v, g, span_start, initial_state, ctx.scale, ctx.tau
+    )
+    if initial_state is None:
+        return dq, dk, dv, dg, None, None, None, None, None
+    return dq, dk, dv, dg, None, d_initial.to(initial_state.dtype), None, None, None
+
+
+gla_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("invivo::gla_step", mutates_args=("state",))
+def gla_step_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    tau: float | None = None,
+) -> torch.Tensor:
+    """:func:`invivo.kernels.gla.gla_step`; with ``tau``, ``g`` are logits."""
+    return step(q, k, v, g, state, slots, scale=scale, tau=tau)
+
+
+@gla_step_triton.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    tau: float | None = None,
+) -> torch.Tensor:
+    return v.new_empty(v.shape)
