@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.cli.conftest import Invivo
 
 COMMANDS = (
-    ["serve"], ["chat"], ["generate"], ["score"], ["bench"], ["demo"],
+    ["serve"], ["chat"], ["generate"], ["score"], ["look"], ["explain"], ["bench"], ["demo"],
     ["models"], ["models", "list"], ["models", "pull"], ["models", "info"], ["models", "convert"],
     ["keys"], ["keys", "add"], ["keys", "list"], ["keys", "revoke"],
 )  # fmt: skip

@@ -16,10 +16,12 @@ from invivo.cli import (
     bench,
     chat,
     demo,
+    explain,
     finetune,
     generate,
     jobs,
     keys,
+    look,
     models,
     plan,
     score,
@@ -46,6 +48,8 @@ app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
 app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("score", epilog=score.EXAMPLES)(score.score)
+app.command("look", epilog=look.EXAMPLES)(look.look)
+app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
 app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")

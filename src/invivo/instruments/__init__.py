@@ -1,0 +1,1 @@
+"""Instruments: what is measured inside a model, written against LM alone."""
