@@ -125,7 +125,7 @@ class Score:
 
 @dataclass(slots=True)
 class ModelInfo:
-    """What is being served."""
+    """What is being served; ``sites`` are the quantities that programs may read or change here."""
 
     name: str
     family: str
@@ -138,6 +138,7 @@ class ModelInfo:
     fingerprint: str
     created: int  # Unix seconds at which it was loaded
     has_chat_template: bool
+    sites: list[str] = field(default_factory=list)
 
 
 class Sampling(TypedDict, total=False):

@@ -58,6 +58,7 @@ from invivo.marked_prompt import (
     read_parts,
 )
 from invivo.models.load import LoadedModel, load_model
+from invivo.models.sites import sites_of
 from invivo.passing_thread import in_passing_thread
 from invivo.program_result import Array, ProgramResult
 from invivo.programs import GivenProgram, Programs, as_array
@@ -450,6 +451,7 @@ class LocalLM(LM):
             fingerprint=self.model.fingerprint,
             created=self._created,
             has_chat_template=self._has_chat_template,
+            sites=list(sites_of(config)),
         )
 
     def adapters(self) -> list[AdapterInfo]:

@@ -109,7 +109,7 @@ def test_stop_cancels_the_request_in_the_engine(page, lm):
 
 def test_tokens_show_their_probability_and_the_alternatives(page):
     page.wait_for_selector("#state[data-state=ready]")
-    page.locator(".switch").click()
+    page.locator("#composer .switch").click()
     ask(page, "the red dog", max_tokens=12)
     page.wait_for_selector("#send")
     spans = page.locator(".tokens span")
@@ -123,7 +123,7 @@ def test_tokens_show_their_probability_and_the_alternatives(page):
     page.locator(".tokens").focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#tip").is_visible()
-    page.locator(".switch").click()
+    page.locator("#composer .switch").click()
     assert spans.count() == 0
 
 
@@ -142,7 +142,7 @@ def test_refused_request_says_why_and_gives_the_text_back(page, open_page):
 def test_plain_text_is_continued_without_a_template(page):
     page.wait_for_selector("#state[data-state=ready]")
     page.select_option("#mode", "text")
-    page.locator(".switch").click()
+    page.locator("#composer .switch").click()
     ask(page, "hello world the", max_tokens=8)
     wait_until(lambda: page.locator(".tokens span").count() >= 4)
     wait_until(lambda: "8 tokens" in page.locator(".message .meta").text_content())

@@ -129,7 +129,7 @@ def direct_attribution(
     ]
     outputs.append({"capture": "final.norm.scale", "pos": pos, "name": "scale"})
     behind = {"capture": "layers.*.post1.scale", "pos": pos, "name": "post"}
-    if _has(lm, prompt, "layers.*.post1.scale"):
+    if "post1.scale" in lm.info().sites:
         outputs.append(behind)
     result = ask(lm, prompt, outputs, edits=edits, blobs=blobs, adapter=adapter)
 
@@ -171,17 +171,6 @@ def direct_attribution(
         bias=attns - rows.sum(1),
         constant=logit - embed - float(attns.sum() + mlps.sum()),
     )
-
-
-def _has(lm: LM, prompt: Any, site: str) -> bool:
-    """Whether some layer of the model has the site."""
-    try:
-        lm.explain({"out": [{"capture": site}]}, prompt)
-    except InvalidRequest as error:
-        if error.field == "out[0].capture":
-            return False
-        raise
-    return True
 
 
 def _id(lm: LM, token: int | str) -> int:

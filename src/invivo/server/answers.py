@@ -276,6 +276,7 @@ class Model(Answer):
     hidden_size: int
     fingerprint: str
     has_chat_template: bool
+    sites: list[str]
 
 
 class ModelList(Answer):

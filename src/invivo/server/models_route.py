@@ -54,4 +54,5 @@ def _model(services: Services, adapter: str | None) -> Model:
         hidden_size=info.hidden_size,
         fingerprint=info.fingerprint,
         has_chat_template=info.has_chat_template,
+        sites=info.sites,
     )

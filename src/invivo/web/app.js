@@ -6,6 +6,7 @@ import { Chat } from "./chat.js";
 import { Dashboard } from "./dashboard.js";
 import { JobForm } from "./job_form.js";
 import { Jobs } from "./jobs.js";
+import { Look } from "./look.js";
 import { setUpTheme } from "./theme.js";
 
 const LONGEST_WAIT = 8000; // ms between two tries to reach the server
@@ -23,6 +24,7 @@ const jobs = new Jobs((adapter) => {
   setView("chat");
   chat.talkTo(adapter);
 });
+const look = new Look();
 const jobForm = new JobForm((id) => jobs.select(id));
 
 function showState(state) {
@@ -38,6 +40,7 @@ function show(snapshot) {
   adapters.show(snapshot.adapters);
   jobs.show(snapshot);
   jobForm.setModel(snapshot.model.name);
+  look.setModel(snapshot.model.name);
 }
 
 function askForKey(message) {
@@ -75,15 +78,15 @@ async function follow() {
   }
 }
 
-// On a narrow screen one of the two views is shown.
+// A narrow screen shows one of the three views; on a wide one the chat stands beside the others.
 function setView(view) {
   document.body.dataset.view = view;
-  for (const button of document.querySelectorAll(".views button")) {
+  for (const button of document.querySelectorAll("button[data-view]")) {
     button.setAttribute("aria-pressed", String(button.dataset.view === view));
   }
 }
 
-for (const button of document.querySelectorAll(".views button")) {
+for (const button of document.querySelectorAll("button[data-view]")) {
   button.addEventListener("click", () => setView(button.dataset.view));
 }
 document.querySelector(".skip").addEventListener("click", () => setView("chat"));

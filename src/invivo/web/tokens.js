@@ -61,7 +61,8 @@ export function render(tokens) {
   return box;
 }
 
-function row(text, logprob, chosen) {
+// A token with its probability as a bar.
+export function row(text, logprob, chosen) {
   const line = document.createElement("div");
   line.className = chosen ? "alt chosen" : "alt";
   const p = Math.exp(logprob);
@@ -75,7 +76,8 @@ function row(text, logprob, chosen) {
   return line;
 }
 
-function show(span, tokens) {
+// The alternatives of some tokens beside what they belong to.
+export function show(span, tokens) {
   hide();
   shownFor = span;
   span.classList.add("at");
