@@ -240,9 +240,8 @@ def show_lens(found: LogitLens) -> None:
     shown = range(max(0, n - _MOST_COLUMNS), n)
     if len(shown) < n:
         note(f"the last {len(shown)} of {n} tokens; --json has all")
-    table = Table(
-        title="what each layer would answer", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
-    )
+    _headline("what each layer would answer")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("layer", justify="right")
     for i in shown:
         table.add_column(Text(visible(found.tokens[i])), no_wrap=True)
@@ -259,16 +258,16 @@ def show_lens(found: LogitLens) -> None:
         [visible(str(word), 40), f"{100 * math.exp(x):.2f} %", f"{x:.3f}"]
         for word, x in zip(found.words[-1, -1], last, strict=True)
     ]
-    title = f"at {found.sites[-1]}, after {visible(found.tokens[-1], 40)}"
-    print_table(title, ["next", "probability>", "log-probability>"], rows)
+    _headline(f"at {found.sites[-1]}, after {visible(found.tokens[-1], 40)}")
+    print_table("", ["next", "probability>", "log-probability>"], rows)
 
 
 def show_attribution(found: DirectAttribution, top: int) -> None:
     """The largest shares, and the sums."""
     against = "" if found.minus_word is None else f" minus {visible(found.minus_word, 40)}"
-    title = f"logit of {visible(found.word, 40)}{against} after {visible(found.at, 40)}"
+    _headline(f"logit of {visible(found.word, 40)}{against} after {visible(found.at, 40)}")
     rows = [[name, f"{share:+.4f}"] for name, share in found.largest(2 * top)]
-    print_table(title, ["largest shares", "share>"], rows)
+    print_table("", ["largest shares", "share>"], rows)
     sums = [
         ("embedding", found.embed),
         ("attention", float(found.attn.sum())),
@@ -289,8 +288,8 @@ def show_heads(found: AttentionPattern) -> None:
     shown = found.heads[:_MOST_COLUMNS]
     if len(shown) < len(found.heads):
         note(f"{len(shown)} of {len(found.heads)} heads; --json has all")
-    title = f"where {visible(found.queries[-1], 40)} looks most"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    _headline(f"where {visible(found.queries[-1], 40)} looks most")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("layer", justify="right")
     for head in shown:
         table.add_column(f"head {head}", no_wrap=True)
@@ -314,8 +313,8 @@ def show_pattern(found: AttentionPattern) -> None:
     first = max(0, n - _MOST_COLUMNS)
     if first:
         note(f"the last {n - first} of {n} keys; --json has all")
-    title = f"layer {found.layers[0]}, head {found.heads[0]}: attention in %"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    _headline(f"layer {found.layers[0]}, head {found.heads[0]}: attention in %")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("query")
     for text in found.keys[first:]:
         table.add_column(Text(visible(text)), justify="right", no_wrap=True)
@@ -347,6 +346,11 @@ def show_result(result: ProgramResult) -> None:
         note("--json has the numbers")
 
 
+def _headline(text: str) -> None:
+    """Above a table; one of the table's own would be broken to its width."""
+    stdout().print(text, style="italic", markup=False, soft_wrap=True)
+
+
 def shade(p: float) -> str:
     """From dim grey to a bright colour on dark, both readable on light."""
     p = min(max(p, 0.0), 1.0)
@@ -360,6 +364,7 @@ def shade(p: float) -> str:
 def visible(text: str, most: int = _WIDEST) -> str:
     """A token as it can be read: white space made visible, long ones cut."""
     shown = text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "∅"
+    shown = "".join(c if c.isprintable() else "\ufffd" for c in shown)
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 

@@ -70,7 +70,7 @@ def draw_lens(found: LogitLens, path: Path) -> None:
     axes.set_ylabel("layer")
     axes.set_title("Logit lens: the likeliest next token", fontsize=10)
     figure.colorbar(image, ax=axes, label="probability", pad=0.01)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def draw_attribution(found: DirectAttribution, path: Path) -> None:
@@ -97,7 +97,7 @@ def draw_attribution(found: DirectAttribution, path: Path) -> None:
         parse_math=False,
     )
     figure.colorbar(image, ax=axes, label="share of the logit", pad=0.02)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def draw_attention(found: AttentionPattern, path: Path) -> None:
@@ -127,13 +127,22 @@ def draw_attention(found: AttentionPattern, path: Path) -> None:
         axes.set_ylabel("layer (its heads from below)")
         axes.set_title(f"Where {_plain(found.queries[-1], 20)!r} looks", fontsize=10)
     figure.colorbar(image, ax=axes, label="probability", pad=0.02)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(min(width, 40), min(height, 40)), dpi=150, layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Tokens in scripts that the font lacks are drawn as boxes, without a warning for each."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(path)
 
 
 def _ticks(set_ticks: Any, texts: list[str], rotation: int = 60) -> None:
@@ -149,4 +158,5 @@ def _plain(text: str, most: int) -> str:
     """A token for a label: what cannot be seen made visible, long ones cut."""
     shown = text.replace("\n", "⏎").replace("\t", "⇥")
     shown = shown if shown.strip() else shown.replace(" ", "·")
+    shown = "".join(c if c.isprintable() else "\ufffd" for c in shown)
     return shown if len(shown) <= most else shown[: most - 1] + "…"

@@ -110,13 +110,12 @@ class Ticket:
             Forbidden: the budget does not cover them.
         """
         ledger, budget = self._services.ledger, self._principal.budget
+        if ledger is not None and budget is not None and tokens:
+            assert self._principal.key_id is not None
+            self._reserved += await run_in_threadpool(
+                ledger.reserve, self._principal.key_id, budget, tokens, tokens
+            )
         self._prompt_tokens += tokens
-        if ledger is None or budget is None or not tokens:
-            return
-        assert self._principal.key_id is not None
-        self._reserved += await run_in_threadpool(
-            ledger.reserve, self._principal.key_id, budget, tokens, tokens
-        )
 
     def ran(self, prompt_tokens: int) -> None:
         """The prompts were taken into the engine."""

@@ -129,8 +129,8 @@ async def _prompt(chat: _Chat, ticket: Ticket) -> tuple[MarkedPrompt, Sampling]:
         n=chat.body.n or 1,
         fit=chat.body.fit_max_tokens,
     )
-    ticket.ran(len(prompt.ids))
     await reserve_passes(chat.services, ticket, sampling, [prompt])
+    ticket.ran(len(prompt.ids))
     return prompt, sampling
 
 

@@ -101,10 +101,10 @@ async def _prompts(run: _Run, ticket: Ticket) -> tuple[Prompts, Sampling]:
     max_tokens = await ticket.prompt(
         prompts.sizes, max_tokens=wanted, n=run.n, fit=run.body.fit_max_tokens
     )
-    ticket.ran(sum(prompts.sizes))
     sampling = run.sampling.copy()
     sampling["max_tokens"] = max_tokens
     await reserve_passes(run.services, ticket, sampling, prompts.marked)
+    ticket.ran(sum(prompts.sizes))
     return prompts, sampling
 
 

@@ -125,8 +125,8 @@ async def _run(body: RunRequest, services: Services, principal: Principal) -> Ru
             return sum(programs.n_tokens(one) for one in carried if one is not None)
 
         total = await run_in_threadpool(count)
-        ticket.ran(sum(sizes))
         await ticket.more(max(total - sum(sizes), 0))
+        ticket.ran(sum(sizes))
         results: list[ProgramResult] = await lm.arun(
             owned,
             marked,

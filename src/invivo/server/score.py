@@ -47,11 +47,11 @@ async def _score(body: ScoreRequest, services: Services, principal: Principal) -
     async with admit(services, principal) as ticket:
         sizes = await run_in_threadpool(_sizes, services.lm, body.items)
         await ticket.prompt(sizes)
-        ticket.ran(sum(sizes))
         items = [_item(item) for item in body.items]
         if "interventions" in carried:
             marked = await run_in_threadpool(_marked, services, items)
             await reserve_passes(services, ticket, carried, marked)
+        ticket.ran(sum(sizes))
         scores: list[Score] = await services.lm.ascore(
             items,
             adapter=adapter,
