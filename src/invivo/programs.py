@@ -369,6 +369,7 @@ class Programs:
             "fingerprint": self._model.fingerprint,
             "dtype": str(weight.dtype).removeprefix("torch."),
             "device": weight.device.type,
+            "kernel": "triton" if weight.device.type == "cuda" else "torch",
             "numerics": resolved.program.numerics,
             "versions": _versions(),
         }

@@ -13,6 +13,7 @@ from invivo.edits.site_names import SitePattern, format_ref, format_site
 
 _MOST_TOKENS = 32
 _MOST_ROWS = 16
+_MOST_TOUCHES = 2048
 
 
 def explain(resolved: ResolvedProgram) -> dict[str, Any]:
@@ -22,6 +23,8 @@ def explain(resolved: ResolvedProgram) -> dict[str, Any]:
     that go through the layers side by side; a ``token_layer`` is one token through one layer.
     """
     program, row = resolved.program, resolved.rows[0]
+    touches = [touch for plan in row.runs.values() for touch in plan.touches]
+    left_out = len(touches) - _MOST_TOUCHES
     return {
         "program": resolved.hash,
         "rows": len(resolved.rows),
@@ -29,7 +32,8 @@ def explain(resolved: ResolvedProgram) -> dict[str, Any]:
         "runs": {name: _run(plan) for name, plan in row.runs.items()},
         "unused_runs": sorted(set(program.runs) - set(row.runs)),
         "passes": [list(names) for names in row.passes],
-        "order": [_touch(t, row) for plan in row.runs.values() for t in plan.touches],
+        "order": [_touch(t, row) for t in touches[:_MOST_TOUCHES]],
+        **({"order_left_out": left_out} if left_out > 0 else {}),
         "captures": [
             {
                 "output": c.name,
@@ -177,6 +181,8 @@ def explain_text(explained: dict[str, Any]) -> str:
             f"  [{touch['step']}] {touch['run']}: {touch['do']} {touch['at']} "
             f"at {_shown(touch)}{keys}{source}"
         )
+    if "order_left_out" in explained:
+        lines.append(f"  and {explained['order_left_out']} more")
     for capture in explained["captures"]:
         lines.append(
             f"capture {capture['output']}: {capture['run']} {capture['at']} at {_shown(capture)}, "
