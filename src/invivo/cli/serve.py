@@ -143,8 +143,8 @@ def serve(
             "--state",
             metavar="DIR",
             envvar="INVIVO_STATE",
-            help="Folder of training files, jobs and stored programs; a server started with it again goes on "
-            "with them. [dim]\\[default: in the user's data folder][/dim]",
+            help="Folder of training files, jobs and stored programs; a server started with it "
+            "again goes on with them. [dim]\\[default: in the user's data folder][/dim]",
             file_okay=False,
             show_default=False,
             rich_help_panel=TUNING,
