@@ -46,6 +46,7 @@ OPERATIONS = [
     ("POST", "/v1/explain"),
     ("POST", "/v1/programs"),
     ("GET", "/v1/programs"),
+    ("GET", "/v1/programs/schema"),
     ("GET", "/v1/programs/{program_id}"),
     ("DELETE", "/v1/programs/{program_id}"),
     ("POST", "/v1/blobs"),

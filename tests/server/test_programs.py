@@ -13,6 +13,7 @@ from safetensors.numpy import load, save
 import invivo
 from invivo.edits.builder import last, program
 from invivo.edits.program import parse_program
+from invivo.edits.schema import json_schema
 from invivo.errors import Forbidden, InvalidRequest, NotFound, TooLarge
 from invivo.lm import LM
 from invivo.server.keys import KeyStore
@@ -187,6 +188,7 @@ def test_programs_over_http(http):
     made = http.post("/v1/programs", json={"program": PATCH}).json()
     assert made["id"] == parse_program(PATCH).hash
     assert http.get(f"/v1/programs/{made['id']}").json()["program"] == made["program"]
+    assert http.get("/v1/programs/schema").json() == json_schema()
     assert made["id"] in [p["id"] for p in http.get("/v1/programs").json()["data"]]
     assert http.delete(f"/v1/programs/{made['id']}").json()["deleted"]
     assert http.get(f"/v1/programs/{made['id']}").status_code == 404

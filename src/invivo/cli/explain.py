@@ -23,6 +23,7 @@ def explain(
     program: programs.File = None,
     run: programs.Runs = None,
     blob: programs.Blobs = None,
+    chat: programs.Chat = False,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
     model: options.Model = None,
     url: options.Url = None,
@@ -49,7 +50,7 @@ def explain(
         )
     blobs = programs.read_blobs(blob)
     with opened(model, url=url, key=key, device=device, dtype=dtype) as lm:
-        told = lm.explain(body, prompt, blobs=blobs or None)
+        told = lm.explain(body, programs.asked(prompt, chat), blobs=blobs or None)
     if as_json:
         print_json(told)
     else:

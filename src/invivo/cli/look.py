@@ -95,6 +95,7 @@ def look(
     program: programs.File = None,
     run: programs.Runs = None,
     blob: programs.Blobs = None,
+    chat: programs.Chat = False,
     figure: Annotated[
         Path | None,
         typer.Option("--figure", help="Also draw it: .png, .svg or .pdf."),
@@ -130,17 +131,18 @@ def look(
             remedy="Write it as an output, SITE@last?norm",
         )
     blobs = programs.read_blobs(blob) or None
+    asked = programs.asked(prompt, chat)
     shared: dict[str, Any] = {"edits": body or None, "blobs": blobs, "adapter": use}
     paths = options.adapter_paths(adapter)
     with opened(model, url=url, key=key, device=device, dtype=dtype, adapters=paths) as lm:
         if view is View.LENS:
-            _lens(lm, prompt, sites, top, shared, as_json, figure)
+            _lens(lm, asked, sites, top, shared, as_json, figure)
         elif view is View.ATTRIBUTION:
-            _attribution(lm, prompt, token, minus, top, shared, as_json, figure)
+            _attribution(lm, asked, token, minus, top, shared, as_json, figure)
         elif view is View.ATTENTION:
-            _attention(lm, prompt, sites, shared, as_json, figure)
+            _attention(lm, asked, sites, shared, as_json, figure)
         else:
-            result: ProgramResult = lm.run(body, prompt, blobs=blobs, adapter=use)
+            result: ProgramResult = lm.run(body, asked, blobs=blobs, adapter=use)
             print_json(result.to_dict()) if as_json else show_result(result)
 
 
@@ -165,7 +167,7 @@ def _view(lens: bool, attribution: bool, attention: bool, own_outputs: bool) -> 
 
 def _lens(
     lm: LM,
-    prompt: str,
+    prompt: Any,
     sites: list[str],
     top: int,
     shared: dict[str, Any],
@@ -185,7 +187,7 @@ def _lens(
 
 def _attribution(
     lm: LM,
-    prompt: str,
+    prompt: Any,
     token: str | None,
     minus: str | None,
     top: int,
@@ -205,7 +207,7 @@ def _attribution(
 
 def _attention(
     lm: LM,
-    prompt: str,
+    prompt: Any,
     sites: list[str],
     shared: dict[str, Any],
     as_json: bool,

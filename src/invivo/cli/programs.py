@@ -51,6 +51,17 @@ Blobs = Annotated[
 ]
 
 
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="The prompt is a message, through the model's chat template."),
+]
+
+
+def asked(prompt: str, chat: bool) -> Any:
+    """The prompt as the LM takes it."""
+    return [{"role": "user", "content": prompt}] if chat else prompt
+
+
 def split_words(given: list[str] | None) -> tuple[list[str], list[str]]:
     """What ``--at`` holds: names of sites, and words of the short form."""
     sites: list[str] = []

@@ -90,7 +90,7 @@ def delete_blob(blob_id: str, request: Request, principal: Editor) -> Forgotten:
 def _store(services: Services, principal: Principal, data: bytes, lasting: bool) -> BlobList:
     programs, owner = services.local.programs, stored_as(principal)
     blobs = []
-    for name, tensor in read_tensors(data, "body").items():
+    for name, tensor in sorted(read_tensors(data, "body").items()):
         if len(name) > 128:
             raise InvalidRequest("a name has at most 128 characters", field="body", given=name)
         stored = programs.store_blob(tensor, owner, lasting=lasting)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.concurrency import run_in_threadpool
 
+from invivo.edits.schema import json_schema
 from invivo.program_result import ProgramResult
 from invivo.programs import OwnedProgram
 from invivo.server.admission import admit
@@ -79,6 +80,12 @@ def list_programs(request: Request, principal: Editor) -> StoredProgramList:
     sizes = services_of(request).local.programs.stored_sizes(stored_as(principal))
     data = [StoredProgram(id=name, object="program", bytes=n) for name, n in sizes.items()]
     return StoredProgramList(object="list", data=data)
+
+
+@router.get("/v1/programs/schema", response_model=dict[str, Any], responses=failures())
+def get_schema(_principal: Annotated[Principal, Depends(needs())]) -> dict[str, Any]:
+    """The JSON schema of programs."""
+    return json_schema()
 
 
 @router.get("/v1/programs/{program_id}", response_model=StoredProgram, responses=failures())

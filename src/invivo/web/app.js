@@ -40,7 +40,7 @@ function show(snapshot) {
   adapters.show(snapshot.adapters);
   jobs.show(snapshot);
   jobForm.setModel(snapshot.model.name);
-  look.setModel(snapshot.model.name);
+  look.setModel(snapshot.model);
 }
 
 function askForKey(message) {

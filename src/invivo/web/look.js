@@ -31,15 +31,18 @@ export class Look {
     $("look-edited").addEventListener("change", () => this.draw());
   }
 
-  setModel(name) {
+  setModel({ name, has_chat_template: talks }) {
     this.model = name;
+    $("look-chat").disabled = talks === false;
+    if (talks === false) $("look-chat").checked = false;
   }
 
   async start() {
-    const prompt = $("look-prompt").value;
-    if (!prompt || !this.model) return;
-    this.prompt = prompt;
-    this.edits.start(this.model, prompt);
+    const text = $("look-prompt").value;
+    if (!text || !this.model) return;
+    // What names the prompt in the body of a request.
+    this.prompt = $("look-chat").checked ? { messages: [{ role: "user", content: text }] } : { prompt: text };
+    this.edits.start(this.model, this.prompt);
     await this.draw();
   }
 
@@ -66,7 +69,7 @@ export class Look {
   // The lens first, then the shares in the logits of the tokens that it finds at the end.
   async read(prompt, steps) {
     const [{ count }, { sites }] = await Promise.all([
-      call("POST", "tokenize", { json: { text: prompt, special: true } }),
+      call("POST", "tokenize", { json: prompt.messages ? prompt : { text: prompt.prompt, special: true } }),
       call("GET", `v1/models/${this.model}`),
     ]);
     const pos = { range: [Math.max(0, count - COLUMNS), count] };
@@ -88,7 +91,7 @@ export class Look {
   }
 
   async run(prompt, steps, out) {
-    const body = { model: this.model, prompt, program: { steps, out } };
+    const body = { model: this.model, ...prompt, program: { steps, out } };
     return (await call("POST", "v1/run", { json: body })).data[0].rows[0].captures;
   }
 

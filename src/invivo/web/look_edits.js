@@ -107,15 +107,30 @@ export class Edits {
   }
 
   async answer(steps) {
-    const json = { model: this.model, prompt: this.prompt, max_tokens: WRITTEN, temperature: 0, logprobs: 5 };
+    const json = { model: this.model, ...this.prompt, max_tokens: WRITTEN, temperature: 0 };
     if (steps.length) json.interventions = { steps };
-    return (await call("POST", "v1/completions", { json })).choices[0];
+    if (this.prompt.messages) {
+      Object.assign(json, { logprobs: true, top_logprobs: 5 });
+      const choice = (await call("POST", "v1/chat/completions", { json })).choices[0];
+      const first = choice.logprobs.content[0];
+      return {
+        text: choice.message.content,
+        chosen: first.token,
+        next: first.top_logprobs.map(({ token, logprob }) => [token, logprob]),
+      };
+    }
+    json.logprobs = 5;
+    const choice = (await call("POST", "v1/completions", { json })).choices[0];
+    return {
+      text: choice.text,
+      chosen: choice.logprobs.tokens[0],
+      next: Object.entries(choice.logprobs.top_logprobs[0] || {}),
+    };
   }
 }
 
-function show(which, choice) {
-  $(`answer-${which}`).textContent = choice.text.trim() || "(nothing)";
-  const next = Object.entries(choice.logprobs.top_logprobs[0] || {});
-  const chosen = choice.logprobs.tokens[0];
-  $(`next-${which}`).replaceChildren(...next.map(([text, logprob]) => tokens.row(text, logprob, text === chosen)));
+// An answer, and the likeliest first tokens: { text, chosen, next: [[token, log-probability], ...] }.
+function show(which, { text, chosen, next }) {
+  $(`answer-${which}`).textContent = text.trim() || "(nothing)";
+  $(`next-${which}`).replaceChildren(...next.map(([token, logprob]) => tokens.row(token, logprob, token === chosen)));
 }
