@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.waiting import PATIENCE, hold_at_texts, wait_for
 
 import invivo as library
 
@@ -68,7 +69,7 @@ def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on(
     invivo: Invivo, tiny: str, data: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "poet"
-    command = ["finetune", data, "-m", tiny, "--steps", "2000", *SETTINGS, "--out", str(out)]
+    command = ["finetune", data, "-m", tiny, "--steps", "1000000", *SETTINGS, "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "invivo.cli", *command],
         stderr=subprocess.PIPE,
@@ -76,7 +77,7 @@ def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on(
         env=os.environ | {"PYTHONPATH": str(Path(library.__file__).parents[1])},
     )
     database = out / "job/jobs.sqlite3"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while True:
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -86,7 +87,7 @@ def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on(
             if listed.code == 0 and listed.json() and listed.json()[0]["step"] >= 3:
                 break
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "go on with: invivo finetune" in err
     assert "Traceback" not in err
@@ -102,13 +103,13 @@ def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on(
 
 
 def test_a_job_that_was_put_off_is_finished_by_resume(
-    invivo: Invivo, tiny: str, data: str, tmp_path: Path
+    invivo: Invivo, tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "poet"
     with library.load(tiny, kv_bytes=8 << 20, state=out / "job") as lm:
+        hold_at_texts(monkeypatch, lm.engine, 5 * 4)
         job = lm.finetune(data, name="poet", steps=150, r=4, on="q,v")
-        while job.info().step < 3:
-            time.sleep(0.01)
+        wait_for(lambda: job.info().step >= 3)
         stopped = job.pause()
     assert stopped.status == "paused"
     ran = invivo("finetune", "-m", tiny, "--out", str(out), "--resume", "--json")

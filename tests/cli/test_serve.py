@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+from tests.waiting import PATIENCE
 
 from invivo.demo.server_process import serving
 from invivo.errors import Unavailable
@@ -24,15 +25,17 @@ def test_a_server_serves_the_model_its_adapter_and_the_page_until_it_is_stopped(
 ) -> None:
     log = tmp_path / "log"
     with serving(tiny, {"odd": Path(adapter)}, 0, log) as url:
-        names = [model["id"] for model in httpx.get(url + "/v1/models").json()["data"]]
+        names = [
+            model["id"] for model in httpx.get(url + "/v1/models", timeout=PATIENCE).json()["data"]
+        ]
         assert len(names) == 2
         assert names[1] == names[0] + ":odd"
-        assert "<html" in httpx.get(url).text
+        assert "<html" in httpx.get(url, timeout=PATIENCE).text
         command = ("generate", "hello", "-n", "6", "-t", "0", "--url", url)
         assert invivo(*command).code == 0
         assert invivo(*command).out != invivo(*command, "--use", "odd").out
     with pytest.raises(httpx.ConnectError):
-        httpx.get(url + "/health")
+        httpx.get(url + "/health", timeout=PATIENCE)
     text = log.read_text(encoding="utf-8")
     assert "/v1/completions" in text
     assert "Traceback" not in text
@@ -60,7 +63,7 @@ def test_a_taken_port_ends_the_server_with_a_reason(tiny: str) -> None:
             [sys.executable, "-m", "invivo.cli", "serve", tiny, "--port", port],
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=PATIENCE,
             check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from tests.tiny import tiny_model_folder
+from tests.waiting import PATIENCE
 
 import invivo
 from invivo.demo import learning, phases, report, show, workload
@@ -40,6 +41,7 @@ def findings(lm: LocalLM) -> Iterator[Findings]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workload, "ROUND", 1.0)
         patch.setattr(phases, "HEAD_START", 0.1)
+        patch.setattr(phases, "LONGEST", PATIENCE)
         small = {"steps": 12, "publish_every": 3, "r": 2}
         patch.setattr(learning, "HYPERPARAMETERS", {**learning.HYPERPARAMETERS, **small})
         yield asyncio.run(show._measured(Console(file=io.StringIO()), lm, time.time()))

@@ -48,9 +48,9 @@ def test_groups_and_anchors(pattern: str, text: str, group: int, expected: list[
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*$", "(.*)*x", "a*a*a*a*a*b"])
 def test_patterns_that_ruin_backtracking_are_quick(pattern: str) -> None:
-    began = time.perf_counter()
+    began = time.thread_time()
     list(Pattern(pattern, field="p").find_all("a" * 400))
-    assert time.perf_counter() - began < 1.0
+    assert time.thread_time() - began < 10.0  # backtracking would take years
 
 
 def test_work_is_bounded() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass, field
 from typing import Any
+
+from tests.waiting import PATIENCE
 
 from invivo.engine.engine import Engine, EngineConfig
 from invivo.engine.types import Output, Request, SamplingParams
@@ -65,21 +68,20 @@ def ask(engine: Engine, tokens: list[int], /, **fields: Any) -> Inquiry:
     return inquiry
 
 
-def run(engine: Engine, *inquiries: Inquiry, limit: int = 2000) -> None:
+def run(engine: Engine, *inquiries: Inquiry) -> None:
     """Step until all are done; afterwards nothing may be held."""
-    for _ in range(limit):
-        if all(i.done for i in inquiries):
-            break
+    deadline = time.monotonic() + PATIENCE
+    while not all(i.done for i in inquiries):
+        assert time.monotonic() < deadline
         engine.step()
-    assert all(i.done for i in inquiries)
     settle(engine)
 
 
-def settle(engine: Engine, limit: int = 2000) -> None:
+def settle(engine: Engine) -> None:
     """Step until idle and check that everything was given back."""
-    for _ in range(limit):
-        if not engine.step():
-            break
+    deadline = time.monotonic() + PATIENCE
+    while engine.step():
+        assert time.monotonic() < deadline
     assert not engine.scheduler.has_work
     assert engine.scheduler.blocks_used == 0
     assert engine.stats().running == engine.stats().waiting == 0

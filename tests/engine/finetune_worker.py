@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
+import signal
+import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,12 +49,43 @@ class Texts:
         self.at = position
 
 
-def train(model: str, dtype: str, policy: str, folder: str, pipe: Connection) -> None:
-    """Run SPEC to its end beside requests; every event goes into the pipe, then the result."""
+def kill_9() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(
+    model: str,
+    dtype: str,
+    policy: str,
+    folder: str,
+    pipe: Connection,
+    doom: tuple[int, float] | None,
+) -> None:
+    """Run SPEC to its end beside requests; every event goes into the pipe, then the result.
+
+    Args:
+        doom: (steps, seconds): killed that long after so many steps, and two steps later at the
+            latest, so that no busy machine lets it get away.
+    """
     torch.set_num_threads(1)
     loaded = load_model(model, dtype=getattr(torch, dtype))
     engine = small_engine(loaded, policy=policy, max_batch_tokens=32, max_running=8)
-    job = engine.finetune(SPEC, Texts(), pipe.send, Path(folder))
+    done = 0
+
+    def tell(event: dict[str, Any]) -> None:
+        nonlocal done
+        pipe.send(event)
+        done += event["event"] == "step"
+        if doom is None or event["event"] != "step":
+            return
+        if done == doom[0]:
+            timer = threading.Timer(doom[1], kill_9)
+            timer.daemon = True
+            timer.start()
+        elif done == doom[0] + 2:
+            kill_9()
+
+    job = engine.finetune(SPEC, Texts(), tell, Path(folder))
     rng, asked = random.Random(1), []
     while not job.ended.is_set():
         while sum(not one.done for one in asked) < 3:

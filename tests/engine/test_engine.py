@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.engine.drive import Inquiry, ask, run, settle, small_engine
 from tests.tiny import tiny_hf_model, tiny_model_folder
+from tests.waiting import PATIENCE
 
 from invivo.engine.engine import Engine, EngineConfig
 from invivo.engine.types import Output, Purpose, Request, SamplingParams
@@ -504,7 +505,7 @@ def test_many_threads_submit_and_cancel(tiny: LoadedModel) -> None:
                 engine.submit(inquiry.request, receive)
                 if (number + turn) % 3 == 0:
                     engine.abort(inquiry.request.id)
-                assert ended.wait(30)
+                assert ended.wait(PATIENCE)
                 if inquiry.reason() != "cancelled":
                     done.append(inquiry.tokens())
         except BaseException as error:
@@ -514,7 +515,7 @@ def test_many_threads_submit_and_cancel(tiny: LoadedModel) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert not failures
     assert len(done) >= 12 * 5 * 2 // 3
     assert all(tokens == expected.tokens() for tokens in done)
@@ -593,7 +594,7 @@ def test_an_engine_whose_scheduler_breaks_tells_everyone(
         engine.submit(Request(id=name, tokens=(1, 2)), receive)
     engine.start()
     for _ in range(3):
-        assert ended.acquire(timeout=20), f"only {sorted(outputs)} were told"
+        assert ended.acquire(timeout=PATIENCE), f"only {sorted(outputs)} were told"
     assert all(isinstance(output.error, InvivoError) for output in outputs.values())
     assert engine.failure is not None
     engine.close()

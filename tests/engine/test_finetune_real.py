@@ -56,7 +56,7 @@ def test_fifty_steps_have_the_losses_of_transformers_and_peft() -> None:
     job = start(engine, spec, Listed([Text(t, [*t[1:], -100]) for t in data]))
     # Requests meanwhile, so that windows are cut and share batches.
     asked = [ask(engine, list(t[:6]), max_tokens=8, temperature=0.0) for t in data[:3]]
-    drive(engine, job, limit=100_000)
+    drive(engine, job)
     assert all(one.done for one in asked)
     assert job.handle is not None
     ours = job.handle.losses

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -122,14 +121,13 @@ def test_a_missing_library_names_the_extra(
         ask(small_engine(tiny), [1], grammar=Grammar("regex", "a"))
 
 
-def test_compiled_grammars_are_kept(tiny: LoadedModel) -> None:
+def test_compiled_grammars_are_kept(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = GrammarCompiler(
         tiny.tokenizer, vocab_size=tiny.config.vocab_size, eos_ids=tiny.config.eos_token_ids
     )
     compiler.matcher(schema(SCHEMA))
-    started = time.perf_counter()
+    monkeypatch.setattr(compiler, "_compile", None)  # nothing is compiled again
     matchers = [compiler.matcher(schema(SCHEMA)) for _ in range(50)]
-    assert time.perf_counter() - started < 0.5
     words = np.zeros((len(matchers), (tiny.config.vocab_size + 31) // 32), np.int32)
     for matcher, row in zip(matchers, words, strict=True):
         matcher.fill_mask(row)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import PATIENCE
 
 import invivo
 from invivo.errors import Conflict, InvalidRequest, NotFound, Unavailable
@@ -28,7 +29,7 @@ def test_an_adapter_is_learned_and_answers(
 ) -> None:
     with load(tiny, tmp_path) as lm:
         job = lm.finetune(DATA, name="poet", steps=40, **SETTINGS)
-        info = job.wait(progress=True, timeout=60)
+        info = job.wait(progress=True, timeout=PATIENCE)
         assert info.status == "succeeded"
         assert "40/40" in capsys.readouterr().err
         before = lm.score(("hello 1", " the cat and the dog")).logprob
@@ -38,7 +39,7 @@ def test_an_adapter_is_learned_and_answers(
         assert lm.job(job.id).status == "succeeded"
         file = lm.files()[0]
         again = lm.finetune(file.id, steps=1, **SETTINGS)
-        assert again.wait(timeout=60).name == "job-1"
+        assert again.wait(timeout=PATIENCE).name == "job-1"
         lm.delete_file(file.id)
         assert lm.files() == []
         with pytest.raises(NotFound):
@@ -53,7 +54,7 @@ async def test_the_same_without_blocking(tiny: LoadedModel, tmp_path: Path) -> N
     with load(tiny, tmp_path / "state") as lm:
         file = await lm.aupload_file(path)
         job = await lm.afinetune(file.id, name="poet", max_length=32, steps=2, **SETTINGS)
-        assert (await lm.ajob(job.id)).wait(timeout=60).status == "succeeded"
+        assert (await lm.ajob(job.id)).wait(timeout=PATIENCE).status == "succeeded"
         assert len(await lm.ajobs()) == len(await lm.afiles()) == 1
         await lm.adelete_file(file.id)
 

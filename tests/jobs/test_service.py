@@ -11,13 +11,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.engine.drive import ask
+from tests.waiting import PATIENCE, hold_at_texts, wait_for
 
 from invivo.engine import checkpoint
 from invivo.engine.job_spec import Text
@@ -46,13 +46,6 @@ def begun(running: Running, name: str = "poet", **settings: Any) -> Job:
     return start_job(running.jobs, DATA, name=name, **(SETTINGS | settings))
 
 
-def until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def messages(job: Job) -> list[str]:
     return [event.message for event in reversed(job.events(1000))]
 
@@ -65,7 +58,7 @@ def curve(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list[f
     engine = small_engine(tiny, policy="temporal:1")
     jobs = JobService(engine, tiny, tmp_path_factory.mktemp("undisturbed"))
     engine.start()
-    info = start_job(jobs, DATA, name="poet", **SETTINGS, n_epochs=4).wait(timeout=60)
+    info = start_job(jobs, DATA, name="poet", **SETTINGS, n_epochs=4).wait(timeout=PATIENCE)
     engine.close()
     jobs.close()
     assert info.status == "succeeded"
@@ -76,7 +69,7 @@ def curve(tiny: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> list[f
 def test_a_finished_job_is_served_and_told_in_full(opened: Open, tmp_path: Path) -> None:
     running = opened()
     job = begun(running, metadata={"for": "a test"}, steps=8)
-    info = job.wait(timeout=60)
+    info = job.wait(timeout=PATIENCE)
     assert info.status == "succeeded"
     assert info.fine_tuned_model == "tiny-llama:poet"
     assert (info.step, info.n_steps, len(info.losses)) == (8, 8, 8)
@@ -103,21 +96,22 @@ def test_a_finished_job_is_served_and_told_in_full(opened: Open, tmp_path: Path)
     }
     base = ask(running.engine, [5, 6, 7], max_tokens=4, logprobs=0)
     tuned = ask(running.engine, [5, 6, 7], max_tokens=4, logprobs=0, adapter="poet")
-    until(lambda: base.done and tuned.done)
+    wait_for(lambda: base.done and tuned.done)
     assert base.logprobs() != tuned.logprobs()
 
 
 def test_a_restart_goes_on_and_the_curve_is_the_undisturbed_one(
-    opened: Open, curve: list[float | None]
+    opened: Open, curve: list[float | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = opened()
+    hold_at_texts(monkeypatch, first.engine, 7 * 3)
     job = begun(first, n_epochs=4)
-    until(lambda: job.info().step >= 5)
+    wait_for(lambda: job.info().step >= 5)
     first.close()
 
     second = opened()
     again = Job(job.id, second.jobs)
-    info = again.wait(timeout=60)
+    info = again.wait(timeout=PATIENCE)
     assert info.status == "succeeded"
     assert info.losses == curve
     assert any(message.startswith("Goes on from the checkpoint of") for message in messages(again))
@@ -145,6 +139,14 @@ from invivo.models.load import load_model
 model = load_model(sys.argv[2])
 engine = small_engine(model, policy="temporal:1")
 jobs = JobService(engine, model, Path(sys.argv[3]))
+given = TrainingData.next
+
+def next_text(data):
+    while data.position() == {"epoch": 3, "index": 0, "examples": data.position()["examples"]}:
+        time.sleep(0.01)  # in step 11 of 14, until it is killed
+    return given(data)
+
+TrainingData.next = next_text
 engine.start()
 while True:
     time.sleep(0.002)
@@ -172,10 +174,10 @@ def test_kill_9_loses_at_most_what_came_after_the_last_checkpoint(
         if int(line) >= 5:
             break
     process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    process.wait(PATIENCE)
 
     second = opened()
-    info = Job(job.id, second.jobs).wait(timeout=60)
+    info = Job(job.id, second.jobs).wait(timeout=PATIENCE)
     assert info.status == "succeeded"
     assert info.losses == curve
     started = [m for m in messages(Job(job.id, second.jobs)) if m.startswith("Goes on")]
@@ -188,28 +190,30 @@ def lines(records: list[Any]) -> bytes:
 
 
 def test_a_paused_job_stays_paused_until_it_is_resumed(
-    opened: Open, curve: list[float | None]
+    opened: Open, curve: list[float | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = opened()
+    hold_at_texts(monkeypatch, first.engine, 5 * 3, 10 * 3 + 1)
     job = begun(first, n_epochs=4)
-    until(lambda: job.info().step >= 3)
+    wait_for(lambda: job.info().step >= 3)
     paused = job.pause()
     assert paused.status == "paused"
-    assert job.wait(timeout=5).status == "paused"
+    assert job.wait(timeout=PATIENCE).status == "paused"
     assert job.pause().status == "paused"
-    until(lambda: any(c.step == paused.step for c in job.checkpoints()))
+    wait_for(lambda: any(c.step == paused.step for c in job.checkpoints()))
     assert first.engine.stats().kv["used"] == 0
     assert job.resume().status == "running"
-    until(lambda: job.info().step >= paused.step + 1)
+    wait_for(lambda: job.info().step >= paused.step + 1)
     job.pause()
     first.close()
 
     second = opened()
     again = Job(job.id, second.jobs)
-    time.sleep(0.1)
+    # Jobs are prepared in order: when the next one runs, the paused one had its turn.
+    assert begun(second, "next", steps=1).wait(timeout=PATIENCE).status == "succeeded"
     assert again.status == "paused"
     again.resume()
-    info = again.wait(timeout=60)
+    info = again.wait(timeout=PATIENCE)
     assert info.status == "succeeded"
     assert info.losses == curve
     with pytest.raises(Conflict, match="succeeded"):
@@ -220,7 +224,7 @@ def test_jobs_wait_for_their_turn_and_can_be_called_off_while_they_wait(opened: 
     running = opened(max_jobs=1)
     first = begun(running, "first", steps=10**6)
     second, third = begun(running, "second", steps=2), begun(running, "third", steps=2)
-    until(lambda: first.info().step >= 1)
+    wait_for(lambda: first.info().step >= 1)
     assert (second.status, third.status) == ("queued", "queued")
     with pytest.raises(Conflict, match="has not ended"):
         begun(running, "second")
@@ -230,7 +234,7 @@ def test_jobs_wait_for_their_turn_and_can_be_called_off_while_they_wait(opened: 
     assert info.finished_at is not None
     with pytest.raises(Conflict, match="cancelled"):
         first.cancel()
-    assert third.wait(timeout=60).status == "succeeded"
+    assert third.wait(timeout=PATIENCE).status == "succeeded"
     assert [info.name for info in running.jobs.jobs()] == ["third", "second", "first"]
 
 
@@ -238,7 +242,7 @@ def test_bad_data_fails_the_job_with_an_event_for_every_line(opened: Open) -> No
     running = opened()
     bad = [DATA[0], {"text": 3}, {"messages": [{"role": "user", "content": "a"}]}]
     file = running.jobs.add_file("bad.jsonl", io.BytesIO(lines(bad)))
-    info = Job(running.jobs.create(JobRequest(file.id)).id, running.jobs).wait(timeout=30)
+    info = Job(running.jobs.create(JobRequest(file.id)).id, running.jobs).wait(timeout=PATIENCE)
     assert info.status == "failed"
     assert info.error is not None
     assert info.error["code"] == "invalid_training_file"
@@ -308,14 +312,14 @@ def test_a_full_disk_pauses_the_job_and_says_why(
     running = opened()
     monkeypatch.setattr(checkpoint, "write_adapter", no_room)
     job = begun(running, steps=8, checkpoint_every=3)
-    info = job.wait(timeout=60)
+    info = job.wait(timeout=PATIENCE)
     assert info.status == "paused"
     assert info.error is not None
     assert info.error["code"] == "checkpoint_failed"
     assert "No space left on device" in info.error["message"]
     monkeypatch.setattr(checkpoint, "write_adapter", write)
     job.resume()
-    info = job.wait(timeout=60)
+    info = job.wait(timeout=PATIENCE)
     assert (info.status, info.error, len(info.losses)) == ("succeeded", None, 8)
 
 
@@ -333,7 +337,7 @@ def test_losses_that_are_not_finite_are_told_and_end_the_job(
     monkeypatch.setattr(TrainingData, "next", broken)
     running = opened()
     job = begun(running, steps=50, batch_size=1)
-    info = job.wait(timeout=60)
+    info = job.wait(timeout=PATIENCE)
     assert info.status == "failed"
     assert info.error is not None
     assert "no finite loss" in info.error["message"]
@@ -361,7 +365,7 @@ def test_speed_and_end_are_estimated_while_it_runs(opened: Open) -> None:
     running = opened()
     job = begun(running, steps=10**5)
     seen: list[JobInfo] = []
-    until(lambda: seen.append(job.info()) or seen[-1].tokens_per_second is not None)
+    wait_for(lambda: seen.append(job.info()) or seen[-1].tokens_per_second is not None)
     info = seen[-1]
     assert info.tokens_per_second is not None
     assert info.tokens_per_second > 0
@@ -373,7 +377,9 @@ def test_speed_and_end_are_estimated_while_it_runs(opened: Open) -> None:
 @pytest.mark.parametrize("method", ["ia3", "adapter", "prefix", "soft_prompt", "steering"])
 def test_every_method_gives_an_adapter_that_loads_again(opened: Open, method: str) -> None:
     running = opened()
-    info = start_job(running.jobs, DATA, name="other", method=method, steps=2).wait(timeout=60)
+    info = start_job(running.jobs, DATA, name="other", method=method, steps=2).wait(
+        timeout=PATIENCE
+    )
     assert info.status == "succeeded"
     running.close()
     assert [adapter.name for adapter in opened().engine.adapters.list()] == ["other"]

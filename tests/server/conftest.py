@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.tiny import tiny_model_folder
+from tests.waiting import PATIENCE
 
 import invivo
 from invivo.local import LocalLM
@@ -43,7 +44,7 @@ def client(server: ServerThread) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="session")
 def http(server: ServerThread) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as made:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE) as made:
         yield made
 
 
@@ -75,7 +76,7 @@ def idle(lm: LocalLM) -> Callable[[], dict[str, object]]:
     """Waits until the engine holds nothing and returns its statistics then."""
 
     def wait() -> dict[str, object]:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while True:
             stats = lm.stats()
             if stats["running"] == stats["waiting"] == stats["kv"]["used"] == 0:

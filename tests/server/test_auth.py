@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from pathlib import Path
 
 import httpx
 import pytest
+from tests.waiting import PATIENCE, wait_for
 
 from invivo.errors import InvalidRequest
 from invivo.server.app import create_app
@@ -53,7 +53,7 @@ def _url(store: KeyStore) -> str:
 
 def ask(server: ServerThread, secret: str | None, method: str, path: str, **content):
     headers = {} if secret is None else {"authorization": f"Bearer {secret}"}
-    return httpx.request(method, server.url + path, headers=headers, timeout=30, **content)
+    return httpx.request(method, server.url + path, headers=headers, timeout=PATIENCE, **content)
 
 
 def test_without_a_known_key_nothing_is_answered(keyed, secrets):
@@ -107,7 +107,7 @@ def test_a_path_on_the_server_is_for_administrators(keyed, secrets, adapter_fold
 def test_an_upload_is_not_taken_in_before_the_key_is_seen(keyed, secrets):
     """The refusal comes while most of a large body has not been sent yet."""
     for secret, status in (("iv-wrong", b" 401 "), (secrets["score"], b" 403 ")):
-        with socket.create_connection(("127.0.0.1", keyed.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", keyed.port), timeout=PATIENCE) as connection:
             connection.sendall(
                 b"POST /v1/adapters/upload HTTP/1.1\r\nHost: 127.0.0.1\r\n"
                 b"Content-Type: multipart/form-data; boundary=x\r\n"
@@ -119,16 +119,14 @@ def test_an_upload_is_not_taken_in_before_the_key_is_seen(keyed, secrets):
 
 
 def _spent(store: KeyStore, name: str, at_least: int) -> int:
-    deadline = time.monotonic() + 5
-    while store.get(name).used < at_least and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: store.get(name).used >= at_least, lambda: store.get(name))
     return store.get(name).used
 
 
 async def test_a_budget_is_never_overspent(keyed, store, secrets):
     """Many requests at once: what is granted stays within the budget, the rest is refused."""
     headers = {"authorization": f"Bearer {secrets['poor']}"}
-    async with httpx.AsyncClient(base_url=keyed.url, headers=headers, timeout=30) as client:
+    async with httpx.AsyncClient(base_url=keyed.url, headers=headers, timeout=PATIENCE) as client:
         body = {"prompt": "the cat", "max_tokens": 8, "ignore_eos": True}
         answers = await asyncio.gather(
             *(client.post("/v1/completions", json=body) for _ in range(20))
@@ -158,7 +156,8 @@ def test_a_cancelled_stream_is_charged_for_what_it_gave(keyed, store, secrets):
     before = store.get("root").used
     body = {"prompt": "the cat", "max_tokens": 200, "stream": True, "ignore_eos": True}
     headers = {"authorization": f"Bearer {secrets['admin']}"}
-    with httpx.stream("POST", f"{keyed.url}/v1/completions", json=body, headers=headers) as stream:
+    url = f"{keyed.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=PATIENCE) as stream:
         next(stream.iter_lines())
     assert before < _spent(store, "root", before + 1) <= before + 210
 

@@ -7,6 +7,7 @@ import json
 import httpx
 import openai
 import pytest
+from tests.waiting import PATIENCE
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 TEXT = {"model": "tiny", "prompt": "Hello", "max_tokens": 4}
@@ -175,6 +176,7 @@ def test_a_bug_shows_no_trace(lm, monkeypatch):
             answer = httpx.post(
                 f"{server.url}/v1/chat/completions",
                 json={"messages": CHAT["messages"], "stream": stream},
+                timeout=PATIENCE,
             )
             check(answer, 500, None)
             assert "secret" not in answer.text

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterator
 
 import httpx
 import openai
 import pytest
+from tests.waiting import PATIENCE, wait_for
 
 from invivo.server.keys import KeyStore
 from invivo.server.run import ServerThread
@@ -92,7 +92,7 @@ def test_a_refused_upload_names_the_part(http, lm, parts, param):
 def test_a_large_upload_is_cut_off_while_it_is_read(lm):
     with (
         ServerThread(lm, Settings(port=0, max_file_bytes=3 << 20)) as narrow,
-        httpx.Client(base_url=narrow.url) as http,
+        httpx.Client(base_url=narrow.url, timeout=PATIENCE) as http,
     ):
         assert upload(http, b"x" * (2 << 20)).status_code == 200
         answer = upload(http, b"x" * (4 << 20))
@@ -118,7 +118,7 @@ def test_a_large_upload_is_cut_off_while_it_is_read(lm):
 def test_all_files_together_have_a_bound(lm):
     with (
         ServerThread(lm, Settings(port=0, max_stored_bytes=100)) as narrow,
-        httpx.Client(base_url=narrow.url) as http,
+        httpx.Client(base_url=narrow.url, timeout=PATIENCE) as http,
     ):
         assert upload(http, b"x" * 60).status_code == 200
         answer = upload(http, b"y" * 60)
@@ -143,11 +143,9 @@ def test_a_client_that_goes_while_it_sends_leaves_nothing(server, lm, http):
             + b"x"
             * sent
         )
-        time.sleep(0.05)
         connection.close()
-    time.sleep(0.2)
     assert http.get("/health").status_code == 200
-    assert kept() == before
+    wait_for(lambda: kept() == before, kept)
     assert lm.fine_tuning.files() == known
 
 

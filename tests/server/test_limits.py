@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import httpx
 import pytest
+from tests.waiting import PATIENCE
 
 from invivo.server.run import ServerThread
 from invivo.server.settings import Settings
@@ -28,6 +30,9 @@ def narrow(lm) -> Iterator[ServerThread]:
         yield running
 
 
+post = partial(httpx.post, timeout=PATIENCE)
+
+
 def pieces(n_bytes: int) -> Iterator[bytes]:
     """A body whose length is not told beforehand."""
     for _ in range(n_bytes // 1000):
@@ -44,12 +49,12 @@ def check(response: httpx.Response, status: int, param: str | None = None) -> No
 
 def test_a_body_that_says_it_is_too_large_is_not_read(narrow):
     body = b'{"prompt": "' + b"x" * 20_000 + b'"}'
-    check(httpx.post(f"{narrow.url}/v1/completions", content=body), 413, "body")
+    check(post(f"{narrow.url}/v1/completions", content=body), 413, "body")
 
 
 def test_a_body_that_grows_too_large_is_cut_off(narrow):
     headers = {"content-type": "application/json"}
-    with httpx.Client(base_url=narrow.url) as client:
+    with httpx.Client(base_url=narrow.url, timeout=PATIENCE) as client:
         check(client.post("/v1/completions", content=pieces(40_000), headers=headers), 413)
         check(client.post("/v1/completions", content=pieces(9_000), headers=headers), 400)
 
@@ -57,24 +62,27 @@ def test_a_body_that_grows_too_large_is_cut_off(narrow):
 def test_an_upload_has_a_bound_of_its_own(narrow):
     files = {"config": b"{}", "weights": b"x" * 15_000}
     url = f"{narrow.url}/v1/adapters/upload"
-    check(httpx.post(url, data={"name": "a"}, files=files), 400, "weights")
+    check(post(url, data={"name": "a"}, files=files), 400, "weights")
     files["weights"] = b"x" * 30_000
-    check(httpx.post(url, data={"name": "a"}, files=files), 413, "body")
+    check(post(url, data={"name": "a"}, files=files), 413, "body")
 
 
 def test_prompts_outputs_and_sequences_are_bounded(narrow):
     url = f"{narrow.url}/v1/completions"
-    check(httpx.post(url, json=LONG | {"prompt": "x" * 200}), 413, "prompt")
-    check(httpx.post(url, json=LONG | {"n": 5}), 400, "n")
+    check(post(url, json=LONG | {"prompt": "x" * 200}), 413, "prompt")
+    check(post(url, json=LONG | {"n": 5}), 400, "n")
     for asked in (900, None):
-        answer = httpx.post(url, json=LONG | {"max_tokens": asked}).json()
+        answer = post(url, json=LONG | {"max_tokens": asked}).json()
         assert answer["usage"]["completion_tokens"] == 5
         assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_one_request_too_many_is_told_to_wait(lm, idle):
     settings = Settings(port=0, max_concurrent=1)
-    with ServerThread(lm, settings) as server, httpx.Client(base_url=server.url) as client:
+    with (
+        ServerThread(lm, settings) as server,
+        httpx.Client(base_url=server.url, timeout=PATIENCE) as client,
+    ):
         assert client.get("/health").status_code == 200
         with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as running:
             lines = running.iter_lines()  # kept: the stream closes with its iterator
@@ -98,6 +106,6 @@ def test_the_engine_s_full_queue_is_a_429_too(lm, monkeypatch):
     with ServerThread(lm, Settings(port=0)) as server:
         monkeypatch.setattr(lm.engine, "submit", full)
         for stream in (False, True):
-            refused = httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": stream})
+            refused = post(f"{server.url}/v1/completions", json=LONG | {"stream": stream})
             check(refused, 429)
             assert "retry-after" in refused.headers

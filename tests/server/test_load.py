@@ -11,6 +11,7 @@ import time
 import httpx
 import pytest
 from tests.tiny import tiny_model_folder
+from tests.waiting import PATIENCE
 
 import invivo
 from invivo.server.run import ServerThread
@@ -87,7 +88,7 @@ def test_two_hundred_streams_with_leavers_and_nonsense(small, caplog):
 
     async def run(url: str) -> tuple[int, int]:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=PATIENCE) as client:
             work, expected = [], []
             for i in range(N_REQUESTS):
                 if i < MALFORMED:
@@ -110,7 +111,7 @@ def test_two_hundred_streams_with_leavers_and_nonsense(small, caplog):
         right, valid = asyncio.run(run(server.url))
         assert valid == N_REQUESTS - CANCELLED - MALFORMED
         assert right == N_REQUESTS
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while True:
             stats = small.stats()
             left = (stats["running"], stats["waiting"], stats["kv"]["used"])

@@ -15,6 +15,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from tests.waiting import PATIENCE
 
 from invivo.lm_jobs import ENDED
 from invivo.server.app import create_app
@@ -85,7 +86,8 @@ ENDLESS = ("GET", "/v1/live/stream")  # test_watching.py reads it
 
 @pytest.fixture(scope="module")
 def api(short: ServerThread):
-    schema = schemathesis.openapi.from_dict(httpx.get(f"{short.url}/openapi.json").json())
+    document = httpx.get(f"{short.url}/openapi.json", timeout=PATIENCE).json()
+    schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=short.url)
     return schema
 
@@ -94,7 +96,7 @@ def api(short: ServerThread):
 def known(lm, short: ServerThread) -> Iterator[dict[str, str]]:
     """Names of a model, a file and an ended job that are there."""
     job = lm.finetune([{"text": "the cat is red"}], name="known", steps=1, batch_size=1)
-    info = job.wait(timeout=30)
+    info = job.wait(timeout=PATIENCE)
     assert info.status == "succeeded"
     yield {
         "model": short.app.state.services.model_name,
@@ -103,7 +105,7 @@ def known(lm, short: ServerThread) -> Iterator[dict[str, str]]:
     }
     for each in lm.jobs():
         each.cancel() if each.status not in ENDED else None
-        assert each.wait(timeout=30).status in ENDED
+        assert each.wait(timeout=PATIENCE).status in ENDED
         each.delete()
     for adapter in lm.adapters():
         lm.unload_adapter(adapter.name)
@@ -163,7 +165,7 @@ def test_no_request_makes_it_fail_and_answers_conform(api, known, method, path):
     )
     @given(generated)
     def check(case):
-        response = case.call(timeout=20)
+        response = case.call(timeout=PATIENCE)
         assert response.status_code < 500, response.text
         case.validate_response(response, checks=CHECKS)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+from tests.waiting import PATIENCE, await_for, wait_for
 
 import invivo
 from invivo.errors import (
@@ -264,11 +263,8 @@ async def test_async_calls_work_from_any_loop(either):
     assert len(await either.aembed("the cat")) == either.info().hidden_size
 
 
-def wait_until_idle(lm):
-    deadline = time.monotonic() + 10
-    while any(lm.stats()[name] for name in ("running", "waiting")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def idle(lm) -> bool:
+    return not any(lm.stats()[name] for name in ("running", "waiting"))
 
 
 LONG = {"temperature": 0, "max_tokens": 900, "ignore_eos": True}
@@ -279,7 +275,7 @@ def test_a_closed_stream_cancels(lm, either):
     stream = either.stream("the cat", **LONG)
     next(stream)
     stream.close()
-    wait_until_idle(lm)
+    wait_for(lambda: idle(lm))
     assert lm.stats()["totals"]["cancelled"] == before + 1
 
 
@@ -293,16 +289,14 @@ async def test_a_closed_async_stream_and_a_cancelled_task_cancel(lm, either):
     stream = either.astream("the cat", **LONG)
     await anext(stream)
     await stream.aclose()
+    asked = lm.stats()["totals"]["requests"]
     task = asyncio.ensure_future(either.agenerate("the cat", **LONG))
     reader = asyncio.ensure_future(read_all(either.astream("hello", **LONG)))
-    await asyncio.sleep(0.05)
+    await await_for(lambda: lm.stats()["totals"]["requests"] == asked + 2)
     task.cancel()
     reader.cancel()
     await asyncio.gather(task, reader, return_exceptions=True)
-    deadline = time.monotonic() + 10
-    while lm.stats()["running"] or lm.stats()["waiting"]:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
+    await await_for(lambda: idle(lm))
     assert lm.stats()["totals"]["cancelled"] == before + 3
 
 
@@ -345,25 +339,23 @@ def test_a_closed_connection_says_so(server):
 
 
 @pytest.mark.parametrize("way", ["generate", "stream", "agenerate", "astream"])
-def test_closing_tells_those_who_wait(server, way):
+def test_closing_tells_those_who_wait(server, lm, way):
     made = invivo.connect(server.url)
-    begun = threading.Event()
+    before = lm.stats()["totals"]["requests"]
 
     def plain():
-        begun.set()
         made.generate("the cat", **LONG)
 
     def streamed():
         for _ in made.stream("the cat", **LONG):
-            begun.set()
+            pass
 
     async def gathered():
-        begun.set()
         await made.agenerate("the cat", **LONG)
 
     async def iterated():
         async for _ in made.astream("the cat", **LONG):
-            begun.set()
+            pass
 
     works = {
         "generate": plain,
@@ -373,11 +365,10 @@ def test_closing_tells_those_who_wait(server, way):
     }
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(works[way])
-        assert begun.wait(20)
-        time.sleep(0.05)
+        wait_for(lambda: lm.stats()["totals"]["requests"] > before)
         made.close()
         with pytest.raises(Unavailable, match="closed"):
-            waiting.result(timeout=20)
+            waiting.result(timeout=PATIENCE)
 
 
 def test_a_batch_waits_for_a_busy_server(lm):

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.tiny import tiny_model_folder
+from tests.waiting import PATIENCE
 
 TEXTS = "".join(
     json.dumps({"prompt": f"the {colour} {animal}", "completion": f" is {word}"}) + "\n"
@@ -51,16 +52,16 @@ def serving(model: Path, state: Path) -> Iterator[tuple[subprocess.Popen[bytes],
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
         )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as http:
             yield process, http
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
 
 
-def ask(http: httpx.Client, path: str, patience: float = 60.0) -> Any:
+def ask(http: httpx.Client, path: str) -> Any:
     """The answer as soon as the server gives one."""
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             answer = http.get(path)
@@ -72,7 +73,7 @@ def ask(http: httpx.Client, path: str, patience: float = 60.0) -> Any:
 
 
 def until(http: httpx.Client, job_id: str, ready: Any) -> dict[str, Any]:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not ready(job := ask(http, f"{JOBS}/{job_id}")):
         assert job["status"] in ("validating_files", "queued", "running"), job
         assert time.monotonic() < deadline, job
@@ -90,7 +91,7 @@ def create(http: httpx.Client) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_killed_server_goes_on_with_its_job_and_the_curve_is_the_undisturbed_one(tmp_path):
     model = tiny_model_folder(tmp_path)
     state = tmp_path / "state"

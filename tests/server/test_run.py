@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 
 import httpx
 import pytest
+from tests.waiting import PATIENCE, wait_for
 
 from invivo.errors import InvalidRequest
 from invivo.server.run import ServerThread, run
@@ -39,28 +39,28 @@ def test_an_unknown_address_is_told(lm, tmp_path):
 def test_it_answers_on_loopback_under_either_name(lm, host):
     with ServerThread(lm, Settings(host=host, port=0)) as server:
         assert server.url.startswith(f"http://{host}:")
-        assert httpx.get(f"{server.url}/health").status_code == 200
-        assert httpx.get(f"http://127.0.0.1:{server.port}/v1/models").status_code == 200
+        assert httpx.get(f"{server.url}/health", timeout=PATIENCE).status_code == 200
+        models = f"http://127.0.0.1:{server.port}/v1/models"
+        assert httpx.get(models, timeout=PATIENCE).status_code == 200
 
 
 def test_a_folder_s_model_goes_by_the_folder_s_name(lm):
     with ServerThread(lm, Settings(port=0)) as server:
-        listed = httpx.get(f"{server.url}/v1/models").json()["data"]
+        listed = httpx.get(f"{server.url}/v1/models", timeout=PATIENCE).json()["data"]
     assert [one["id"] for one in listed] == ["tiny-llama"]
 
 
 def test_running_requests_may_finish_when_it_stops(lm):
-    server = ServerThread(lm, Settings(port=0, shutdown_seconds=20)).start()
+    server = ServerThread(lm, Settings(port=0, shutdown_seconds=PATIENCE)).start()
     answers: list[httpx.Response] = []
     body = {"prompt": "the cat", "max_tokens": 150, "ignore_eos": True}
 
     def ask() -> None:
-        answers.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=30))
+        answers.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE))
 
     client = threading.Thread(target=ask)
     client.start()
-    while not server.app.state.services.gate.taken:
-        time.sleep(0.002)
+    wait_for(lambda: server.app.state.services.gate.taken)
     server.stop()
     client.join()
     assert answers[0].json()["usage"]["completion_tokens"] == 150

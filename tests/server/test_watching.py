@@ -7,6 +7,7 @@ import json
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.waiting import PATIENCE
 
 
 def samples(http) -> dict[tuple[str, str], float]:
@@ -77,7 +78,7 @@ def test_the_live_snapshot_is_complete_and_private(http):
 
 
 def test_the_live_stream_comes_by_the_second(server):
-    with httpx.stream("GET", f"{server.url}/v1/live/stream", timeout=5) as stream:
+    with httpx.stream("GET", f"{server.url}/v1/live/stream", timeout=PATIENCE) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         events = (line for line in stream.iter_lines() if line)
         first, second = (json.loads(next(events).removeprefix("data: ")) for _ in range(2))

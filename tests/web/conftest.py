@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tests.tiny import tiny_model_folder
+from tests.waiting import PATIENCE
 
 import invivo
 from invivo.local import LocalLM
@@ -80,7 +81,7 @@ def open_page(browser: Any, server: ServerThread) -> Iterator[OpenPage]:
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(1000 * PATIENCE)
         page.on("pageerror", lambda error: problems.append(f"exception: {error}"))
         page.on("console", lambda m: m.type in ("error", "warning") and problems.append(m.text))
         page.on(

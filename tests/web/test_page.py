@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.waiting import PATIENCE, wait_for
 
 from invivo.lm_jobs import ENDED, Job
 from invivo.local import LocalLM
@@ -39,13 +39,6 @@ def answer_length(page: Any) -> int:
     return len(page.locator(".message.assistant .content").last.text_content())
 
 
-def wait_until(condition: Any, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
 def number(page: Any, selector: str) -> float:
     return float(re.sub(r"[^\d.]", "", page.locator(selector).text_content()) or 0)
 
@@ -61,19 +54,23 @@ def test_page_shows_the_model_and_its_state(page, lm):
 def test_answer_grows_while_it_streams_and_the_counters_move(page):
     page.wait_for_selector("#state[data-state=ready]")
     before = number(page, "#decode-total")
+    page.evaluate(
+        """window.lengths = new Set();
+           new MutationObserver(() => {
+             const answer = document.querySelector('.message.assistant .content');
+             if (answer) window.lengths.add(answer.textContent.length);
+           }).observe(document.body, {subtree: true, childList: true, characterData: true})"""
+    )
     ask(page, "hello world", max_tokens=600)
-    page.wait_for_selector("#stop")
-    lengths = set()
     meta = page.locator(".message.assistant .meta")
-    while "600 tokens" not in meta.text_content():
-        lengths.add(answer_length(page))
-    assert len(lengths) > 3, "the answer came in one piece"
+    wait_for(lambda: "600 tokens" in meta.text_content())
+    assert page.evaluate("window.lengths.size") > 3, "the answer came in one piece"
     assert re.match(r"first token .+ · [\d.,k]+ tok/s · 600 tokens", meta.text_content())
     assert page.locator(".message.user").text_content() == "You: hello world"
     page.wait_for_selector("#send")
-    wait_until(lambda: number(page, "#decode-total") >= before + 500)
+    wait_for(lambda: number(page, "#decode-total") >= before + 500)
     row = page.locator("#recent tbody tr").first
-    wait_until(lambda: "length" in row.text_content())
+    wait_for(lambda: "length" in row.text_content())
     assert row.locator("td").nth(4).text_content() == "600"
     assert page.locator("#tokens-chart canvas").count() == 1
     page.wait_for_selector("#tokens-chart:not(.is-empty)")
@@ -87,7 +84,7 @@ def test_next_message_carries_the_conversation(page):
     for text in ("the cat", "the dog"):
         ask(page, text, max_tokens=4)
         page.wait_for_selector("#send")
-        wait_until(lambda: page.locator(".message .meta").last.text_content().count("tokens"))
+        wait_for(lambda: page.locator(".message .meta").last.text_content().count("tokens"))
     roles = [message["role"] for message in json.loads(sent[-1])["messages"]]
     assert roles == ["user", "assistant", "user"]
     page.click("#new-chat")
@@ -98,10 +95,10 @@ def test_stop_cancels_the_request_in_the_engine(page, lm):
     page.wait_for_selector("#state[data-state=ready]")
     before = lm.stats()["totals"]["cancelled"]
     ask(page, "hello", max_tokens=7000)
-    wait_until(lambda: answer_length(page) > 0)
+    wait_for(lambda: answer_length(page) > 0)
     page.click("#stop")
-    wait_until(lambda: lm.stats()["totals"]["cancelled"] == before + 1)
-    wait_until(lambda: lm.stats()["running"] == 0)
+    wait_for(lambda: lm.stats()["totals"]["cancelled"] == before + 1)
+    wait_for(lambda: lm.stats()["running"] == 0)
     meta = page.locator(".message.assistant .meta").text_content()
     assert meta.endswith("stopped")
     assert page.locator("#send").is_visible()
@@ -113,7 +110,7 @@ def test_tokens_show_their_probability_and_the_alternatives(page):
     ask(page, "the red dog", max_tokens=12)
     page.wait_for_selector("#send")
     spans = page.locator(".tokens span")
-    wait_until(lambda: spans.count() > 3)
+    wait_for(lambda: spans.count() > 3)
     spans.nth(2).hover()
     assert page.locator("#tip .alt").count() >= 5
     assert page.locator("#tip .alt.chosen").count() >= 1
@@ -144,8 +141,8 @@ def test_plain_text_is_continued_without_a_template(page):
     page.select_option("#mode", "text")
     page.locator("#composer .switch").click()
     ask(page, "hello world the", max_tokens=8)
-    wait_until(lambda: page.locator(".tokens span").count() >= 4)
-    wait_until(lambda: "8 tokens" in page.locator(".message .meta").text_content())
+    wait_for(lambda: page.locator(".tokens span").count() >= 4)
+    wait_for(lambda: "8 tokens" in page.locator(".message .meta").text_content())
 
 
 def test_adapter_is_uploaded_used_and_unloaded(page, lm, adapter_files):
@@ -158,7 +155,7 @@ def test_adapter_is_uploaded_used_and_unloaded(page, lm, adapter_files):
     assert "poet" in page.locator("#adapters").text_content()
     page.select_option("#adapter", "poet")
     ask(page, "the blue cat", max_tokens=5)
-    wait_until(lambda: "poet" in page.locator("#recent tbody tr").first.text_content())
+    wait_for(lambda: "poet" in page.locator("#recent tbody tr").first.text_content())
     page.click("#adapters button")
     page.wait_for_selector("#adapters-empty")
     assert lm.adapters() == []
@@ -207,9 +204,9 @@ def test_page_finds_the_server_again(browser, lm):
         page.goto(first.url)
         page.wait_for_selector("#state[data-state=ready]")
         port = first.port
-    page.wait_for_selector("#state[data-state=lost]", timeout=15_000)
+    page.wait_for_selector("#state[data-state=lost]", timeout=1000 * PATIENCE)
     with ServerThread(lm, Settings(port=port, served_name="tiny")):
-        page.wait_for_selector("#state[data-state=ready]", timeout=15_000)
+        page.wait_for_selector("#state[data-state=ready]", timeout=1000 * PATIENCE)
     context.close()
 
 
@@ -237,7 +234,7 @@ def test_page_asks_for_a_key_where_one_is_needed(open_page, lm, tmp_path):
 def ask_plainly(page: Any, text: str) -> None:
     page.fill("#prompt", text)
     page.press("#prompt", "Enter")
-    wait_until(lambda: "first token" in page.locator(".message .meta").text_content())
+    wait_for(lambda: "first token" in page.locator(".message .meta").text_content())
 
 
 @pytest.fixture(scope="module")
@@ -289,14 +286,14 @@ def test_job_is_started_from_a_file_and_its_adapter_talks(page, lm, tmp_path):
     page.wait_for_selector("#job-dialog:not([open])", state="attached")
     page.wait_for_selector("#job-list .tag.succeeded")
     assert "step 4 of 4" in page.locator("#job-list").text_content()
-    wait_until(lambda: "on v, down · r 2" in page.locator("#job-facts").text_content())
+    wait_for(lambda: "on v, down · r 2" in page.locator("#job-facts").text_content())
     assert page.locator("#loss-chart canvas").count() == 1
     assert float(page.locator("#loss-legend b").first.text_content()) > 0
     assert page.locator("#job-cancel").is_hidden()
     page.click("#job-chat")
     assert page.locator("#adapter").input_value() == "dreamer"
     ask(page, "the cat", max_tokens=3)
-    wait_until(lambda: "dreamer" in page.locator("#recent tbody tr").first.text_content())
+    wait_for(lambda: "dreamer" in page.locator("#recent tbody tr").first.text_content())
     lm.unload_adapter("dreamer")
 
 
@@ -311,8 +308,8 @@ def test_bad_lines_of_a_file_are_named_in_the_form(page, tmp_path):
     told = page.locator("#job-problems li").all_text_contents()
     assert [text.split(":")[0] for text in told] == ["line 1", "line 3"]
     page.click("#job-dialog [data-close]")
-    wait_until(lambda: "failed" in page.locator("#job-status").text_content())
-    wait_until(lambda: "line 3" in page.locator("#job-error").text_content())
+    wait_for(lambda: "failed" in page.locator("#job-status").text_content())
+    wait_for(lambda: "line 3" in page.locator("#job-error").text_content())
     assert page.locator("#loss-chart").is_hidden()
 
 
@@ -332,7 +329,7 @@ def test_job_is_paused_resumed_and_cancelled_after_a_question(page, long_job):
     page.wait_for_selector("#job-status.running")
     page.wait_for_selector("#loss-chart:not(.is-empty)")
     page.wait_for_selector("#tokens-chart:not(.is-empty)")
-    wait_until(lambda: number(page, "#tokens-legend .key:nth-child(5) b") > 0)
+    wait_for(lambda: number(page, "#tokens-legend .key:nth-child(5) b") > 0)
     page.click("#job-pause")
     page.wait_for_selector("#job-status.paused")
     page.click("#job-resume")
@@ -349,5 +346,5 @@ def test_job_is_paused_resumed_and_cancelled_after_a_question(page, long_job):
 
 def test_objective_is_named_beside_the_latency_it_limits(page, lm):
     page.wait_for_selector("#state[data-state=ready]")
-    wait_until(lambda: page.locator("#itl-legend .promise b").text_content() == "50 ms")
+    wait_for(lambda: page.locator("#itl-legend .promise b").text_content() == "50 ms")
     assert page.locator("#ttft-legend .promise b").text_content() == "5.00 s"
