@@ -32,7 +32,7 @@ from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
 from invivo.engine.engine import Engine
 from invivo.engine.types import AdapterInfo, Output, Request, SamplingParams, TokenLogprob
-from invivo.errors import InvalidRequest, MissingDependency, Unavailable
+from invivo.errors import InvalidRequest, MissingDependency, NotFound, Unavailable
 from invivo.gather import Gathered, Gathering, failure_of
 from invivo.lm import (
     LM,
@@ -99,6 +99,7 @@ class LocalLM(LM):
         self._tokenizer.no_padding()
         self._texts: dict[int, str] = {}
         self._created = int(time.time())
+        self._interpreting = threading.Lock()
         self.programs = Programs(
             model,
             lambda text, special: self.tokenize(text, special=special),
@@ -293,7 +294,8 @@ class LocalLM(LM):
     ) -> Any:
         prompts, single = run_prompts_of(prompt)
         requests = self._running(program, prompts, blobs, params, adapter, salt)
-        done = [self._result(g) for g in self._run(requests, progress)]
+        with _bar(len(requests), progress) as on_done:
+            done = [self._interpreted(request, on_done) for request in requests]
         return done[0] if single else done
 
     async def arun(
@@ -310,8 +312,7 @@ class LocalLM(LM):
         requests = await asyncio.to_thread(
             self._running, program, prompts, blobs, params, adapter, salt
         )
-        gathered = await self._arun(requests)
-        done = await asyncio.to_thread(lambda: [self._result(g) for g in gathered])
+        done = [await asyncio.to_thread(self._interpreted, request) for request in requests]
         return done[0] if single else done
 
     def explain(
@@ -783,10 +784,33 @@ class LocalLM(LM):
             return None
         return self.programs.result(gathered.program, carried, generated)
 
-    def _result(self, gathered: Gathered) -> ProgramResult:
-        found = self._program_of(gathered)
-        assert found is not None
-        return found
+    def _interpreted(
+        self, request: Request, on_done: Callable[[], object] | None = None
+    ) -> ProgramResult:
+        """A program carried out by the interpreter; one at a time, for it is not sparing."""
+        assert request.intervention is not None
+        if request.adapter is not None:
+            self._check_adapter(request.adapter)
+            raise InvalidRequest(
+                "the interpreter knows the base model alone",
+                field="adapter",
+                given=request.adapter,
+            )
+        with self._interpreting:
+            output = self.programs.interpret(request.intervention)
+        if on_done is not None:
+            on_done()
+        return self.programs.result(output, request.intervention)
+
+    def _check_adapter(self, name: str) -> None:
+        loaded = [adapter.name for adapter in self.adapters()]
+        if name not in loaded:
+            raise NotFound(
+                "no such adapter is loaded",
+                field="adapter",
+                given=name,
+                remedy=f"Loaded: {', '.join(loaded) or 'none'}",
+            )
 
     def _delta(self, output: Output, written: _Written) -> Delta:
         error = failure_of(output)

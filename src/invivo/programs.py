@@ -24,11 +24,12 @@ from safetensors.torch import save as save_tensors
 from invivo.content_store import ContentStore
 from invivo.edits.blobs import Blobs, content_hash
 from invivo.edits.explain import cost, explain
+from invivo.edits.oracle import run_program
 from invivo.edits.program import Program, parse_program
 from invivo.edits.prompt_text import PromptText, prompt_of_ids
 from invivo.edits.resolve import ResolveBounds, ResolveCache, resolve
 from invivo.edits.resolved import ResolvedProgram, ResolvedRow
-from invivo.edits.results import Captured, Measured, ProgramOutput
+from invivo.edits.results import Captured, Measured, ProgramOutput, RowOutput
 from invivo.edits.site_names import format_ref
 from invivo.engine.types import Intervention
 from invivo.errors import InvalidRequest, NotFound
@@ -339,6 +340,17 @@ class Programs:
             turns=tuple((role, *_tokens_over(found, a, b)) for role, a, b in turns),
             groups={f"set{i}": ranges for i, ranges in enumerate(prompt.sets)},
         )
+
+    @torch.no_grad()
+    def interpret(self, intervention: Intervention) -> ProgramOutput:
+        """Carry a program out on the interpreter, in the caller's thread."""
+        rows = run_program(
+            self._model.decoder,
+            intervention.resolved,
+            blobs=intervention.blobs,
+            params=intervention.params,
+        )
+        return ProgramOutput([RowOutput(row.row, row.captures, row.measures) for row in rows])
 
     # --- what came back ---------------------------------------------------------------------
     def result(
