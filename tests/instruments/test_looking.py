@@ -28,7 +28,7 @@ def local(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLM
         yield lm
 
 
-@pytest.fixture(params=["oracle"])
+@pytest.fixture(params=["oracle", "engine"])
 def lm(request, local):
     return OracleLM(local) if request.param == "oracle" else local
 
