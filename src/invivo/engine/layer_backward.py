@@ -131,7 +131,8 @@ class _Window:
         """Turn to ``layer``."""
         self.index = layer
         self.layer: Layer = self.decoder.layers[layer]  # type: ignore[assignment]
-        self.mixer: Attention = self.layer.mixer
+        assert isinstance(self.layer.mixer, Attention)  # no tape has another
+        self.mixer = self.layer.mixer
         self.hooked = self.hooks.names.get(layer, frozenset())
         self.reads = self.hooks.reads.get(layer, frozenset())
         self.last_hook = self.hooks.last_hook if layer == self.hooks.bottom else None

@@ -12,6 +12,7 @@ from invivo.kernels.attention_backward import attention_lse
 from invivo.models.bypass import Bypass
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder, Layer
+from invivo.models.mixers.attention import Attention
 from invivo.models.sites import LSE
 
 # Tape names that a site gives, where no bypass may change it on the way there.
@@ -115,6 +116,7 @@ class Recording:
         just seen (none where nobody asked), whose keys are in the cache now."""
         block: Layer = self._decoder.layers[layer]  # type: ignore[assignment]
         mixer = block.mixer
+        assert isinstance(mixer, Attention)  # no tape has another
         for piece, queries in zip(self._pieces, queries_of, strict=bool(queries_of)):
             if (layer, LSE) not in piece.tape.held:
                 continue

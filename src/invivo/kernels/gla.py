@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from invivo.kernels.device import runs_triton
 from invivo.kernels.gla_chunked import chunked
 
 Spans = Sequence[int]
@@ -28,6 +29,7 @@ def gla(
     g: torch.Tensor,
     *,
     span_start: Spans,
+    span_start_device: torch.Tensor | None = None,
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     want_state: bool = False,
@@ -41,6 +43,7 @@ def gla(
         v: [T, H, V].
         g: [T, H, K] natural logarithms of the gates, <= 0 (-inf forgets everything).
         span_start: [S + 1] first row of each span, and T; on the host. A span may be empty.
+        span_start_device: the same numbers where ``q`` is, int32: the Triton kernels read them.
         scale: of the queries; None = K ** -0.5.
         initial_state: [S, H, K, V] before each span, float32 (float64 for float64 inputs); None =
             zeros.
@@ -49,6 +52,20 @@ def gla(
     Returns:
         [T, H, V] in the dtype of ``v``; [S, H, K, V] float32 (float64 for float64), or None.
     """
+    if q.is_cuda and span_start_device is not None and len(span_start) > 1:
+        from invivo.kernels.triton_gla import ops
+
+        if ops.supports(q, v):
+            return ops.gla_triton(
+                q,
+                k,
+                v,
+                g,
+                span_start=span_start_device,
+                scale=scale,
+                initial_state=initial_state,
+                want_state=want_state,
+            )
     return gla_chunked(
         q,
         k,
@@ -187,6 +204,11 @@ def gla_step(
     Returns:
         [B, H, V] in the dtype of ``v``.
     """
+    if runs_triton(q, k, v):
+        from invivo.kernels.triton_gla import ops, step
+
+        if ops.supports(q, v):
+            return step.step(q, k, v, g, state, slots, scale=_scale(q, scale))
     wide = state.dtype
     moved = state.index_select(0, slots).mul_(g.to(wide).exp().unsqueeze(-1))
     moved.addcmul_(k.to(wide).unsqueeze(-1), v.to(wide).unsqueeze(-2))

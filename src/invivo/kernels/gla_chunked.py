@@ -148,7 +148,7 @@ def _parts(
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -167,8 +167,8 @@ class _Chunked(torch.autograd.Function):
         return chunks.scatter(o, v), p.final
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(  # type: ignore[override]
+    @once_differentiable
+    def backward(
         ctx: Any, d_o: torch.Tensor, d_final: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         q, k, v, g, initial_state = ctx.saved_tensors

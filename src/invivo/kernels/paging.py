@@ -37,6 +37,8 @@ class PagedLayout:
         max_kv: largest ``kv_len``.
         span_start_host, kv_len_host: the same numbers as Python lists, so that a CPU path
             needs no device read; empty inside a CUDA graph.
+        state_slots: [S] int64, slot of each span's recurrent state; None: every span is a whole
+            sequence from its first token, and its state is not kept.
         prepared: what a kernel derives from this layout alone (masks, groups) and reuses in
             every layer; it lives as long as the layout, which must not change once used.
     """
@@ -52,6 +54,7 @@ class PagedLayout:
     max_kv: int
     span_start_host: list[int]
     kv_len_host: list[int]
+    state_slots: torch.Tensor | None = None
     prepared: dict[object, Any] = field(default_factory=dict)
 
     @property

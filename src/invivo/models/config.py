@@ -45,6 +45,37 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GLAConfig:
+    """Sizes of the gated linear attention layers of a model (arXiv 2312.06635, section 4.4).
+
+    Attributes:
+        head_k, head_v: key and value channels of one head; its state is [head_k, head_v].
+        gate_rank: inner width of the gate's two maps.
+        tau: the log gates are ``logsigmoid(logits) / tau``.
+        conv_size: tokens that the short convolution of queries, keys and values sees; 0 = none.
+    """
+
+    n_heads: int
+    head_k: int
+    head_v: int
+    gate_rank: int = 16
+    tau: float = 16.0
+    conv_size: int = 0
+
+    @property
+    def k_width(self) -> int:
+        return self.n_heads * self.head_k
+
+    @property
+    def v_width(self) -> int:
+        return self.n_heads * self.head_v
+
+    @property
+    def qkv_width(self) -> int:
+        return 2 * self.k_width + self.v_width
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One decoder-only language model.
 
@@ -81,6 +112,7 @@ class ModelConfig:
     embed_scale: float | None = None
     tie_embeddings: bool = False
     moe: MoEConfig | None = None
+    gla: GLAConfig | None = None  # of its layers with that mixer
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -89,3 +121,8 @@ class ModelConfig:
     @property
     def n_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def recurrent(self) -> tuple[int, ...]:
+        """The layers that carry a state from token to token instead of keys and values."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.mixer == "gla")

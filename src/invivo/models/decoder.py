@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from invivo.errors import UnsupportedModel
 from invivo.kernels.linear import linear, pack
 from invivo.kernels.paging import PagedLayout
 from invivo.kernels.rotary import rotary_rows
@@ -22,6 +21,7 @@ from invivo.models.config import ModelConfig
 from invivo.models.feedforward.mlp import MLP
 from invivo.models.feedforward.moe import MoE
 from invivo.models.mixers.attention import Attention
+from invivo.models.mixers.gla import GatedLinearAttention
 from invivo.models.norm import Norm
 from invivo.models.rope import rope_table
 from invivo.models.sites import Taps, offer
@@ -30,17 +30,13 @@ Table = tuple[torch.Tensor, torch.Tensor]
 
 
 class Layer(nn.Module):
-    """One layer: attention and a feed-forward around the residual stream."""
+    """One layer: attention (or its linear kind) and a feed-forward around the residual stream."""
 
     def __init__(
         self, config: ModelConfig, index: int, *, device: torch.device | str, dtype: torch.dtype
     ):
         super().__init__()
         kind = config.layers[index]
-        if kind.mixer != "attention":
-            raise UnsupportedModel(
-                "this kind of mixer is not built yet", field="config.layers", given=kind.mixer
-            )
         self.index = index
 
         def norm() -> Norm:
@@ -50,7 +46,12 @@ class Layer(nn.Module):
         self.post1 = norm() if config.post_norm else None
         self.norm2 = norm() if config.pre_norm else None
         self.post2 = norm() if config.post_norm else None
-        self.mixer = Attention(config, index, device=device, dtype=dtype)
+        self.mixer: Attention | GatedLinearAttention
+        if kind.mixer == "gla":
+            assert config.gla is not None
+            self.mixer = GatedLinearAttention(config, config.gla, index, device=device, dtype=dtype)
+        else:
+            self.mixer = Attention(config, index, device=device, dtype=dtype)
         self.feedforward: MLP | MoE
         if kind.feedforward == "moe":
             assert config.moe is not None
@@ -326,7 +327,7 @@ class Decoder(nn.Module):
 
         Args:
             residual: [T, d], the residual stream before layer ``first``.
-            memory: keys and values of layers ``first``, ``first + 1``, ...
+            memory: keys and values (or states) of layers ``first``, ``first + 1``, ...
 
         Returns:
             What is still to be added to the residual stream (None: nothing), and that stream.
@@ -360,7 +361,7 @@ class Decoder(nn.Module):
         """
         self.head_packed = pack(self.embed if self.head is None else self.head)
         for module in self.modules():
-            if isinstance(module, (Attention, MLP)):
+            if isinstance(module, (Attention, GatedLinearAttention, MLP)):
                 module.pack()
 
     def _build_tables(self) -> None:

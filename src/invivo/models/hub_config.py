@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from invivo.errors import UnsupportedModel
 from invivo.models.config import LayerConfig, ModelConfig, MoEConfig, RopeConfig
+from invivo.models.gla_config import gla_from_hf, gla_to_hf
 from invivo.models.hub_defaults import COMMON, FAMILY_DEFAULTS
 
 FAMILIES = tuple(sorted(FAMILY_DEFAULTS))
@@ -30,6 +31,7 @@ _ARCHITECTURES = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "gla": "GLAForCausalLM",
 }
 _ACTIVATIONS = {
     "silu": "silu",
@@ -108,12 +110,14 @@ def config_from_hf(given: Mapping[str, Any]) -> ModelConfig:
             if given.get(key) is not None:
                 text[key] = given[key]
         given, family = text, "gemma3_text"
+    if family == "gla":
+        return gla_from_hf(given)
     if family not in FAMILY_DEFAULTS:
         raise UnsupportedModel(
             "unknown architecture",
             field="config.model_type",
             given=family,
-            remedy=f"Supported: {', '.join(FAMILIES)}",
+            remedy=f"Supported: {', '.join(FAMILIES)}, gla",
         )
     f = _Fields(family, given)
     f.refuse("use_bidirectional_attention", False)
@@ -403,14 +407,15 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         UnsupportedModel: the config has a combination that its family's class at the Hub cannot
             express (say, a Llama with QK-norm).
     """
-    if config.family not in FAMILY_DEFAULTS:
+    if config.family not in _ARCHITECTURES:
         raise UnsupportedModel(
             "the Hub has no class for this family",
             field="config.family",
             given=config.family,
-            remedy=f"Supported: {', '.join(FAMILIES)}",
+            remedy=f"Supported: {', '.join(FAMILIES)}, gla",
         )
-    written = _gpt2_to_hf(config) if config.family == "gpt2" else _to_hf(config)
+    writers = {"gpt2": _gpt2_to_hf, "gla": gla_to_hf}
+    written = writers.get(config.family, _to_hf)(config)
     kept = {k: v for k, v in config.source.items() if k not in _OLD_KEYS}
     eos = config.eos_token_ids
     result = kept | {

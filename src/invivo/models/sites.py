@@ -13,6 +13,8 @@ The sites satisfy these identities (float64 tests hold them for every family):
 - the sum of ``attn.head.out`` over heads, plus the bias, is ``attn.out`` (``attn.proj`` where a
   norm follows the sub-layer);
 - ``attn.head.prob`` times the visible values is ``attn.head.z``;
+- ``gla.head.state`` is the gate times the state of the token before, plus key times value, and the
+  scaled query times it is ``gla.head.z``;
 - ``mlp.neuron`` times the down matrix, plus the bias, is ``mlp.out`` (``mlp.proj``);
 - the sum over experts of ``moe.expert.weight`` times ``moe.expert.out``, plus ``moe.shared.out``,
   is ``mlp.out``;
@@ -89,6 +91,12 @@ SITES: tuple[Site, ...] = (
     Site("attn.head.prob", "H, K", "softmax of the scores; 0 where a key is not visible"),
     Site("attn.head.z", "H, D", "values mixed by one head, before the output matrix"),
     Site("attn.head.out", "H, d", "z times its head's slice of the output matrix, no bias"),
+    Site("gla.head.q", "H, K", "queries, before their scale"),
+    Site("gla.head.k", "H, K", "keys"),
+    Site("gla.head.v", "H, V", "values"),
+    Site("gla.head.gate", "H, K", "how much of each key channel of the state is kept, in (0, 1]"),
+    Site("gla.head.state", "H, K, V", "the state after the token's own write"),
+    Site("gla.head.z", "H, V", "what one head reads from its state, before norm and output gate"),
     Site("attn.proj", "d", "the output matrix's result before the norm that follows it"),
     Site("post1.scale", "1", "reciprocal RMS of the norm after attention"),
     Site("attn.out", "d", "what attention adds to the residual stream"),
@@ -124,6 +132,10 @@ def why_lacking(config: ModelConfig, site: str, layer: int) -> str | None:
     if not row.in_layer:
         return None
     kind = config.layers[layer]
+    if site.startswith("gla.") and kind.mixer != "gla":
+        return "this layer has softmax attention: see the attn sites"
+    if site.startswith(("attn.head.", "attn.kvhead.")) and kind.mixer == "gla":
+        return "this layer has gated linear attention: see the gla sites"
     if site in ("norm1.scale", "norm2.scale") and not config.pre_norm:
         return f"{config.family} normalises only after the sub-layers"
     if site in ("attn.proj", "post1.scale", "mlp.proj", "post2.scale") and not config.post_norm:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from invivo.models.config import ModelConfig, MoEConfig
+from invivo.models.config import GLAConfig, ModelConfig, MoEConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ def tensor_parts(config: ModelConfig) -> list[Part]:
     """All tensors of a checkpoint of ``config``, in the Hub's spelling."""
     if config.family == "gpt2":
         return list(_gpt2_parts(config))
+    if config.family == "gla":
+        return list(_gla_model_parts(config))
     return list(_parts(config))
 
 
@@ -71,6 +73,40 @@ def _parts(config: ModelConfig) -> Iterator[Part]:
     yield Part("final_norm.weight", "model.norm.weight", (d,))
     if not config.tie_embeddings:
         yield Part("head", "lm_head.weight", (V, d))
+
+
+def _gla_model_parts(config: ModelConfig) -> Iterator[Part]:
+    """flash-linear-attention's ``GLAForCausalLM``."""
+    d = config.d_model
+    yield Part("embed", "model.embeddings.weight", (config.vocab_size, d))
+    for i, layer in enumerate(config.layers):
+        ours, hub = f"layers.{i}.", f"model.layers.{i}."
+        if layer.mixer == "gla":
+            assert config.gla is not None
+            yield from _gla_parts(config.gla, d, ours + "mixer.", hub + "attn.")
+        else:
+            yield from _attention_parts(config, ours + "mixer.", hub + "attn.")
+        yield Part(f"{ours}norm1.weight", f"{hub}attn_norm.weight", (d,))
+        yield Part(f"{ours}norm2.weight", f"{hub}mlp_norm.weight", (d,))
+        yield from _mlp_parts(config, ours + "feedforward.", hub + "mlp.", config.d_ff)
+    yield Part("final_norm.weight", "model.norm.weight", (d,))
+    if not config.tie_embeddings:
+        yield Part("head", "lm_head.weight", (config.vocab_size, d))
+
+
+def _gla_parts(gla: GLAConfig, d: int, ours: str, hub: str) -> Iterator[Part]:
+    k, v = gla.k_width, gla.v_width
+    for name, start, rows in (("q", 0, k), ("k", k, k), ("v", 2 * k, v)):
+        yield Part(ours + "qkv", f"{hub}{name}_proj.weight", (rows, d), start)
+        if gla.conv_size:
+            shape = (rows, 1, gla.conv_size)
+            yield Part(ours + "conv", f"{hub}{name}_conv1d.weight", shape, start)
+    yield Part(ours + "r", hub + "g_proj.weight", (v, d))
+    yield Part(ours + "gate_a", hub + "gk_proj.0.weight", (gla.gate_rank, d))
+    yield Part(ours + "gate_b", hub + "gk_proj.1.weight", (k, gla.gate_rank))
+    yield Part(ours + "gate_b_bias", hub + "gk_proj.1.bias", (k,))
+    yield Part(ours + "norm", hub + "g_norm_swish_gate.weight", (gla.head_v,))
+    yield Part(ours + "o", hub + "o_proj.weight", (d, v))
 
 
 def _layer_norms(config: ModelConfig) -> list[tuple[str, str]]:

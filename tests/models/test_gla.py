@@ -1,0 +1,155 @@
+"""Models with gated linear attention: cut, packed, decoded, stored and looked into."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tests.models.gla_models import SHAPES, memory_of, spans_layout, tiny_decoder, tiny_gla
+
+from invivo.errors import UnsupportedModel
+from invivo.kernels.paging import contiguous_layout
+from invivo.models.decoder import Decoder
+from invivo.models.gla_config import gla_1b3, gla_340m
+from invivo.models.hub_config import config_from_hf, config_to_hf
+from invivo.models.load import read_json, read_weights
+from invivo.models.save import save_model
+from invivo.models.sites import sites_of, why_lacking
+from invivo.models.tensor_names import tensor_parts
+
+TOKENS = torch.randint(0, 67, (37,), generator=torch.Generator().manual_seed(3))
+
+
+class Seen:
+    """Keeps what it sees and puts ``instead`` in its place."""
+
+    def __init__(self, instead: dict[tuple[str, int], torch.Tensor] | None = None) -> None:
+        self.values: dict[tuple[str, int], torch.Tensor] = {}
+        self.instead = instead or {}
+
+    def wants(self, site: str, layer: int) -> bool:
+        return site != "attn.lse"
+
+    def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        self.values[site, layer] = value.clone()
+        return self.instead.get((site, layer), value)
+
+
+def whole(decoder: Decoder, tokens: torch.Tensor, taps: Seen | None = None) -> torch.Tensor:
+    """Final states of one sequence in one piece, from nothing."""
+    layout = contiguous_layout([len(tokens)], block_size=4)
+    with torch.inference_mode():
+        return decoder(tokens, layout, memory_of(decoder.config), taps=taps)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cuts", [[37], [1] * 37, [5, 1, 17, 1, 1, 12], [36, 1]])
+def test_chunks_and_decodes_give_the_whole(shape: str, cuts: list[int]) -> None:
+    decoder = tiny_decoder(shape)
+    cache = memory_of(decoder.config)
+    rows, start = [], 0
+    with torch.inference_mode():
+        for n in cuts:
+            layout = spans_layout([(start, start + n, 2)])
+            rows.append(decoder(TOKENS[start : start + n], layout, cache))
+            start += n
+    assert torch.allclose(torch.cat(rows), whole(decoder, TOKENS), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sequences_of_one_batch_keep_to_themselves(shape: str) -> None:
+    """Decodes beside a chunk; another sequence's broken state stays its own."""
+    decoder = tiny_decoder(shape)
+    cache = memory_of(decoder.config)
+    other = TOKENS.flip(0)
+    with torch.inference_mode():
+        decoder(torch.cat((TOKENS[:9], other[:12])), spans_layout([(0, 9, 1), (0, 12, 3)]), cache)
+        assert cache.states is not None
+        cache.states[:, 2] = torch.nan
+        batch = torch.cat((TOKENS[9:10], TOKENS[:1], other[12:30]))
+        out = decoder(batch, spans_layout([(9, 10, 1), (0, 1, 2), (12, 30, 3)]), cache)
+    assert torch.allclose(out[0], whole(decoder, TOKENS)[9], rtol=0, atol=1e-10)
+    assert torch.allclose(out[2:], whole(decoder, other)[12:30], rtol=0, atol=1e-10)
+    assert out[1].isnan().any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_survives_the_disk_bit_for_bit(shape: str, tmp_path: Path) -> None:
+    decoder = tiny_decoder(shape)
+    folder = save_model(decoder, tmp_path / "model")
+    config = config_from_hf(read_json(folder / "config.json"))
+    assert config == decoder.config
+    again = Decoder(config, dtype=torch.float64)
+    read_weights(again, folder)
+    assert torch.equal(whole(again, TOKENS), whole(decoder, TOKENS))
+
+
+def test_the_papers_models_have_the_sizes_of_the_public_checkpoints() -> None:
+    for config, wanted in ((gla_340m(), 341_707_776), (gla_1b3(), 1_365_514_240)):
+        assert sum(math.prod(part.shape) for part in tensor_parts(config)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_kv_heads", 2), ("feature_map", "elu"), ("clamp_min", -1.0), ("fuse_norm", False)],
+)
+def test_what_is_not_computed_is_refused(key: str, value: object) -> None:
+    written = config_to_hf(tiny_gla())
+    with pytest.raises(UnsupportedModel) as caught:
+        config_from_hf(written | {key: value})
+    assert caught.value.field == f"config.{key}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sites_satisfy_the_recurrence(shape: str) -> None:
+    decoder, taps = tiny_decoder(shape), Seen()
+    out = whole(decoder, TOKENS, taps)
+    assert torch.allclose(out, whole(decoder, TOKENS), rtol=0, atol=1e-10)
+    seen = taps.values
+    for layer in decoder.config.recurrent:
+        q, k, v, gate, state, z = (
+            seen[f"gla.head.{name}", layer] for name in ("q", "k", "v", "gate", "state", "z")
+        )
+        before = torch.cat((torch.zeros_like(state[:1]), state[:-1]))
+        written = gate[..., None] * before + k[..., None] * v[..., None, :]
+        assert torch.allclose(state, written, rtol=0, atol=1e-12)
+        read = torch.einsum("thk,thkv->thv", q * q.shape[-1] ** -0.5, state)
+        assert torch.allclose(z, read, rtol=0, atol=1e-12)
+        pre, mid = seen["resid.pre", layer], seen["resid.mid", layer]
+        assert torch.allclose(pre + seen["attn.out", layer], mid, rtol=0, atol=1e-12)
+    found = set(sites_of(decoder.config))
+    assert found == {name for name, _ in seen} | {"logits"}
+
+
+def test_a_state_set_to_nothing_in_every_layer_cuts_the_prompt() -> None:
+    class Reset(Seen):
+        def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+            if site != "gla.head.state":
+                return value
+            value = value.clone()
+            value[19] = 0.0
+            return value
+
+    decoder = tiny_decoder()
+    cut = whole(decoder, TOKENS, Reset())
+    assert torch.allclose(cut[20:], whole(decoder, TOKENS[20:]), rtol=0, atol=1e-10)
+
+
+def test_a_key_of_nothing_and_an_open_gate_leave_the_state() -> None:
+    decoder, taps = tiny_decoder(), Seen()
+    whole(decoder, TOKENS, taps)
+    key, gate = (taps.values[f"gla.head.{name}", 1].clone() for name in ("k", "gate"))
+    key[8], gate[8] = 0.0, 1.0
+    changed = Seen({("gla.head.k", 1): key, ("gla.head.gate", 1): gate})
+    whole(decoder, TOKENS, changed)
+    state = changed.values["gla.head.state", 1]
+    assert torch.allclose(state[8], state[7], rtol=0, atol=1e-12)
+
+
+def test_sites_of_the_other_mixer_are_refused_with_the_reason() -> None:
+    config = tiny_gla("hybrid")
+    assert "gated linear" in str(why_lacking(config, "attn.head.z", 0))
+    assert "softmax" in str(why_lacking(config, "gla.head.z", 1))
+    assert why_lacking(config, "gla.head.state", 0) is None
