@@ -31,7 +31,7 @@ class DirectAttribution:
         embed: of the embedding.
         layers: L layer numbers; attn, mlp: [L], of all that attention and feed-forward write.
         heads: [L, H], of each head; NaN where a layer has no such heads.
-        bias: [L], what of ``attn`` no head has written.
+        bias: [L], what of ``attn`` no head has written; NaN where there are none.
         constant: of the final norm's bias.
     """
 
@@ -116,20 +116,22 @@ def direct_attribution(
         _one(lens.positions)
         token = int(lens.ids[-1, 0, 0])
     tokens = [token] if minus is None else [token, minus]
+    sites = lm.info().sites
     wanted = {
         "embed": "embed.out",
-        "heads": "layers.*.attn.head.*.out",
         "attn": "layers.*.attn.out",
         "mlp": "layers.*.mlp.out",
         "logit": "final.norm.out",
     }
+    if "attn.head.out" in sites:  # recurrent layers have no heads that write by themselves
+        wanted["heads"] = "layers.*.attn.head.*.out"
     outputs: list[dict[str, Any]] = [
         {"capture": site, "pos": pos, "name": name, "reduce": "direct", "tokens": tokens}
         for name, site in wanted.items()
     ]
     outputs.append({"capture": "final.norm.scale", "pos": pos, "name": "scale"})
     behind = {"capture": "layers.*.post1.scale", "pos": pos, "name": "post"}
-    if "post1.scale" in lm.info().sites:
+    if "post1.scale" in sites:
         outputs.append(behind)
     result = ask(lm, prompt, outputs, edits=edits, blobs=blobs, adapter=adapter)
 
@@ -150,7 +152,7 @@ def direct_attribution(
     embed = scale * float(share(named(result, "embed")[0].values)[0])
     logit = float(share(named(result, "logit")[0].values)[0])
     layers = sorted(attn)
-    n_heads = max(len(one) for one in heads.values())
+    n_heads = max((len(one) for one in heads.values()), default=0)
     lacking = np.full(n_heads, np.nan)
     rows = np.stack([heads.get(layer, lacking) for layer in layers])
     attns, mlps = np.array([attn[i] for i in layers]), np.array([mlp[i] for i in layers])
@@ -168,7 +170,7 @@ def direct_attribution(
         attn=attns,
         mlp=mlps,
         heads=rows,
-        bias=attns - rows.sum(1),
+        bias=attns - rows.sum(1) if n_heads else np.full(len(layers), np.nan),
         constant=logit - embed - float(attns.sum() + mlps.sum()),
     )
 
