@@ -19,6 +19,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
 
+from invivo.engine.closings import Closing, ClosingTimes
 from invivo.engine.latency import LatencyModel, Work
 from invivo.engine.policies import Load, Policy, Slo
 from invivo.engine.scheduler import Scheduler
@@ -106,6 +107,7 @@ class Coserver:
 
     Attributes:
         served: tokens by job: half for a row's forward, half for its backward through all layers.
+        closings: how long ends of optimizer steps take.
     """
 
     def __init__(
@@ -127,13 +129,19 @@ class Coserver:
         self.policy = servable(policy)
         self.sizes = sizes or Sizes()
         self.served: dict[str, float] = {}
+        self.closings = ClosingTimes()
         self._paces: dict[Sequence, _Pace] = {}
         self._turn: Sequence | None = None  # the text of a whole training iteration under way
         self._since = 0  # iterations of inference since the last one
         self._iteration = 0.0  # running mean of their predicted seconds
 
     def plan(
-        self, now: float, trainees: Items[Trainee], *, busy_until: float | None = None
+        self,
+        now: float,
+        trainees: Items[Trainee],
+        *,
+        busy_until: float | None = None,
+        closings: Items[Closing] = (),
     ) -> Plan | None:
         """The next iteration, committed as by :meth:`Scheduler.schedule`: it must be run.
 
@@ -141,6 +149,9 @@ class Coserver:
             now: seconds on the clock of ``Request.arrival``.
             trainees: jobs that have work now.
             busy_until: when a step that is still running will be done.
+            closings: optimizer steps that wait for their end; those that fit are in
+                ``plan.closing`` and run before the flat batch. Policies that alternate are given
+                none.
 
         Returns:
             None when nothing can run.
@@ -156,7 +167,7 @@ class Coserver:
         inference = self.scheduler.schedule(now)
         if inference is not None:
             self._since += 1
-        if self.policy.sharing != "fill" or not order:
+        if self.policy.sharing != "fill" or not (order or closings):
             if inference is not None:
                 self._average(self.latency.predict(work_of(inference)))
             return inference
@@ -165,10 +176,11 @@ class Coserver:
         plan = inference or Plan(spans=[])
         work = work_of(plan)
         budget = self.budget(plan, work, start)
+        budget -= self._close(plan, work, closings, budget, start)
         if plan.spans and budget < self._worthwhile(work):
             return plan
         self._fill(plan, work, order, budget)
-        if not plan.spans and not plan.backward:
+        if not plan.spans and not plan.backward and not plan.closing:
             # The smallest piece outlasts the quantum: nobody is here to mind.
             for trainee in order:
                 self._add(plan, work, trainee, math.inf, smallest=True)
@@ -230,6 +242,21 @@ class Coserver:
                 deadline -= full * -(-ahead // self.scheduler.limits.max_batch_tokens)
             due = min(due, deadline)
         return min(due - start, quantum)
+
+    def _close(
+        self, plan: Plan, work: Work, closings: Items[Closing], budget: float, start: float
+    ) -> float:
+        """End the optimizer steps that fit, and one that has waited too long for that (one that
+        outlasts every slack would wait for ever); the seconds that this takes."""
+        left = budget - (self.latency.predict(work) * self.latency.safety if plan.spans else 0.0)
+        patience = self.slo.patience * self.slo.ttft_ms / 1e3
+        taken = 0.0
+        for closing in closings:
+            seconds = self.closings.seconds(closing)
+            if taken + seconds <= left or (not taken and start - closing.since > patience):
+                plan.closing.append(closing.job)
+                taken += seconds
+        return taken
 
     def _worthwhile(self, work: Work) -> float:
         """Seconds below which an iteration with inference waits for more slack.

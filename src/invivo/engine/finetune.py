@@ -12,7 +12,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ import torch
 
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.checkpoint import CheckpointWriter, checkpoints, read_checkpoint, step_of
+from invivo.engine.closings import Part
 from invivo.engine.coserve import Coserver, Sizes, servable, work_of
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent
 from invivo.engine.latency import LatencyModel, Sample
@@ -197,6 +199,7 @@ class FineTuning:
         self._orders: deque[tuple[TuningJob, Command]] = deque()
         self._coserver: Coserver | None = None
         self._seen: deque[Sample] = deque(maxlen=4 * ENOUGH)  # iterations before the first job
+        self._measured: deque[tuple[str, Part, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._stopped = False
 
     # --- any thread -------------------------------------------------------------------------
@@ -292,8 +295,12 @@ class FineTuning:
 
     def plan(self, now: float, busy_until: float | None) -> Plan | None:
         """The next iteration, training in it where it fits."""
-        trainees = [job for job in self._jobs if job.state == "running"]
-        if not trainees:
+        if not self._scheduler.has_work:
+            for job in self._jobs.copy():
+                if job.state == "running" and job.closing is not None:
+                    self._guarded(job, self._close_step)  # nobody is here to mind
+        running = [job for job in self._jobs if job.state == "running"]
+        if not running:
             return self._scheduler.schedule(now)
         if self._coserver is None:
             profile = first_profile(
@@ -311,14 +318,31 @@ class FineTuning:
                 # Without requests an arrival waits no longer than between two of its tokens.
                 sizes=Sizes(quantum_ms=self._slo.tpot_ms * self._slo.burst),
             )
-        return self._coserver.plan(now, trainees, busy_until=busy_until)
+        self._take_times()
+        trainees = [job for job in running if job.closing is None]
+        closings = [
+            job.closing
+            for job in running
+            # A disk that is slower than training holds up its job and nobody else.
+            if job.closing is not None and not (job.writer is not None and job.writer.busy)
+        ]
+        return self._coserver.plan(now, trainees, busy_until=busy_until, closings=closings)
 
     def predicted(self, plan: Plan) -> float:
         """Seconds that ``plan`` will take; 0 while nothing was ever trained."""
-        return 0.0 if self._coserver is None else self._coserver.latency.predict(work_of(plan))
+        if self._coserver is None:
+            return 0.0
+        closings = [job.closing for job in self._jobs if job.name in plan.closing]
+        ends = sum(self._coserver.closings.seconds(one) for one in closings if one is not None)
+        return self._coserver.latency.predict(work_of(plan)) + ends
 
     def board(self, plan: Plan) -> Riders | None:
-        """Begin and interrupt texts as the plan says; its pieces of training, if any."""
+        """Begin and interrupt texts as the plan says, end optimizer steps; its pieces of training,
+        if any."""
+        for name in plan.closing:
+            for job in self._jobs.copy():
+                if job.name == name:
+                    self._guarded(job, self._close_step)
         for seq in plan.reclaimed:
             self._interrupt(self._job_of(seq))
         riders = Riders(self._decoder, self._cache)
@@ -387,11 +411,20 @@ class FineTuning:
         full = job.take_text()
         self._free(job)
         if full:
-            self._step_done(job)
+            job.closing = job.due(time.monotonic())
+            if self._policy.sharing != "fill" or not self._scheduler.has_work:
+                self._close_step(job)
+            return
+        self._go_on(job)
+
+    def _close_step(self, job: TuningJob) -> None:
+        job.closing = None
+        self._step_done(job)
         self._go_on(job)
 
     def _step_done(self, job: TuningJob) -> None:
-        event = job.optimize()
+        with self._timed(job, "optimizer"):
+            event = job.optimize()
         self._tell(job, event)
         if job.complete:
             return
@@ -403,7 +436,7 @@ class FineTuning:
 
     def _go_on(self, job: TuningJob) -> None:
         """The next text, or the end."""
-        if job.sequence is not None or job.state != "running":
+        if job.sequence is not None or job.closing is not None or job.state != "running":
             return
         if not job.complete and not job.next_text(self._scheduler.longest_training):
             if job.has_gradients:
@@ -420,7 +453,8 @@ class FineTuning:
                 job.state = "finishing"
 
     def _publish(self, job: TuningJob) -> None:
-        info = self._adapters.publish(job.name, job.specs, job.parameters)
+        with self._timed(job, "publish"):
+            info = self._adapters.publish(job.name, job.specs, job.parameters)
         job.published = info.version
         self._tell(job, {"event": "published", "step": job.step, "version": info.version})
 
@@ -430,7 +464,9 @@ class FineTuning:
             self._written(job, job.writer.outcome(wait=True))
             if job.state != "running":
                 return
-        job.writer.start(job.snapshot())
+        with self._timed(job, "snapshot"):
+            snapshot = job.snapshot()
+        job.writer.start(snapshot)
 
     def _save(self, job: TuningJob) -> None:
         """A checkpoint of a paused job, if there is none of this step."""
@@ -494,14 +530,45 @@ class FineTuning:
             outcome = job.writer.outcome(wait=True)
             if isinstance(outcome, Path):
                 self._tell(job, {"event": "checkpoint", "path": str(outcome)})
-        job.sequence = None
+        job.sequence = job.closing = None
         job.state = state
+        if self._coserver is not None:
+            self._coserver.closings.forget(job.name)
         with self._lock:
             self._jobs.remove(job)
             self._past.append(job)
             handle = self._handles.pop(job)
         self._tell(job, {"event": state, "step": job.step} | more)
         handle.ended.set()
+
+    # --- times of what ends a step ----------------------------------------------------------
+    @contextmanager
+    def _timed(self, job: TuningJob, part: Part) -> Iterator[None]:
+        """Measure a part of a step's end: on the device, where there is one, since what is still
+        in flight there is not the part's."""
+        begun, started = self._mark(), time.perf_counter()
+        yield
+        if self._coserver is None:
+            return
+        done = self._mark()
+        if begun is None or done is None:
+            self._coserver.closings.record(job.name, part, time.perf_counter() - started)
+        else:
+            self._measured.append((job.name, part, begun, done))
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self._cache.k.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _take_times(self) -> None:
+        """Of the parts that the device has finished; waits for none."""
+        while self._measured and self._measured[0][3].query():
+            name, part, begun, done = self._measured.popleft()
+            if self._coserver is not None:
+                self._coserver.closings.record(name, part, begun.elapsed_time(done) / 1e3)
 
     # --- memory -----------------------------------------------------------------------------
     def _interrupt(self, job: TuningJob) -> None:

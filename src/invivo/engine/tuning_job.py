@@ -15,6 +15,7 @@ import torch
 
 from invivo.engine.bypasses import check_parameters, checked_specs, init_parameters, n_virtual
 from invivo.engine.checkpoint import CheckpointWriter, Snapshot
+from invivo.engine.closings import Closing, Part
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent, check_text
 from invivo.engine.optimizer import Optimizer, clip_factor, learning_rate
 from invivo.engine.train_sequence import TrainSequence
@@ -88,6 +89,7 @@ class TuningJob:
         self.resumed_from: Path | None = None
         self.error: Exception | None = None
         self.saved = 0  # step of the newest checkpoint
+        self.closing: Closing | None = None  # the optimizer step that waits for its end
         self.published = 0  # version last published
         self.forward_tokens = 0
         self.backward_tokens = 0.0
@@ -194,6 +196,17 @@ class TuningJob:
         self._n_texts += 1
         self.sequence = None
         return self._n_texts == self.spec.gradient_accumulation
+
+    def due(self, now: float) -> Closing:
+        """What ends the optimizer step whose texts are through."""
+        spec, step = self.spec, self.step + 1
+        parts: list[Part] = ["optimizer"]
+        last = step == spec.steps
+        if last or (spec.publish_every and step % spec.publish_every == 0):
+            parts.append("publish")
+        if self.writer and (last or (spec.checkpoint_every and step % spec.checkpoint_every == 0)):
+            parts.append("snapshot")
+        return Closing(self.name, tuple(parts), now)
 
     @property
     def has_gradients(self) -> bool:

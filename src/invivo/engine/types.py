@@ -288,6 +288,7 @@ class Plan:
         held: training sequences that got memory with this plan: their micro-step begins, anew if
             it was under way.
         reclaimed: training sequences whose memory inference took back.
+        closing: jobs whose optimizer step is ended before the flat batch.
     """
 
     spans: list[Span]
@@ -297,6 +298,7 @@ class Plan:
     preempted: list[Sequence] = field(default_factory=list)
     held: list[Sequence] = field(default_factory=list)
     reclaimed: list[Sequence] = field(default_factory=list)
+    closing: list[str] = field(default_factory=list)
     n_tokens: int = 0
     n_decode: int = 0  # leading spans of one token
 
