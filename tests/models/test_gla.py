@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.models.gla_models import SHAPES, memory_of, spans_layout, tiny_decoder, tiny_gla
 
 from invivo.errors import UnsupportedModel
 from invivo.kernels.paging import contiguous_layout
+from invivo.models.cache import allocate_kv_cache
 from invivo.models.decoder import Decoder
 from invivo.models.gla_config import gla_1b3, gla_340m
 from invivo.models.hub_config import config_from_hf, config_to_hf
@@ -84,6 +86,23 @@ def test_a_model_survives_the_disk_bit_for_bit(shape: str, tmp_path: Path) -> No
     again = Decoder(config, dtype=torch.float64)
     read_weights(again, folder)
     assert torch.equal(whole(again, TOKENS), whole(decoder, TOKENS))
+
+
+@pytest.mark.parametrize("name", ["plain", "convolution"])
+def test_logits_are_those_of_flash_linear_attention(name: str) -> None:
+    """Its version 0.6.0 wrote folder and logits: GLAForCausalLM with random weights, float32, the
+    recurrence by its naive form and Triton's pointwise kernels by torch's operations."""
+    folder = Path(__file__).parent / "fla" / name
+    decoder = Decoder(config_from_hf(read_json(folder / "config.json")))
+    read_weights(decoder, folder)
+    expected = load_file(folder / "expected.safetensors")
+    n = len(expected["tokens"])
+    cache = allocate_kv_cache(
+        decoder.config, n_blocks=20, block_size=4, device="cpu", dtype=torch.float32
+    )
+    with torch.inference_mode():
+        hidden = decoder(expected["tokens"], contiguous_layout([n], block_size=4), cache)
+        assert torch.allclose(decoder.logits(hidden), expected["logits"], rtol=1e-4, atol=1e-4)
 
 
 def test_the_papers_models_have_the_sizes_of_the_public_checkpoints() -> None:

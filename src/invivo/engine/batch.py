@@ -189,6 +189,7 @@ class BatchBuilder:
             max_kv=max_kv,
             span_start_host=span_start,
             kv_len_host=kv_len,
+            state_slots=long_at[span_rows_at] + 1 if self.limits.recurrent else None,
         )
         return FlatBatch(
             plan=plan,

@@ -116,6 +116,7 @@ class Engine:
             block_size=c.block_size,
             device=self.device,
             dtype=weight.dtype,
+            n_slots=limits.n_state_slots,
         )
         self._builder = BatchBuilder(limits, self.device)
         if on_gpu:

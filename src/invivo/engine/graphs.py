@@ -31,6 +31,7 @@ class _Buffers:
     kv_len: torch.Tensor
     block_table: torch.Tensor
     adapters: torch.Tensor
+    state_slots: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -82,6 +83,7 @@ class DecodeGraphs:
             kv_len=short(rows),
             block_table=short(rows, width),
             adapters=short(rows),
+            state_slots=long(rows),
         )
         self._captured: dict[tuple[int, bool], _Captured] = {}
         self._generation = -1
@@ -118,7 +120,10 @@ class DecodeGraphs:
         b.block_table[:n_rows, : layout.block_table.shape[1]] = layout.block_table
         if adapters is not None:
             b.adapters[:n_rows] = adapters
+        if layout.state_slots is not None:
+            b.state_slots[:n_rows] = layout.state_slots
         if n_rows < size:
+            b.state_slots[n_rows:size] = 0
             # The other buffers may keep what a larger step left: it is only read.
             b.slots[n_rows:size] = 0
             b.kv_len[n_rows:size] = 1
@@ -142,6 +147,7 @@ class DecodeGraphs:
     def _capture(self, size: int, with_adapters: bool) -> _Captured:
         b = self._buffers
         b.slots.zero_()
+        b.state_slots.zero_()
         b.kv_len.fill_(1)
         b.block_table.zero_()
         layout = PagedLayout(
@@ -156,6 +162,7 @@ class DecodeGraphs:
             max_kv=b.block_table.shape[1] * self._cache.block_size,
             span_start_host=[],
             kv_len_host=[],
+            state_slots=b.state_slots[:size],
         )
 
         def step() -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from invivo.engine.scheduler import Limits
 from invivo.kernels.paging import blocks_needed, contiguous_layout
-from invivo.models.cache import allocate_kv_cache, bytes_per_block
+from invivo.models.cache import allocate_kv_cache, bytes_per_block, bytes_per_slot
 from invivo.models.decoder import Decoder
 
 CPU_LIMIT = 2 << 30
@@ -25,8 +25,10 @@ def kv_blocks(
     max_length: int,
     kv_bytes: int | None,
     memory_fraction: float,
+    max_rows: int,
 ) -> int:
-    """Physical blocks of the cache, the scratch block included.
+    """Physical blocks of the cache, the scratch block included, beside the states of recurrent
+    layers for ``max_rows`` sequences.
 
     Never more than ``max_running`` sequences of ``max_length`` tokens can use.
     """
@@ -40,7 +42,10 @@ def kv_blocks(
             kv_bytes = min(CPU_LIMIT, free_memory() // 4)
     per_block = bytes_per_block(decoder.config, block_size=block_size, dtype=weight.dtype)
     useful = max_running * -(-max_length // block_size)
-    return min(kv_bytes // per_block, useful) + 1
+    if per_block == 0:  # no layer has keys and values
+        return useful + 1
+    states = (1 + max_rows) * bytes_per_slot(decoder.config, dtype=weight.dtype)
+    return min(max(0, kv_bytes - states) // per_block, useful) + 1
 
 
 def room_to_pack(decoder: Decoder) -> bool:
@@ -112,6 +117,7 @@ def limits_of(
         max_length=max_length,
         kv_bytes=kv_bytes,
         memory_fraction=memory_fraction,
+        max_rows=max_running + max_training,
     )
     return Limits(
         n_blocks=n_blocks,
@@ -121,4 +127,5 @@ def limits_of(
         max_length=max_length,
         prefix_cache=prefix_cache,
         max_training=max_training,
+        recurrent=bool(decoder.config.recurrent),
     )

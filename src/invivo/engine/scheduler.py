@@ -50,6 +50,8 @@ class Limits:
         max_training: training sequences that hold memory at the same time, in rows of their own
             behind those of the running ones.
         prefix_cache: whether prefixes are shared between sequences.
+        recurrent: the model has layers that carry a state. Blocks alone then hold no prefix, so
+            none is shared.
     """
 
     n_blocks: int
@@ -60,6 +62,12 @@ class Limits:
     max_adapters: int | None = None
     max_training: int = 0
     prefix_cache: bool = True
+    recurrent: bool = False
+
+    @property
+    def n_state_slots(self) -> int:
+        """One for every row, after the scratch slot 0."""
+        return 1 + self.max_running + self.max_training if self.recurrent else 1
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens <= self.max_running:
@@ -412,7 +420,7 @@ class Scheduler:
         shared: list[int] = []
         parent: object = None
         readable = 0
-        if self.limits.prefix_cache:
+        if self.limits.prefix_cache and not self.limits.recurrent:
             readable = _readable(seq)
             shared, parent = self.index.match(seq.tokens, seq.namespace, readable)
         n_new = -(-n_tokens // size) - len(shared)

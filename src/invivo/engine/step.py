@@ -114,7 +114,17 @@ class Stepper:
     def launch(self, batch: FlatBatch, work: Work, riders: Riders | None = None) -> Launched:
         """Put one step on the device, its pieces of training after everything else."""
         started, begun = time.perf_counter(), self._mark()
-        hidden, logits = self._forward(batch, riders)
+        cache, plan = self._cache, batch.plan
+        cache.clear_states([seq.row + 1 for seq in (*plan.admitted, *plan.held)])
+        # A step that fails with training on board is repeated without. Keys are then written again,
+        # but states would move on twice.
+        slots = [span.seq.row + 1 for span in plan.spans]
+        states = None if riders is None else cache.states_at(slots)
+        try:
+            hidden, logits = self._forward(batch, riders)
+        except Exception:
+            cache.put_states(slots, states)
+            raise
         tokens = torch.empty(0, dtype=torch.int64)
         logprobs, logprob_rows = None, []
         if logits is not None:

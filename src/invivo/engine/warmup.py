@@ -31,6 +31,7 @@ def warm_up(decoder: Decoder, cache: KVCache) -> None:
             max_kv=rows,
             span_start_host=[0, 1, 1 + rows],
             kv_len_host=lengths,
+            state_slots=torch.zeros(2, dtype=torch.int64, device=device),
         )
         tokens = torch.zeros(1 + rows, dtype=torch.int64, device=device)
         decoder.logits(decoder.forward(tokens, layout, cache)[:2])
