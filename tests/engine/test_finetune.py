@@ -396,6 +396,48 @@ def test_a_paused_job_holds_nothing_and_goes_on_exactly(exact: LoadedModel) -> N
     same(trained(engine, job), parameters, 1e-9)
 
 
+def test_a_paused_job_gives_its_place_to_another_and_stands_in_line_afterwards(
+    exact: LoadedModel,
+) -> None:
+    spec = JobSpec("first", LORA, 6, 0.01)
+    expected, _ = plain_loop(exact, spec, texts(), torch.optim.AdamW)
+    engine = small_engine(exact, max_jobs=1)
+    first = start(engine, spec, texts())
+    handle = first.handle
+    assert handle is not None
+    drive(engine, until=lambda: first.of("step"))
+    handle.pause()
+    engine.step()
+    second = start(engine, JobSpec("second", LORA, 4), texts())
+    drive(engine, until=lambda: second.of("step"))
+    handle.resume()
+    engine.step()
+    assert (handle.state, first.kinds()[-1]) == ("queued", "queued")
+    with pytest.raises(Overloaded):  # nobody overtakes who stands in line
+        start(engine, JobSpec("third", LORA, 1), texts())
+    handle.pause()
+    engine.step()
+    assert handle.state == "paused"
+    handle.resume()
+    drive(engine, second)
+    assert first.kinds()[-1] in ("queued", "resumed", "step")
+    drive(engine, first)
+    assert first.kinds().count("resumed") == 1
+    assert handle.losses == pytest.approx(expected, abs=1e-9)
+    again = start(engine, JobSpec("again", LORA, 10**6), texts())
+    assert again.handle is not None
+    again.handle.pause()
+    engine.step()
+    last = start(engine, JobSpec("last", LORA, 10**6), texts())
+    drive(engine, until=lambda: last.of("step"))
+    again.handle.resume()
+    engine.step()
+    again.handle.cancel()
+    engine.step()
+    assert again.handle.state == "cancelled"
+    assert not engine._finetuning._line
+
+
 @pytest.mark.parametrize("after", range(1, 12, 2))
 def test_jobs_cancelled_anywhere_leave_nothing(tiny: LoadedModel, after: int) -> None:
     engine = small_engine(tiny, max_batch_tokens=16, max_running=8)

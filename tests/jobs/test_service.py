@@ -238,6 +238,21 @@ def test_jobs_wait_for_their_turn_and_can_be_called_off_while_they_wait(opened: 
     assert [info.name for info in running.jobs.jobs()] == ["third", "second", "first"]
 
 
+def test_a_paused_job_lets_the_next_one_run_and_waits_for_its_turn(opened: Open) -> None:
+    running = opened(max_jobs=1)
+    first = begun(running, "first", steps=10**6)
+    wait_for(lambda: first.info().step >= 1)
+    second = begun(running, "second", steps=10**6)
+    first.pause()
+    wait_for(lambda: second.info().step >= 1)
+    assert first.resume().status == "queued"
+    assert messages(first)[-1].startswith("Queued again")
+    second.cancel()
+    before = first.info().step
+    wait_for(lambda: first.info().step > before)
+    assert first.cancel().status == "cancelled"
+
+
 def test_bad_data_fails_the_job_with_an_event_for_every_line(opened: Open) -> None:
     running = opened()
     bad = [DATA[0], {"text": 3}, {"messages": [{"role": "user", "content": "a"}]}]

@@ -242,9 +242,9 @@ class Engine:
         Args:
             data: read from the engine's thread, must be quick.
             on_event: called from the engine's thread with a dict: ``event`` (started, step,
-                skipped, published, checkpoint, checkpoint_failed, paused, resumed, or how it
-                ended: succeeded, failed, cancelled, stopped), ``job``, ``time``, and what belongs
-                to it.
+                skipped, published, checkpoint, checkpoint_failed, paused, queued, resumed, or
+                how it ended: succeeded, failed, cancelled, stopped), ``job``, ``time``, and what
+                belongs to it.
             folder: for checkpoints; where it has some, the job goes on from the newest.
 
         Raises:

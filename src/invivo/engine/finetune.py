@@ -44,6 +44,7 @@ from invivo.models.sites import Taps
 log = logging.getLogger(__name__)
 
 Command = Literal["start", "pause", "resume", "cancel", "stop"]
+PAUSED = 4  # jobs in memory, as a multiple of those that may run
 ENDED = ("succeeded", "failed", "cancelled", "stopped")
 
 
@@ -164,7 +165,8 @@ class FineTuning:
     Args:
         base_name: of the model, as adapter files name it.
         max_rows: rows of a flat batch.
-        max_jobs: jobs that have not ended, paused ones included.
+        max_jobs: jobs at once; paused ones keep their parameters and no place. One that is resumed
+            while all places are taken stands in line, before newcomers.
         wake: called when the engine's thread has something to do.
     """
 
@@ -195,6 +197,7 @@ class FineTuning:
         self._lock = threading.Lock()
         self._jobs: list[TuningJob] = []  # that have not ended
         self._past: deque[TuningJob] = deque(maxlen=16)
+        self._line: deque[TuningJob] = deque()  # resumed, without a place yet
         self._handles: dict[TuningJob, JobHandle] = {}
         self._orders: deque[tuple[TuningJob, Command]] = deque()
         self._coserver: Coserver | None = None
@@ -229,9 +232,11 @@ class FineTuning:
                 raise Unavailable("the engine is closed", remedy="Open a new one")
             if any(other.name == spec.name for other in self._jobs):
                 raise Conflict("a job of this name has not ended", field="name", given=spec.name)
-            if len(self._jobs) >= self._max_jobs:
+            live = sum(other.state != "paused" for other in self._jobs)
+            if live >= self._max_jobs or len(self._jobs) >= PAUSED * self._max_jobs:
                 raise Overloaded(
-                    f"{len(self._jobs)} jobs have not ended, at most {self._max_jobs} may",
+                    f"{live} jobs run and {len(self._jobs) - live} are paused, "
+                    f"at most {self._max_jobs} may run",
                     remedy="Wait for one, cancel one, or raise max_jobs",
                 )
             self._jobs.append(job)
@@ -246,7 +251,9 @@ class FineTuning:
             return True
         with self._lock:
             return any(
-                job.state in ("queued", "running") or (job.writer is not None and job.writer.ready)
+                job.state == "running"
+                or (job.state == "queued" and job not in self._line)
+                or (job.writer is not None and job.writer.ready)
                 for job in self._jobs
             )
 
@@ -281,17 +288,37 @@ class FineTuning:
                 self._end(job, "cancelled")
             elif command == "stop":
                 self._stop(job)
-            elif command == "pause" and job.state == "running":
+            elif command == "pause" and (job.state == "running" or job in self._line):
+                self._leave_line(job)
                 self._pause(job, "asked for")
                 self._guarded(job, self._save)
-            elif command in ("start", "resume") and job.state in ("queued", "paused"):
+            elif command == "start":
                 job.state = "running"
                 came_from = None if job.resumed_from is None else str(job.resumed_from)
-                if command == "start":
-                    self._tell(job, {"event": "started", "step": job.step, "from": came_from})
-                else:
-                    self._tell(job, {"event": "resumed", "step": job.step})
+                self._tell(job, {"event": "started", "step": job.step, "from": came_from})
                 self._guarded(job, self._go_on)
+            elif command == "resume" and job.state == "paused":
+                self._line.append(job)
+                job.state = "queued"
+                if not self._has_place():
+                    self._tell(job, {"event": "queued", "step": job.step})
+        self._admit()
+
+    def _has_place(self) -> bool:
+        placed = sum(job.state != "paused" and job not in self._line for job in self._jobs)
+        return placed < self._max_jobs
+
+    def _admit(self) -> None:
+        """Let those in line go on, as far as there are places."""
+        while self._line and self._has_place():
+            job = self._line.popleft()
+            job.state = "running"
+            self._tell(job, {"event": "resumed", "step": job.step})
+            self._guarded(job, self._go_on)
+
+    def _leave_line(self, job: TuningJob) -> None:
+        if job in self._line:
+            self._line.remove(job)
 
     def plan(self, now: float, busy_until: float | None) -> Plan | None:
         """The next iteration, training in it where it fits."""
@@ -389,6 +416,7 @@ class FineTuning:
                 self._guarded(job, self._text_through)
             if job.writer is not None and job.writer.ready:
                 self._written(job, job.writer.outcome())
+        self._admit()
 
     def stop(self) -> None:
         """End all jobs as they are: they can go on from a last checkpoint."""
@@ -526,6 +554,7 @@ class FineTuning:
         self._close(job, state, more or {})
 
     def _close(self, job: TuningJob, state: State, more: dict[str, Any]) -> None:
+        self._leave_line(job)
         if job.writer is not None and job.writer.busy:
             outcome = job.writer.outcome(wait=True)
             if isinstance(outcome, Path):

@@ -197,7 +197,7 @@ class JobService(JobFolder):
         return self._ordered(job_id, "cancelled", lambda handle: handle.cancel())
 
     def pause(self, job_id: str) -> JobInfo:
-        """Give its memory back; a job in the engine writes a checkpoint and keeps its place."""
+        """Give its memory and its place back; a job in the engine writes a checkpoint first."""
         return self._ordered(job_id, "paused", lambda handle: handle.pause())
 
     def resume(self, job_id: str) -> JobInfo:
@@ -486,9 +486,13 @@ class JobService(JobFolder):
             if kind == "paused":
                 self.store.set_job(job_id, unless=ENDED, status="paused")
                 self._tell(live, event, f"Paused: {event['reason']}")
+                self._later(self._start_waiting)
             else:
                 self.store.set_job(job_id, unless=ENDED, status="running", error=None)
                 self._tell(live, event, "Resumed")
+        elif kind == "queued":
+            self.store.set_job(job_id, unless=ENDED, status="queued", error=None)
+            self._tell(live, event, "Queued again: as many jobs run as may")
         else:
             self._ended(live, event)
 
