@@ -7,14 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from tests.models.gla_models import tiny_decoder
 from tests.oracle_lm import OracleLM
-from tests.tiny import tiny_loaded
+from tests.tiny import tiny_loaded, tiny_model_folder
+from transformers import AutoTokenizer
 
 from invivo.errors import InvalidRequest
 from invivo.instruments.attention_pattern import attention_pattern
 from invivo.instruments.direct_attribution import direct_attribution
 from invivo.instruments.logit_lens import logit_lens
 from invivo.local import LocalLM
+from invivo.models.load import LoadedModel
 
 PROMPT = "the cat is red and the dog"
 FAMILIES = ["llama", "gemma2", "gpt2", "olmo2", "qwen2_moe"]
@@ -109,3 +112,19 @@ def test_everything_can_be_written_as_json(lm):
         attention_pattern(lm, PROMPT),
     ):
         assert isinstance(one.to_dict(), dict)
+
+
+@pytest.mark.parametrize("shape", ["plain", "hybrid"])
+def test_recurrent_layers_have_a_share_as_a_whole(shape, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder(tmp_path))
+    decoder = tiny_decoder(shape, vocab_size=len(tokenizer))
+    model = LoadedModel(shape, tmp_path, decoder.config, decoder, tokenizer, "fingerprint")
+    with LocalLM(model) as lm:
+        found = direct_attribution(lm, PROMPT)
+        assert found.constant == pytest.approx(0, abs=1e-9)  # all that is written adds up
+        assert np.isnan(found.heads[0]).all()
+        assert ("layers.0.attn", found.attn[0]) in found.largest(99)
+        if shape == "hybrid":
+            assert found.bias[1] == pytest.approx(0, abs=1e-9)
+        assert found.to_dict()["bias"][0] is None
+        assert len(logit_lens(lm, PROMPT).layers) == 3
