@@ -476,3 +476,20 @@ def test_a_burst_gathers_the_slack_of_large_pieces_and_keeps_the_mean_pace() -> 
             pieces[burst] += [stop - start for start, stop in trained_of(plan)]
     assert max(pieces[4.0]) > 1.5 * max(pieces[1.0])
     assert sum(pieces[4.0]) > 0.9 * sum(pieces[1.0])
+
+
+def test_a_burst_does_not_starve_training_beside_answers_that_never_gather_slack() -> None:
+    tokens = {}
+    for burst in (1.0, 4.0):
+        bench = Bench(slo=Slo(tpot_ms=12, burst=burst), sizes=Sizes(quantum_ms=12 * burst))
+        job = bench.job(length=256)
+        without = longest = 0
+        for i in range(200):  # clients whose next short question follows each answer
+            bench.ask(4, 2, f"r{i}")
+            plan = bench.step()
+            trains = bool(trained_of(plan) or (plan is not None and plan.backward))
+            without = 0 if trains else without + 1
+            longest = max(longest, without)
+        tokens[burst] = 256 * job.texts / bench.now
+        assert longest <= burst + 1
+    assert tokens[4.0] > 0.1 * tokens[1.0] > 0

@@ -131,6 +131,7 @@ class Coserver:
         self.served: dict[str, float] = {}
         self.closings = ClosingTimes()
         self._paces: dict[Sequence, _Pace] = {}
+        self._gathered = 0  # iterations in a row that waited for more slack
         self._turn: Sequence | None = None  # the text of a whole training iteration under way
         self._since = 0  # iterations of inference since the last one
         self._iteration = 0.0  # running mean of their predicted seconds
@@ -177,7 +178,7 @@ class Coserver:
         work = work_of(plan)
         budget = self.budget(plan, work, start)
         budget -= self._close(plan, work, closings, budget, start)
-        if plan.spans and budget < self._worthwhile(work):
+        if plan.spans and self._gathers(work, budget):
             return plan
         self._fill(plan, work, order, budget)
         if not plan.spans and not plan.backward and not plan.closing:
@@ -258,16 +259,22 @@ class Coserver:
                 taken += seconds
         return taken
 
-    def _worthwhile(self, work: Work) -> float:
-        """Seconds below which an iteration with inference waits for more slack.
+    def _gathers(self, work: Work, budget: float) -> bool:
+        """Whether an iteration with inference waits for more slack.
 
         Where requests may run ahead of their pace, a few iterations without training gather the
-        slack of one large piece, whose start is paid once.
+        slack of one large piece, whose start is paid once. No more than ``burst`` of them in a row:
+        a request that has just begun is ahead of nothing, and where many come and go there is
+        always one.
         """
-        if self.slo.burst == 1:
-            return 0.0
+        burst = self.slo.burst
         alone = self.latency.predict(work)
-        return alone + _GATHERED * (self.slo.burst * self.slo.pace - alone)
+        enough = alone + _GATHERED * (burst * self.slo.pace - alone)
+        if burst == 1 or budget >= enough or self._gathered >= burst:
+            self._gathered = 0
+            return False
+        self._gathered += 1
+        return True
 
     # Whose turn it is.
 
