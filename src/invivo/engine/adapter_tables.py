@@ -58,14 +58,14 @@ def lay_out(
     for spec in specs:
         for layer, place in places(config, spec):
             base = f"layers.{layer}.{place}"
-            linear, start, stop = rows_of(config, place)
+            linear, start, stop = rows_of(config, layer, place)
             if spec.kind == "lora":
                 b = p[f"{base}.lora_B"] * spec.scale
                 pieces.setdefault((layer, linear), []).append((start, stop, p[f"{base}.lora_A"], b))
             elif spec.kind == "ia3" and place == "down":
                 out.scales[layer, "mlp.neuron"] = (p[f"{base}.ia3"] - 1).to(dtype)
             elif spec.kind == "ia3":
-                whole = rows_of(config, linear)[2]
+                whole = rows_of(config, layer, linear)[2]
                 vector = out.scales.setdefault((layer, linear), torch.zeros(whole, dtype=dtype))
                 vector[start:stop] = p[f"{base}.ia3"] - 1
             elif spec.kind == "adapter":
@@ -82,7 +82,7 @@ def lay_out(
             )
             out.prefix = k.to(dtype), v.to(dtype)
     for (layer, linear), some in pieces.items():
-        out.low_rank[layer, linear] = _join(rows_of(config, linear)[2], some, dtype)
+        out.low_rank[layer, linear] = _join(rows_of(config, layer, linear)[2], some, dtype)
     return out
 
 

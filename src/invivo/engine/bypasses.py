@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from invivo.engine.trainable import MLP_PLACES, Kind, Trainable, checked
+from invivo.engine.trainable import Kind, Trainable, checked, has_place
 from invivo.engine.types import VirtualRows
 from invivo.errors import InvalidRequest
 from invivo.kernels.activation import ACTIVATIONS, activation
@@ -110,27 +110,40 @@ def places(config: ModelConfig, spec: BypassSpec) -> Iterator[tuple[int, str]]:
     """(layer, place) of every copy of a checked LoRA, IA3, adapter or steering vector."""
     for layer in spec.layers or ():
         for place in spec.on:
-            if config.layers[layer].feedforward == "mlp" or place not in MLP_PLACES:
+            if has_place(config, layer, place):
                 yield layer, place
 
 
-def rows_of(config: ModelConfig, place: str) -> tuple[str, int, int]:
-    """Which rows [start, stop) of which of the decoder's linear maps a place is."""
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+def rows_of(config: ModelConfig, layer: int, place: str) -> tuple[str, int, int]:
+    """Which rows [start, stop) of which of a layer's linear maps a place is."""
     if place in ("q", "k", "v", "qkv"):
-        start, stop = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}.get(
-            place, (0, q + 2 * kv)
+        q, k, v = _widths(config, layer)
+        start, stop = {"q": (0, q), "k": (q, q + k), "v": (q + k, q + k + v)}.get(
+            place, (0, q + k + v)
         )
         return "qkv", start, stop
+    if place == "r":
+        return place, 0, _widths(config, layer)[2]
     if place in ("gate", "up", "gate_up") and config.gated_mlp:
         first, last = {"gate": (0, 1), "up": (1, 2)}.get(place, (0, 2))
         return "gate_up", first * config.d_ff, last * config.d_ff
     return place, 0, config.d_ff if place == "up" else config.d_model
 
 
-def width_in(config: ModelConfig, place: str) -> int:
-    """What a place reads."""
-    known = {"o": config.n_heads * config.head_dim, "down": config.d_ff}
+def _widths(config: ModelConfig, layer: int) -> tuple[int, int, int]:
+    """Of all queries, keys and values of a layer."""
+    if config.layers[layer].mixer == "gla":
+        assert config.gla is not None
+        return config.gla.k_width, config.gla.k_width, config.gla.v_width
+    kv = config.n_kv_heads * config.head_dim
+    return config.n_heads * config.head_dim, kv, kv
+
+
+def width_in(config: ModelConfig, layer: int, place: str) -> int:
+    """What a place of a layer reads."""
+    q, _, v = _widths(config, layer)
+    mixed = v if config.layers[layer].mixer == "gla" else q
+    known = {"o": mixed, "down": config.d_ff}
     return known.get(place, config.d_model)
 
 
@@ -148,11 +161,11 @@ def shapes(config: ModelConfig, spec: BypassSpec) -> dict[str, tuple[int, ...]]:
     for layer, place in places(config, spec):
         base = f"layers.{layer}.{place}"
         if spec.kind == "lora":
-            _, start, stop = rows_of(config, place)
-            found[f"{base}.lora_A"] = (n, width_in(config, place))
+            _, start, stop = rows_of(config, layer, place)
+            found[f"{base}.lora_A"] = (n, width_in(config, layer, place))
             found[f"{base}.lora_B"] = (stop - start, n)
         elif spec.kind == "ia3":
-            _, start, stop = rows_of(config, place)
+            _, start, stop = rows_of(config, layer, place)
             found[f"{base}.ia3"] = (config.d_ff if place == "down" else stop - start,)
         elif spec.kind == "adapter":
             found[f"{base}.adapter_down"] = (n, d)
@@ -304,11 +317,11 @@ class TrainBypass:
     def _add(self, config: ModelConfig, spec: BypassSpec, layer: int, place: str) -> None:
         base, p = f"layers.{layer}.{place}", self._parameters
         if spec.kind == "lora":
-            linear, start, stop = rows_of(config, place)
+            linear, start, stop = rows_of(config, layer, place)
             part = LowRank(start, stop, p[f"{base}.lora_A"], p[f"{base}.lora_B"], spec.scale)
             self._low_rank.setdefault((layer, linear), []).append(part)
         elif spec.kind == "ia3" and place != "down":
-            linear, start, stop = rows_of(config, place)
+            linear, start, stop = rows_of(config, layer, place)
             scale = (start, stop, p[f"{base}.ia3"])
             self._scales.setdefault((layer, linear), []).append(scale)
         elif spec.kind == "adapter":

@@ -119,6 +119,9 @@ class Riders:
         parts, pieces = [], []
         for job, i, span in self.windows:
             first = layout.span_start_host[i]
+            if self.cache.states is not None:
+                assert job.sequence is not None
+                job.trainer.enters(job.sequence, span.start, span.seq.row + 1)
             bypass = job.trainer.bypass.window(span.start, span.stop)
             parts.append(Rows(first, first + span.stop - span.start, bypass))
             if job.trainer.records:

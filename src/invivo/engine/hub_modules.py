@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from invivo.engine.bypasses import rows_of
-from invivo.engine.trainable import FUSED, LINEARS, MLP_PLACES
+from invivo.engine.trainable import FUSED, LINEARS, MLP_PLACES, has_place
 from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig
 
@@ -37,7 +37,8 @@ def locate(config: ModelConfig, module: str, key: str) -> tuple[int, str]:
         )
     if config.layers[layer].feedforward == "moe" and place in MLP_PLACES:
         raise unsupported(".experts.", key)
-    if place in ("gate", "gate_up") and not config.gated_mlp:
+    no_gate = place in ("gate", "gate_up") and not config.gated_mlp
+    if no_gate or not has_place(config, layer, place):
         raise InvalidRequest("the model has no such linear map", field="adapter", given=key)
     return layer, place
 
@@ -46,19 +47,23 @@ def module_of(config: ModelConfig, layer: int, place: str) -> str:
     """Path of a module within the Hub's model, e.g. ``model.layers.0.self_attn.q_proj``."""
     if config.family == "gpt2":
         return f"transformer.h.{layer}.{_GPT2[place]}"
-    block = "mlp" if place in MLP_PLACES else "self_attn"
-    return f"model.layers.{layer}.{block}.{place}_proj"
+    if config.family == "gla":
+        attention, name = "attn", {"r": "g"}.get(place, place)
+    else:
+        attention, name = "self_attn", place
+    block = "mlp" if place in MLP_PLACES else attention
+    return f"model.layers.{layer}.{block}.{name}_proj"
 
 
-def hub_parts(config: ModelConfig, place: str) -> list[tuple[str, slice]]:
-    """The Hub's modules under one place, each with its rows of the place's output.
+def hub_parts(config: ModelConfig, layer: int, place: str) -> list[tuple[str, slice]]:
+    """The Hub's modules under one place of a layer, each with its rows of the place's output.
 
     Raises:
         InvalidRequest: the Hub's model has only a larger module, of which the place is a part.
     """
     if place in FUSED and not _fuses(config, place):
-        origin = rows_of(config, place)[1]
-        found = [(part, rows_of(config, part)) for part in FUSED[place]]
+        origin = rows_of(config, layer, place)[1]
+        found = [(part, rows_of(config, layer, part)) for part in FUSED[place]]
         return [(part, slice(start - origin, stop - origin)) for part, (_, start, stop) in found]
     owner = next((fused for fused, parts in FUSED.items() if place in parts), None)
     if owner is not None and _fuses(config, owner):

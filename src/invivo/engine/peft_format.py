@@ -156,7 +156,7 @@ def _to_ia3(
     for spec in specs:
         for layer, place in places(model, spec):
             vector = parameters[f"layers.{layer}.{place}.ia3"]
-            for part, rows in hub_parts(model, place):
+            for part, rows in hub_parts(model, layer, place):
                 own = vector[None, :] if place == "down" else vector[rows, None]
                 module = module_of(model, layer, part)
                 tensors[f"base_model.model.{module}.ia3_l"] = own.clone()

@@ -62,8 +62,8 @@ def from_lora(
         if a is None or b is None:
             raise InvalidRequest("has only one of lora_A and lora_B", field="adapter", given=module)
         rank = int(a.shape[0])
-        _, start, stop = rows_of(model, place)
-        wanted = (rank, width_in(model, place)), (stop - start, rank)
+        _, start, stop = rows_of(model, layer, place)
+        wanted = (rank, width_in(model, layer, place)), (stop - start, rank)
         if (tuple(a.shape), tuple(b.shape)) != wanted or rank == 0:
             raise InvalidRequest(
                 f"does not fit the model: A {tuple(a.shape)} and B {tuple(b.shape)}, "
@@ -106,7 +106,7 @@ def to_lora(
         for layer, place in places(model, spec):
             base = f"layers.{layer}.{place}"
             a, b = parameters[f"{base}.lora_A"], parameters[f"{base}.lora_B"]
-            for part, rows in hub_parts(model, place):
+            for part, rows in hub_parts(model, layer, place):
                 module = module_of(model, layer, part)
                 layers_of.setdefault(part, set()).add(layer)
                 key = f"base_model.model.{module}.lora_"

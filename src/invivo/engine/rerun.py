@@ -19,6 +19,7 @@ from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder
 
 Memory = tuple[torch.Tensor, torch.Tensor]
+States = tuple[torch.Tensor, torch.Tensor]
 
 
 def rerun_backward(
@@ -30,6 +31,7 @@ def rerun_backward(
     rows: tuple[int, int],
     layers: tuple[int, int],
     start_from: torch.Tensor | None,
+    entering: States | None = None,
 ) -> torch.Tensor | None:
     """Gradient by the residual stream before ``layers``; parameters gather theirs in ``.grad``.
 
@@ -38,6 +40,7 @@ def rerun_backward(
         rows, layers: ranges, the ends exclusive.
         start_from: [s, d] residual stream of the rows before the first of the layers; None: the
             embeddings.
+        entering: states and tails of all recurrent layers before the rows, [n, ...] each.
 
     Returns:
         [s, d], None where nothing reads it.
@@ -59,7 +62,11 @@ def rerun_backward(
         past: list[Memory] = []
         memory: list[Memory] = []
         for layer in range(first, last):
-            leaves, grown = _past(cache, sequence, layer, start, stop, hooks.carried.get(layer))
+            if layer in decoder.config.recurrent:
+                assert entering is not None
+                leaves, grown = _state(decoder, layer, entering, wanted=layer >= hooks.bottom)
+            else:
+                leaves, grown = _past(cache, sequence, layer, start, stop, hooks.carried.get(layer))
             past.append(leaves)
             memory.append(grown)
         layout = window_layout(sequence, start, stop, cache.block_size)
@@ -72,6 +79,12 @@ def rerun_backward(
             out = residual if pending is None else residual + pending
         outputs, gradients = [out], [sequence.dx[start:stop]]
         for layer, grown in enumerate(memory, first):
+            if layer in decoder.config.recurrent:
+                for new, total in zip(grown, sequence.sums.get(layer, ()), strict=False):
+                    if total is not None and new.requires_grad:
+                        outputs.append(new[1])
+                        gradients.append(total)
+                continue
             for new, total in zip(grown, sequence.sums.get(layer, (None, None)), strict=True):
                 own = new.flatten(0, 1)[start:stop]
                 if total is not None and own.requires_grad:
@@ -79,10 +92,53 @@ def rerun_backward(
                     gradients.append(total[start:stop].to(own.dtype))
         torch.autograd.backward(outputs, gradients)
     for layer, leaves in enumerate(past, first):
+        if layer in decoder.config.recurrent:
+            if layer in sequence.sums:
+                state, tail = (torch.zeros_like(t) if t.grad is None else t.grad for t in leaves)
+                sequence.sums[layer] = state, tail
+            continue
         for leaf, total in zip(leaves, sequence.sums.get(layer, (None, None)), strict=True):
             if total is not None and leaf.grad is not None:
                 total[:start] += leaf.grad
     return x.grad
+
+
+@torch.no_grad()
+def replay(
+    decoder: Decoder,
+    cache: KVCache,
+    sequence: TrainSequence,
+    bypass: Bypass,
+    rows: tuple[int, int],
+    entering: States,
+) -> States:
+    """The recurrent states after ``rows`` from those before them."""
+    start, stop = rows
+    recurrent = decoder.config.recurrent
+    memory = [
+        _state(decoder, layer, entering, wanted=False)[1]
+        if layer in recurrent
+        else _past(cache, sequence, layer, start, stop, None)[1]
+        for layer in range(decoder.config.n_layers)
+    ]
+    x = decoder.embedded(sequence.tokens[start:stop], sequence.positions(start, stop), bypass)
+    layout = window_layout(sequence, start, stop, cache.block_size)
+    decoder.run_layers(x, layout, memory, bypass=bypass)
+    states, tails = (torch.stack([memory[layer][i][1] for layer in recurrent]) for i in (0, 1))
+    return states, tails
+
+
+def _state(
+    decoder: Decoder, layer: int, entering: States, *, wanted: bool
+) -> tuple[Memory, Memory]:
+    """Leaves of a recurrent layer's state and tail before the window, and two slots each: scratch
+    and that."""
+    i = decoder.config.recurrent.index(layer)
+    leaves = entering[0][i].clone(), entering[1][i].clone()
+    for leaf in leaves:
+        leaf.requires_grad_(wanted)
+    state, tail = (torch.stack((torch.zeros_like(leaf), leaf)) for leaf in leaves)
+    return leaves, (state, tail)
 
 
 def window_layout(sequence: TrainSequence, start: int, stop: int, block_size: int) -> PagedLayout:
@@ -102,6 +158,7 @@ def window_layout(sequence: TrainSequence, start: int, stop: int, block_size: in
         max_kv=stop,
         span_start_host=[0, n],
         kv_len_host=[stop],
+        state_slots=torch.ones(1, dtype=torch.int64, device=device),
     )
 
 

@@ -49,6 +49,9 @@ class TrainSequence:
         dx: [L, d] first the loss's gradient by the final states, then, as the backward goes down,
             by the residual stream.
         sums: gradients of keys and values by layer, each [L, G, D], None where nobody reads them.
+            In a recurrent layer those by the state and tail at the end of the rows that are next.
+        entering: states and tails of all recurrent layers, [n, ...] each, before the row at which
+            a forward window began.
         tape: what the forward keeps; None when the backward reruns it from the tokens.
         d_embeddings: [L, d] gradient by the first residual stream, where it was asked for.
         row, layer: how far the backward is: rows from ``row`` on are done for the layers under
@@ -67,6 +70,7 @@ class TrainSequence:
     n_labels: torch.Tensor | None = None
     dx: torch.Tensor | None = None
     sums: dict[int, Sums] = field(default_factory=dict)
+    entering: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     tape: Tape | None = None
     d_embeddings: torch.Tensor | None = None
     row: int = 0

@@ -23,6 +23,7 @@ LINEARS: dict[str, str] = {
     "v_proj": "v",
     "qkv_proj": "qkv",
     "c_attn": "qkv",
+    "g_proj": "r",
     "o_proj": "o",
     "attn.c_proj": "o",
     "gate_proj": "gate",
@@ -110,6 +111,13 @@ def _checked(config: ModelConfig, given: Trainable) -> Trainable:
             field="layers",
             given=given.layers,
         )
+    if given.kind == "prefix" and config.recurrent:
+        raise InvalidRequest(
+            "a prefix is keys and values, which recurrent layers do not keep",
+            field="kind",
+            given="prefix",
+            remedy="Train a soft_prompt",
+        )
     if given.kind in ("prefix", "soft_prompt"):
         if given.on:
             raise InvalidRequest(
@@ -131,6 +139,13 @@ def _checked(config: ModelConfig, given: Trainable) -> Trainable:
     return Trainable(given.kind, tuple(dict.fromkeys(on)), given.size, layers)
 
 
+def has_place(config: ModelConfig, layer: int, place: str) -> bool:
+    """Whether ``layer`` has a linear map or site that the model as a whole has."""
+    if place == "r":
+        return config.layers[layer].mixer == "gla"
+    return config.layers[layer].feedforward == "mlp" or place not in MLP_PLACES
+
+
 def _default_places(config: ModelConfig, kind: str) -> tuple[str, ...]:
     usual = _DEFAULT_ON[kind]
     if all(layer.feedforward == "moe" for layer in config.layers):
@@ -140,7 +155,9 @@ def _default_places(config: ModelConfig, kind: str) -> tuple[str, ...]:
 
 def _linear(config: ModelConfig, name: str) -> str:
     place = LINEARS.get(name, name)
-    lacking = ("gate", "gate_up") if not config.gated_mlp else ()
+    lacking: tuple[str, ...] = ("gate", "gate_up") if not config.gated_mlp else ()
+    if not config.recurrent:
+        lacking += ("r",)
     if place not in LINEARS.values() or place in lacking:
         known = [hub for hub, ours in LINEARS.items() if ours not in lacking]
         raise InvalidRequest(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from invivo.engine.trainable import FUSED, Trainable, checked
+from invivo.engine.trainable import FUSED, Trainable, checked, has_place
 from invivo.models.config import ModelConfig
 
 # The places of a layer where the decoder calls a bypass, in the order of the forward pass.
@@ -18,6 +18,7 @@ ORDER = (
     "qkv",
     "attn.kvhead.k",
     "attn.kvhead.v",
+    "r",
     "o",
     "attn.out",
     "resid.mid",
@@ -29,7 +30,6 @@ ORDER = (
     "mlp.out",
     "resid.post",
 )
-_MLP = ("gate", "up", "gate_up", "down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def trained_hooks(
         for layer in each.layers or ():
             places = ("k", "v") if each.kind == "prefix" else each.on
             for place in places:
-                if config.layers[layer].feedforward == "moe" and place in _MLP:
+                if not has_place(config, layer, place):
                     continue
                 hook = _hook(config, each.kind, place)
                 names.setdefault(layer, set()).add(hook)

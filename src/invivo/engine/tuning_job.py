@@ -20,7 +20,7 @@ from invivo.engine.job_spec import DataSource, JobSpec, OnEvent, check_text
 from invivo.engine.optimizer import Optimizer, clip_factor, learning_rate
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.types import BackwardUnit, Request, Sequence
-from invivo.engine.window import WindowTrainer
+from invivo.engine.window import Mode, Order, WindowTrainer
 from invivo.errors import Conflict, InvalidRequest
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder
@@ -70,18 +70,22 @@ class TuningJob:
                 each, config, seed=spec.seed + i, dtype=wide, device=device
             ).items()
         }
+        # Recurrent layers know one way; it needs no tape, so nothing is lost by it.
+        recurrent = bool(config.recurrent)
+        mode: Mode = "rerun" if recurrent else spec.mode
+        order: Order = "window" if recurrent else spec.order
         self.trainer = WindowTrainer(
             decoder,
             cache,
             self.specs,
             self.parameters,
-            mode=spec.mode,
-            order=spec.order,
+            mode=mode,
+            order=order,
             tape_bytes=spec.tape_bytes,
         )
         self.optimizer = Optimizer(spec, self.parameters)
         self.n_layers = config.n_layers - self.trainer.bottom
-        self.cuts_layers = not (spec.mode == "rerun" and spec.order == "window")
+        self.cuts_layers = not (mode == "rerun" and order == "window")
         self.state: State = "queued"
         self.step = 0
         self.losses: list[float] = []

@@ -17,6 +17,9 @@ Two orders (``order``):
 - ``layer``: all windows of the last layer, then the layer below. One layer's key and value
   gradients are held; a rerun keeps the input of every layer.
 
+A recurrent layer's carry is its state: a window's forward takes the one before it, its backward the
+gradient by the one after it, and gives that by the one before (window order, rerun).
+
 The loss is a sum. Divide the gradients once, by the labelled rows of the whole optimizer step.
 """
 
@@ -30,11 +33,12 @@ import torch
 from invivo.engine.bypasses import BypassSpec, Parameters, TrainBypass
 from invivo.engine.layer_backward import LayerBackward
 from invivo.engine.recording import Piece
-from invivo.engine.rerun import rerun_backward
+from invivo.engine.rerun import States, replay, rerun_backward
 from invivo.engine.tape import Tape, TapePlan, TapePlanner, layer_inputs
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.trained_hooks import trained_hooks
 from invivo.engine.types import BackwardUnit
+from invivo.errors import UnsupportedModel
 from invivo.kernels.cross_entropy import CrossEntropy, cross_entropy
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder
@@ -74,9 +78,17 @@ class WindowTrainer:
 
         Raises:
             InvalidRequest: see :func:`invivo.engine.trained_hooks.trained_hooks`.
-            UnsupportedModel: ``tape`` for a mixer that the memory plan does not know.
+            UnsupportedModel: ``tape`` for a mixer that the memory plan does not know, or layer
+                order for recurrent layers.
         """
         config = decoder.config
+        if config.recurrent and (mode, order) != ("rerun", "window"):
+            raise UnsupportedModel(
+                "recurrent layers are trained by running windows again, the last one first",
+                field="mode",
+                given=f"{mode}, order {order}",
+                remedy="Give mode rerun and order window",
+            )
         self.decoder = decoder
         self.mode: Mode = mode
         self.order: Order = order
@@ -148,7 +160,19 @@ class WindowTrainer:
     def rewind(self, sequence: TrainSequence) -> None:
         """Nothing of ``sequence`` has run: its units can be planned from here on."""
         sequence.forwarded = 0
+        sequence.entering = {}
         sequence.row, sequence.layer = sequence.length, self._n_layers
+
+    def enters(self, sequence: TrainSequence, start: int, slot: int) -> None:
+        """Keep the recurrent states, in ``slot``, with which a forward window begins.
+
+        To be called before each forward window of a model with recurrent layers, after the slot
+        was cleared for the first one. It is all that the backward needs of the past: one state a
+        window, whatever lies before it.
+        """
+        states = self._cache.states_at([slot])
+        if states is not None:
+            sequence.entering[start] = states[0].squeeze(1), states[1].squeeze(1)
 
     def piece(self, sequence: TrainSequence, start: int, stop: int, row: int) -> Piece:
         """What a recording needs of rows [start, stop), which begin at ``row`` of the batch."""
@@ -267,14 +291,26 @@ class WindowTrainer:
             if layers[0] > 0:
                 assert sequence.tape is not None
                 x = sequence.tape.read(layers[0], "layer.input", *rows)
+            entering = self._entering(sequence, unit.start)
             dx = rerun_backward(
-                self.decoder, self._cache, self._hooks, sequence, bypass, rows, layers, x
+                self.decoder, self._cache, self._hooks, sequence, bypass, rows, layers, x, entering
             )
         if dx is not None:
             assert sequence.dx is not None
             sequence.dx[unit.start : unit.stop] = dx
         self._advance(sequence, unit)
         self._release(sequence)
+
+    def _entering(self, sequence: TrainSequence, start: int) -> States | None:
+        """Recurrent states before row ``start``: kept, or computed again from the last kept."""
+        if not self.decoder.config.recurrent:
+            return None
+        kept = max(at for at in sequence.entering if at <= start)
+        states = sequence.entering[kept]
+        if kept == start:
+            return states
+        bypass = self.bypass.window(kept, start)
+        return replay(self.decoder, self._cache, sequence, bypass, (kept, start), states)
 
     def _advance(self, sequence: TrainSequence, unit: BackwardUnit) -> None:
         sequence.window = unit.start, unit.stop
@@ -295,6 +331,12 @@ class WindowTrainer:
         wide = torch.float64 if self.decoder.embed.dtype == torch.float64 else torch.float32
         device = sequence.tokens.device
         for layer in range(*layers):
+            if layer in config.recurrent:
+                if layer not in sequence.sums:
+                    i = config.recurrent.index(layer)
+                    state, tail = next(iter(sequence.entering.values()))
+                    sequence.sums[layer] = torch.zeros_like(state[i]), torch.zeros_like(tail[i])
+                continue
             if layer not in sequence.sums:
                 k, v = (
                     torch.zeros(shape, dtype=wide, device=device) if wanted else None
@@ -313,4 +355,5 @@ class WindowTrainer:
             if self._input_gradients:
                 sequence.d_embeddings = sequence.dx
             sequence.sums = {}
+            sequence.entering = {}
             sequence.tape = sequence.dx = None

@@ -1,0 +1,155 @@
+"""Fine-tuning through recurrent layers: the state's gradient carries exactly over every cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.engine.drive import ask, run, small_engine
+from tests.engine.test_gla import greedy, prompt, served
+from tests.models.gla_models import SHAPES, memory_of, spans_layout, tiny_decoder
+
+from invivo.engine.bypasses import BypassSpec, TrainBypass, checked_specs, init_parameters
+from invivo.engine.peft_format import to_peft
+from invivo.engine.train_sequence import TrainSequence, next_token_labels
+from invivo.engine.window import WindowTrainer
+from invivo.errors import InvalidRequest, UnsupportedModel
+from invivo.kernels.paging import contiguous_layout
+
+LORA = BypassSpec("lora", ("q", "k", "v", "r", "o", "down"), 2)
+BYPASSES = {
+    "lora": (LORA,),
+    "top": (BypassSpec("lora", ("v",), 2, layers=(2,)),),
+    "others": (
+        BypassSpec("ia3", ("k", "v")),
+        BypassSpec("adapter", ("attn.in",), 2),
+        BypassSpec("soft_prompt", (), 2),
+    ),
+}
+
+
+def parameters_of(specs: tuple[BypassSpec, ...], shape: str) -> dict[str, torch.Tensor]:
+    config = tiny_decoder(shape).config
+    rng = torch.Generator().manual_seed(4)
+    made = {}
+    for spec in checked_specs(config, specs):
+        made |= init_parameters(spec, config, seed=1, dtype=torch.float64)
+    for value in made.values():
+        value += 0.1 * torch.randn(value.shape, generator=rng, dtype=torch.float64)
+        value.requires_grad_()
+    return made
+
+
+def cuts_of(n: int, widths: list[int]) -> list[tuple[int, int]]:
+    found, start = [], 0
+    while start < n:
+        stop = min(n, start + widths[len(found) % len(widths)])
+        found.append((start, stop))
+        start = stop
+    return found
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    shape=st.sampled_from(sorted(SHAPES)),
+    bypass=st.sampled_from(sorted(BYPASSES)),
+    n=st.integers(1, 30),
+    forward=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    backward=st.integers(1, 13),
+    input_gradients=st.booleans(),
+)
+def test_no_cut_changes_a_gradient(
+    shape: str, bypass: str, n: int, forward: list[int], backward: int, input_gradients: bool
+) -> None:
+    decoder, specs = tiny_decoder(shape), BYPASSES[bypass]
+    parameters = parameters_of(specs, shape)
+    tokens = torch.tensor(prompt(n, n))
+    labels = next_token_labels(tokens)
+
+    whole = TrainBypass(decoder.config, specs, parameters).window(0, n)
+    layout = contiguous_layout([n], block_size=4)
+    hidden = decoder(tokens, layout, memory_of(decoder.config), bypass=whole)
+    loss = F.cross_entropy(decoder.logits(hidden), labels, ignore_index=-100, reduction="sum")
+    names = list(parameters)
+    found = [None] * len(names)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+
+    cache = memory_of(decoder.config)
+    trainer = WindowTrainer(
+        decoder,
+        cache,
+        specs,
+        parameters,
+        mode="rerun",
+        order="window",
+        input_gradients=input_gradients,
+    )
+    sequence = TrainSequence(tokens, labels, list(range(21, 31)))
+    trainer.begin(sequence)
+    for start, stop in cuts_of(n, forward):
+        trainer.enters(sequence, start, 3)
+        with torch.inference_mode():
+            states = decoder(
+                tokens[start:stop],
+                spans_layout([(start, stop, 3)]),
+                cache,
+                bypass=trainer.bypass.window(start, stop),
+            )
+        trainer.forward_done(sequence, start, stop, states.clone())
+    assert torch.allclose(sequence.loss, loss.detach(), rtol=1e-10)
+    while (unit := trainer.next_unit(sequence, backward)) is not None:
+        trainer.run(sequence, unit)
+    for name, wanted in zip(names, found, strict=True):
+        got = parameters[name].grad
+        got = torch.zeros(()) if got is None else got
+        wanted = torch.zeros(()) if wanted is None else wanted
+        assert float((got - wanted).abs().max()) < 1e-9 * max(1.0, float(wanted.abs().max())), name
+
+
+@pytest.mark.parametrize(("mode", "order"), [("tape", "window"), ("rerun", "layer")])
+def test_other_ways_are_refused(mode: str, order: str) -> None:
+    decoder = tiny_decoder()
+    parameters = parameters_of((LORA,), "plain")
+    with pytest.raises(UnsupportedModel):
+        WindowTrainer(
+            decoder, memory_of(decoder.config), (LORA,), parameters, mode=mode, order=order
+        )
+
+
+def test_a_prefix_is_refused_with_the_reason() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        checked_specs(tiny_decoder().config, [BypassSpec("prefix", (), 2)])
+    assert caught.value.remedy == "Train a soft_prompt"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_lora_is_served_and_survives_its_file(shape: str) -> None:
+    """Rows with it beside rows without; the file has flash-linear-attention's module names."""
+    model = served(shape)
+    config, specs = model.config, checked_specs(model.config, [LORA])
+    parameters = {k: v.detach() for k, v in parameters_of((LORA,), shape).items()}
+    described, tensors = to_peft(specs, parameters, config, "tiny-gla")
+    assert "base_model.model.model.layers.0.attn.g_proj.lora_A.weight" in tensors
+    engine = small_engine(model, block_size=4)
+    engine.adapters.load("mine", (described, tensors))
+    text = prompt(11, 2)
+    mine = ask(engine, text, temperature=0, max_tokens=5, adapter="mine")
+    plain = ask(engine, text, temperature=0, max_tokens=5)
+    run(engine, mine, plain)
+    assert plain.tokens() == greedy(model, text, 5)
+    bypass = TrainBypass(config, specs, parameters)
+    tokens = list(text)
+    with torch.inference_mode():
+        for _ in range(5):
+            n = len(tokens)
+            hidden = model.decoder(
+                torch.tensor(tokens),
+                contiguous_layout([n], block_size=4),
+                memory_of(config),
+                bypass=bypass.window(0, n),
+            )
+            tokens.append(int(model.decoder.logits(hidden)[-1].argmax()))
+    assert mine.tokens() == tokens[-5:]
