@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from invivo.errors import UnsupportedModel
 from invivo.kernels.device import runs_on_cpu, runs_triton
+from invivo.kernels.native import native_for
 
 GELU_TANH = ("gelu_tanh", "gelu_pytorch_tanh", "gelu_new")
 ACTIVATIONS = ("silu", "swish", "gelu", *GELU_TANH, "relu", "relu2")
@@ -41,6 +42,9 @@ def gated_activation_reference(gate_up: torch.Tensor, kind: str) -> torch.Tensor
 
 def gated_activation(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     """:func:`gated_activation_reference`, by the fastest way: [T, 2 f] -> [T, f]."""
+    native = native_for(gate_up) if kind in ("silu", "swish") and gate_up.dim() == 2 else None
+    if native is not None and gate_up.is_contiguous():
+        return native.silu_mul(gate_up)
     if runs_on_cpu(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate, kind).mul_(up)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from invivo.kernels.device import runs_triton, wants_grad
+from invivo.kernels.native import native_for
 
 
 def rms_norm_reference(
@@ -45,6 +46,9 @@ def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, unit_offset: bool = False
 ) -> torch.Tensor:
     """:func:`rms_norm_reference`, by the fastest way for the device. x [..., d], weight [d]."""
+    native = native_for(x, weight)
+    if native is not None and x.is_contiguous():
+        return native.add_rms_norm(x, None, weight, eps, unit_offset=unit_offset)[0]
     if _runs_lean(x, weight, unit_offset):
         return _rms_norm_lean(x, weight, eps)
     if runs_triton(x):
@@ -63,6 +67,9 @@ def add_rms_norm(
     unit_offset: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(normed, new_residual)`` of :func:`add_rms_norm_reference`, by the fastest way."""
+    native = native_for(x, residual, weight)
+    if native is not None and x.is_contiguous() and residual.is_contiguous():
+        return native.add_rms_norm(x, residual, weight, eps, unit_offset=unit_offset)
     if _runs_lean(x, weight, unit_offset):
         total = x + residual
         return _rms_norm_lean(total, weight, eps), total

@@ -10,6 +10,7 @@ import torch
 
 from invivo.kernels.attention import store_kv
 from invivo.kernels.device import runs_on_cpu, runs_triton
+from invivo.kernels.native import native_for
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -135,6 +136,19 @@ def rotate_and_store(
         from invivo.kernels.triton_rotary import rotate_and_store_triton
 
         return rotate_and_store_triton(q, k, v, cos, sin, positions, k_cache, v_cache, slots)
+    native = native_for(q, k, v, cos, k_cache)
+    if native is not None and _in_equal_rows(q, k, v) and k_cache.is_contiguous():
+        c, s = rotary_rows(cos, sin, positions)
+        native.rotate_and_store(q, k, v, c, s, slots, k_cache, v_cache)
+        return q
     q, k = apply_rotary(q, k, cos, sin, positions)
     store_kv(k, v, k_cache, v_cache, slots)
     return q
+
+
+def _in_equal_rows(*tensors: torch.Tensor) -> bool:
+    """Whether heads lie side by side in rows with the same distance in all tensors."""
+    return all(
+        t.stride(2) == 1 and t.stride(1) == t.shape[2] and t.stride(0) == tensors[0].stride(0)
+        for t in tensors
+    )
