@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from invivo.kernels.triton_gla.loads import anchored, load_gates, load_rows, store_rows
 from invivo.kernels.triton_gla.pairs import Within
@@ -26,12 +27,12 @@ from invivo.kernels.triton_gla.tables import CHUNK, SUB, Chunks, gradient_tile, 
 
 @triton.jit
 def _read_states(
-    dz, v, kept, d_kept, place, row, real, dims, head, dz_stride, v_stride,
-    K_PAD: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    dz, v, kept, d_kept, place, row, real, head, dz_stride, v_stride,
+    V: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dO S^T`` and ``V dS^T`` [ROWS, BLOCK_K], and ``rowsum(S dS)`` [BLOCK_K]."""
-    kind = kept.dtype.element_ty
+    kind = kept.dtype
     read = tl.zeros([ROWS, BLOCK_K], tl.float32)
     d_written = tl.zeros([ROWS, BLOCK_K], tl.float32)
     both = tl.zeros([BLOCK_K], tl.float32)
@@ -39,10 +40,9 @@ def _read_states(
         values = begin + tl.arange(0, BLOCK_V)
         dz_rows = load_rows(dz, row, real, values, head, dz_stride, V).to(kind)
         v_rows = load_rows(v, row, real, values, head, v_stride, V).to(kind)
-        at = (place * V + values[:, None]) * K_PAD + dims[None, :]
-        mask = (values < V)[:, None]
-        state = tl.load(kept + at, mask=mask, other=0.0)
-        d_state = tl.load(d_kept + at, mask=mask, other=0.0)
+        at = (place * V_PAD + begin).to(tl.int32)
+        state = kept.load([at, tl.program_id(0) * BLOCK_K])
+        d_state = d_kept.load([at, tl.program_id(0) * BLOCK_K])
         read = tl.dot(dz_rows, state, read, input_precision=PRECISION)
         d_written = tl.dot(v_rows, d_state, d_written, input_precision=PRECISION)
         both += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
@@ -63,9 +63,9 @@ def _store_gates(
 
 @triton.jit
 def _gradient_kernel(
-    q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, steep, chunks,
+    q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, d_turned, d_own, steep, chunks,
     scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
-    N_HEADS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, V: tl.constexpr,
+    N_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, V_PAD: tl.constexpr,
     C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -81,8 +81,8 @@ def _gradient_kernel(
     row, real = tl.load(chunks + 2 * slot) + at, at < n
     dims = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     read, d_written, both = _read_states(
-        dz, v, kept, d_kept, place, row, real, dims, head, dz_stride, v_stride,
-        K_PAD, V, C, BLOCK_K, BLOCK_V, PRECISION,
+        dz, v, kept, d_kept, place, row, real, head, dz_stride, v_stride,
+        V, V_PAD, C, BLOCK_K, BLOCK_V, PRECISION,
     )  # fmt: skip
 
     gates = load_gates(g, row, real, dims, head, g_stride, tau, K, FROM_LOGITS)
@@ -92,18 +92,15 @@ def _gradient_kernel(
     down, up = tl.exp2(sums - middle[None, :]), tl.exp2(middle[None, :] - sums)
     d_written = d_written * tl.exp2(last[None, :] - sums)
     carry = tl.exp2(last) * both + tl.sum(k_rows * d_written, 0)
-    square = d_pairs + place * (C * C)
-    weights = tl.load(square + at[:, None] * C + at[None, :])
-    weights = tl.where(at[:, None] > at[None, :], weights, 0.0)
-    # Read turned, and not turned here: Triton mistranslates products of turned products.
-    turned = tl.load(square + at[None, :] * C + at[:, None])
-    turned = tl.where(at[None, :] > at[:, None], turned, 0.0)
-    from_keys = tl.dot(weights, k_rows * up, input_precision=PRECISION)
-    from_queries = tl.dot(turned, q_rows * down * scale, input_precision=PRECISION)
+    at_pairs = (slot * N_HEADS + head) * C
+    from_keys = tl.dot(d_pairs.load([at_pairs, 0]), k_rows * up, input_precision=PRECISION)
+    from_queries = tl.dot(
+        d_turned.load([at_pairs, 0]), q_rows * down * scale, input_precision=PRECISION
+    )
     dq_rows = (read * tl.exp2(sums) + from_keys * down) * scale
     dk_rows = d_written + from_queries * up
     both_rows = q_rows * dq_rows - k_rows * dk_rows
-    own = tl.load(square + at * (C + 1))[:, None] * scale
+    own = tl.load(d_own + place * C + at)[:, None] * scale
     store_rows(dq, dq_rows + own * k_rows, row, real, dims, head, N_HEADS * K, K)
     store_rows(dk, dk_rows + own * q_rows, row, real, dims, head, N_HEADS * K, K)
     dg_rows = tl.cumsum(both_rows, 0, reverse=True) + carry[None, :]
@@ -112,9 +109,9 @@ def _gradient_kernel(
 
 @triton.jit
 def _steep_gradient_kernel(
-    q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, steep, chunks,
+    q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, d_own, steep, chunks,
     scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
-    N_HEADS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, V: tl.constexpr,
+    N_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, V_PAD: tl.constexpr,
     C: tl.constexpr, SUB_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -132,8 +129,8 @@ def _steep_gradient_kernel(
     square = d_pairs + place * (C * C)
     gates = load_gates(g, first + at, at < n, dims, head, g_stride, tau, K, FROM_LOGITS)
     _, d_written, both = _read_states(
-        dz, v, kept, d_kept, place, first + at, at < n, dims, head, dz_stride, v_stride,
-        K_PAD, V, C, BLOCK_K, BLOCK_V, PRECISION,
+        dz, v, kept, d_kept, place, first + at, at < n, head, dz_stride, v_stride,
+        V, V_PAD, C, BLOCK_K, BLOCK_V, PRECISION,
     )  # fmt: skip
     k_chunk = load_rows(k, first + at, at < n, dims, head, k_stride, K).to(tl.float32)
     sums, last, _, _ = anchored(gates)
@@ -154,8 +151,8 @@ def _steep_gradient_kernel(
         before = tl.sum(tl.where((at < begin)[:, None], gates, 0.0), 0)
         after = tl.sum(tl.where((at >= begin + SUB_ROWS)[:, None], gates, 0.0), 0)
         read, written, _ = _read_states(
-            dz, v, kept, d_kept, place, first + i, real, dims, head, dz_stride, v_stride,
-            K_PAD, V, SUB_ROWS, BLOCK_K, BLOCK_V, PRECISION,
+            dz, v, kept, d_kept, place, first + i, real, head, dz_stride, v_stride,
+            V, V_PAD, SUB_ROWS, BLOCK_K, BLOCK_V, PRECISION,
         )  # fmt: skip
         dq_rows = read * tl.exp2(inside + before[None, :])
         dk_rows = written * tl.exp2(to_end + after[None, :])
@@ -200,7 +197,7 @@ def _steep_gradient_kernel(
 
         dq_rows = dq_rows * scale
         both_rows = q_rows * dq_rows - k_rows * dk_rows
-        own = tl.load(square + i * (C + 1))[:, None] * scale
+        own = tl.load(d_own + place * C + i)[:, None] * scale
         store_rows(dq, dq_rows + own * k_rows, first + i, real, dims, head, N_HEADS * K, K)
         store_rows(dk, dk_rows + own * q_rows, first + i, real, dims, head, N_HEADS * K, K)
         dg_rows = tl.cumsum(both_rows, 0, reverse=True) + carry[None, :]
@@ -250,35 +247,47 @@ def gradient(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dg, contiguous, in the dtypes of q, k and g.
 
-    kept, d_kept: [slots, H, V, K padded], the states entering chunks and their gradients at their
-    ends; the rest as in ``within_chunks``.
+    kept, d_kept: [slots, H, V padded, K padded], the states entering chunks and their gradients at
+        their ends, as ``stream`` gives them; the rest as in ``within_chunks``.
     """
     assert within.d_pairs is not None
     n_heads, channels = q.shape[1:]
     k_pad, wide = padded(channels), kept.dtype == torch.float32
     tile = gradient_tile(k_pad, v.shape[2], wide=wide)
     dq, dk, dg = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, g))
-    arguments = (
-        q, k, g, v, dz, dq, dk, dg, kept, d_kept, within.d_pairs, within.steep, chunks.chunks,
-        scale, 1.0 if tau is None else tau,
+    block = min(32, k_pad)
+
+    def states(block_v: int, block_k: int) -> list[TensorDescriptor]:
+        return [
+            TensorDescriptor.from_tensor(t.view(-1, k_pad), [block_v, block_k])
+            for t in (kept, d_kept)
+        ]
+
+    rows = (q, k, g, v, dz, dq, dk, dg)
+    below, turned, own = within.d_pairs
+    squares = [
+        TensorDescriptor.from_tensor(t.view(-1, CHUNK), [CHUNK, CHUNK]) for t in (below, turned)
+    ]
+    rest = (
+        own, within.steep, chunks.chunks, scale, 1.0 if tau is None else tau,
         q.stride(0), k.stride(0), g.stride(0), v.stride(0), dz.stride(0),
     )  # fmt: skip
     sizes = {
         "N_HEADS": n_heads,
         "K": channels,
-        "K_PAD": k_pad,
         "V": v.shape[2],
+        "V_PAD": kept.shape[2],
         "C": CHUNK,
         "FROM_LOGITS": tau is not None,
         "PRECISION": "tf32x3" if wide else "tf32",
     }
     _gradient_kernel[(triton.cdiv(k_pad, tile.k), n_heads, chunks.n_chunks)](
-        *arguments, BLOCK_K=tile.k, BLOCK_V=tile.v,
+        *rows, *states(tile.v, tile.k), *squares, *rest, BLOCK_K=tile.k, BLOCK_V=tile.v,
         num_warps=tile.warps, num_stages=tile.stages, **sizes,
     )  # fmt: skip
-    block = min(32, k_pad)
+    block_v = min(32, tile.v)
     _steep_gradient_kernel[(triton.cdiv(k_pad, block), n_heads, chunks.n_chunks)](
-        *arguments, SUB_ROWS=SUB, BLOCK_K=block, BLOCK_V=min(32, padded(v.shape[2])),
+        *rows, *states(block_v, block), below, *rest, SUB_ROWS=SUB, BLOCK_K=block, BLOCK_V=block_v,
         num_warps=4, num_stages=1, **sizes,
     )  # fmt: skip
     return dq, dk, dg

@@ -15,14 +15,16 @@ import torch
 from invivo.kernels.triton_gla.passes import backward_pass, forward_pass, state_like
 from invivo.kernels.triton_gla.step import step
 
-MAX_KEYS = 256  # a state tile of so many rows fits the registers
+MAX_KEYS = 256  # a tile of states of so many channels fits the registers
+MAX_KEYS_FLOAT32 = 128  # and so many the shared memory, where products are of float32
 
 
 def supports(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether the kernels serve these sizes: at most 256 key channels, rows of whole 16 bytes."""
+    """Whether the kernels serve these: 16 to 256 key channels (128 in float32), all sizes of 8."""
     sizes = q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
     kinds = (torch.bfloat16, torch.float16, torch.float32)
-    return sizes and 16 <= q.shape[-1] <= MAX_KEYS and q.dtype in kinds
+    most = MAX_KEYS_FLOAT32 if q.dtype == torch.float32 else MAX_KEYS
+    return sizes and 16 <= q.shape[-1] <= most and q.dtype in kinds
 
 
 def gla_triton(

@@ -22,6 +22,20 @@ from invivo.kernels.triton_gla.loads import anchored, load_gates, load_rows
 from invivo.kernels.triton_gla.tables import CHUNK, STEEP, SUB, Chunks, padded, pair_tile
 
 
+class PairGradients(NamedTuple):
+    """dO V^T of each chunk, float32.
+
+    Attributes:
+        below: [N, H, C, C] what lies below the diagonal, zero elsewhere.
+        turned: [N, H, C, C] the same transposed.
+        own: [N, H, C] the diagonal.
+    """
+
+    below: torch.Tensor
+    turned: torch.Tensor
+    own: torch.Tensor
+
+
 class Within(NamedTuple):
     """What streaming and gradients read of each chunk; N slots, C = 64 rows, K padded.
 
@@ -31,7 +45,7 @@ class Within(NamedTuple):
         pairs: [N, H, C, C] P, zero above the diagonal.
         decay: [N, H, K] exp(gn), float32.
         steep: [N, H] int32, 1 where the chunk is flagged.
-        d_pairs: [N, H, C, C] dO V^T, zero above the diagonal, float32; None in the forward pass.
+        d_pairs: of the backward pass alone.
     """
 
     queries: torch.Tensor
@@ -39,12 +53,12 @@ class Within(NamedTuple):
     pairs: torch.Tensor
     decay: torch.Tensor
     steep: torch.Tensor
-    d_pairs: torch.Tensor | None
+    d_pairs: PairGradients | None
 
 
 @triton.jit
 def _pairs_kernel(
-    q, k, g, v, dz, chunks, queries, keys, pairs, d_pairs, decay, steep,
+    q, k, g, v, dz, chunks, queries, keys, pairs, d_pairs, d_turned, d_own, decay, steep,
     scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
     N_HEADS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -89,7 +103,13 @@ def _pairs_kernel(
             dz_rows = load_rows(dz, row, real, dims, head, dz_stride, V).to(kind)
             v_rows = load_rows(v, row, real, dims, head, v_stride, V).to(kind)
             total = tl.dot(dz_rows, tl.trans(v_rows), total, input_precision=PRECISION)
-        tl.store(d_pairs + square, tl.where(seen, total, 0.0))
+        before = tl.where(at[None, :] < at[:, None], total, 0.0)
+        tl.store(d_pairs + square, before)
+        # Stored turned, and not turned later: the matrix units want it so in float32, and Triton
+        # has mistranslated products of turned products.
+        tl.store(d_turned + (place * C + at)[None, :] * C + at[:, None], before)
+        own = tl.sum(tl.where(at[None, :] == at[:, None], total, 0.0), 1)
+        tl.store(d_own + place * C + at, own)
 
 
 @triton.jit
@@ -189,10 +209,15 @@ def within_chunks(
         pairs=room(CHUNK, CHUNK, dtype=kind),
         decay=room(k_pad, dtype=torch.float32),
         steep=room(dtype=torch.int32),
-        d_pairs=None if dz is None else room(CHUNK, CHUNK, dtype=torch.float32),
+        d_pairs=None
+        if dz is None
+        else PairGradients(
+            room(CHUNK, CHUNK, dtype=torch.float32),
+            room(CHUNK, CHUNK, dtype=torch.float32),
+            room(CHUNK, dtype=torch.float32),
+        ),
     )
-    other = v if dz is None else dz
-    d_pairs = out.decay if out.d_pairs is None else out.d_pairs
+    d_pairs = out.d_pairs or (out.decay,) * 3  # stands for what the forward pass lacks
     common = {
         "N_HEADS": n_heads,
         "K": channels,
@@ -202,9 +227,10 @@ def within_chunks(
     }
     divisor = 1.0 if tau is None else tau
     _pairs_kernel[(n_heads, slots)](
-        q, k, g, v, other, chunks.chunks, out.queries, out.keys, out.pairs, d_pairs, out.decay,
-        out.steep, scale, divisor,
-        q.stride(0), k.stride(0), g.stride(0), v.stride(0), other.stride(0),
+        q, k, g, v, v if dz is None else dz, chunks.chunks, out.queries, out.keys, out.pairs,
+        *d_pairs, out.decay, out.steep, scale, divisor,
+        q.stride(0), k.stride(0), g.stride(0), v.stride(0),
+        0 if dz is None else dz.stride(0),
         V=v.shape[2], BLOCK_K=tile.k, BLOCK_V=tile.v, BACKWARD=dz is not None,
         PRECISION="tf32x3" if wide else "tf32",
         num_warps=tile.warps, num_stages=tile.stages, **common,

@@ -63,12 +63,10 @@ def backward_pass(
     d_start = None if initial_state is None else state_like(q, v, span_start)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     within = within_chunks(q, k, v, g, chunks, scale=scale, tau=tau, kind=kind, dz=dz)
-    size = (chunks.n_chunks, q.shape[1], v.shape[2], padded(channels))
-    kept, d_kept = (torch.empty(size, dtype=kind, device=q.device) for _ in range(2))
-    stream(v, within, chunks, span_start, channels, start=start, kept=kept)
-    stream(
+    kept = stream(v, within, chunks, span_start, channels, start=start, keep=True)
+    d_kept = stream(
         dz, within, chunks, span_start, channels,
-        reverse=True, start=d_end, end=d_start, kept=d_kept, out=dv,
+        reverse=True, start=d_end, end=d_start, keep=True, out=dv,
     )  # fmt: skip
     dq, dk, dg = gradient(q, k, v, g, dz, within, kept, d_kept, chunks, scale=scale, tau=tau)
     return dq, dk, dv, dg, q.new_empty(0, dtype=torch.float32) if d_start is None else d_start

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from invivo.kernels.triton_gla.loads import load_rows, store_rows
 from invivo.kernels.triton_gla.pairs import Within
@@ -28,7 +29,8 @@ from invivo.kernels.triton_gla.tables import CHUNK, Chunks, padded, stream_tile
 def _stream_kernel(
     x, queries, keys, pairs, decay, segments, start, end, end_decay, kept, out, x_stride,
     N_HEADS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, BLOCK_V: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    V_PAD: tl.constexpr, C: tl.constexpr, BLOCK_V: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
     STARTS: tl.constexpr, ENDS: tl.constexpr, DECAYS: tl.constexpr, KEEPS: tl.constexpr,
     WRITES: tl.constexpr,
 ):  # fmt: skip
@@ -36,13 +38,13 @@ def _stream_kernel(
 
     STARTS: from ``start`` [segments, H, K, V] and not from zero. ENDS: write ``end``, the same.
     DECAYS: write ``end_decay`` [segments, H, K]. KEEPS: write the state entering each chunk to
-    ``kept`` [slots, H, V, K_PAD]. WRITES: write ``out`` [T, H, V].
+    ``kept`` [slots, H, V_PAD, K_PAD]. WRITES: write ``out`` [T, H, V].
     """
     tile, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = tl.load(segments + 3 * segment)
     n_rows = tl.load(segments + 3 * segment + 1)
     first_slot = tl.load(segments + 3 * segment + 2)
-    kind = queries.dtype.element_ty
+    kind = queries.dtype
     at, channels = tl.arange(0, C), tl.arange(0, K_PAD)
     values = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     own = (segment * N_HEADS + head).to(tl.int64)
@@ -60,29 +62,29 @@ def _stream_kernel(
         if REVERSE:
             chunk = steps - 1 - step
         place = ((first_slot + chunk) * N_HEADS + head).to(tl.int64)
-        tall = place * (C * K_PAD) + at[:, None] * K_PAD + channels[None, :]
+        at_chunk = ((first_slot + chunk) * N_HEADS + head) * C
         row = chunk * C + at
         x_rows = load_rows(x, first + row, row < n_rows, values, head, x_stride, V).to(kind)
         if KEEPS or WRITES:
             narrow = state.to(kind)
         if KEEPS:
-            to = (place * V + values[:, None]) * K_PAD + channels[None, :]
-            tl.store(kept + to, narrow, mask=(values < V)[:, None])
+            at_kept = ((first_slot + chunk) * N_HEADS + head) * V_PAD + tile * BLOCK_V
+            kept.store([at_kept, 0], narrow)
         if WRITES:
             if REVERSE:
-                readers = tl.load(keys + tall)
+                readers = keys.load([at_chunk, 0])
             else:
-                readers = tl.load(queries + tall)
-            weights = tl.load(pairs + place * (C * C) + at[:, None] * C + at[None, :])
+                readers = queries.load([at_chunk, 0])
+            weights = pairs.load([at_chunk, 0])
             if not REVERSE:
                 weights = tl.trans(weights)
             read = tl.dot(narrow, tl.trans(readers), input_precision=PRECISION)
             read = tl.dot(tl.trans(x_rows), weights, read, input_precision=PRECISION)
             store_rows(out, tl.trans(read), first + row, row < n_rows, values, head, N_HEADS * V, V)
         if REVERSE:
-            writers = tl.load(queries + tall)
+            writers = queries.load([at_chunk, 0])
         else:
-            writers = tl.load(keys + tall)
+            writers = keys.load([at_chunk, 0])
         factor = tl.load(decay + place * K_PAD + channels)
         state = tl.dot(
             tl.trans(x_rows), writers, state * factor[None, :], input_precision=PRECISION
@@ -140,9 +142,9 @@ def stream(
     reverse: bool = False,
     start: torch.Tensor | None = None,
     end: torch.Tensor | None = None,
-    kept: torch.Tensor | None = None,
+    keep: bool = False,
     out: torch.Tensor | None = None,
-) -> None:
+) -> torch.Tensor | None:
     """One direction over all spans.
 
     Args:
@@ -152,14 +154,19 @@ def stream(
             one after it; None = zeros.
         end: [S, H, K, V] float32, written: the state after each span, or the gradient of the one
             before it.
-        kept: [slots, H, V, K padded], written: the state entering each chunk (backwards: its
-            gradient at the chunk's end).
+        keep: return the state entering each chunk (backwards: its gradient at the chunk's end),
+            [slots, H, V padded to tiles, K padded] of the products' kind.
         out: [T, H, V], written: outputs, or the gradient of the values.
     """
     n_heads, width = x.shape[1:]
     k_pad, wide = padded(channels), within.queries.dtype == torch.float32
     tile = stream_tile(k_pad, width, wide=wide)
+    v_pad = triton.cdiv(width, tile.v) * tile.v
     sizes = {"N_HEADS": n_heads, "K": channels, "V": width}
+    kept = None
+    if keep:
+        size = (chunks.n_chunks, n_heads, v_pad, k_pad)
+        kept = torch.empty(size, dtype=within.keys.dtype, device=x.device)
 
     def walk(
         start: torch.Tensor | None,
@@ -169,10 +176,20 @@ def stream(
         out: torch.Tensor | None,
     ) -> None:
         none = within.decay  # stands for what is not wanted
+        rows = TensorDescriptor.from_tensor(within.pairs.view(-1, CHUNK), [CHUNK, CHUNK])
+        queries, keys = (
+            TensorDescriptor.from_tensor(t.view(-1, k_pad), [CHUNK, k_pad])
+            for t in (within.queries, within.keys)
+        )
+        if kept is None:
+            into = queries
+        else:
+            into = TensorDescriptor.from_tensor(kept.view(-1, k_pad), [tile.v, k_pad])
         _stream_kernel[(triton.cdiv(width, tile.v), n_heads, chunks.n_segments)](
-            x, within.queries, within.keys, within.pairs, within.decay, chunks.segments,
-            *(none if t is None else t for t in (start, end, decays, kept, out)), x.stride(0),
-            K_PAD=k_pad, C=CHUNK, BLOCK_V=tile.v, REVERSE=reverse,
+            x, queries, keys, rows, within.decay, chunks.segments,
+            *(none if t is None else t for t in (start, end, decays)), into,
+            none if out is None else out, x.stride(0),
+            K_PAD=k_pad, V_PAD=v_pad, C=CHUNK, BLOCK_V=tile.v, REVERSE=reverse,
             PRECISION="tf32x3" if wide else "tf32",
             STARTS=start is not None, ENDS=end is not None, DECAYS=decays is not None,
             KEEPS=kept is not None, WRITES=out is not None,
@@ -181,7 +198,7 @@ def stream(
 
     if not chunks.segment_rows:
         walk(start, end, None, kept, out)
-        return
+        return kept
     room = {"dtype": torch.float32, "device": x.device}
     states = torch.empty(chunks.n_segments, n_heads, channels, width, **room)
     decays = torch.empty(chunks.n_segments, n_heads, channels, **room)
@@ -196,3 +213,4 @@ def stream(
     )  # fmt: skip
     if kept is not None or out is not None:
         walk(states, None, None, kept, out)
+    return kept

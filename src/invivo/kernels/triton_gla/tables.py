@@ -75,21 +75,21 @@ def pair_tile(k: int, v: int, *, wide: bool) -> PairTile:
     v_step = min(64, padded(v))
     if wide:
         return PairTile(min(32, k), min(32, v_step), 4, 1)
-    return PairTile(min(64, k), v_step, 4, 2)
+    return PairTile(min(64, k), v_step, 8, 2)
 
 
 def stream_tile(k: int, v: int, *, wide: bool) -> StreamTile:
     v = padded(v)
     if wide:
-        return StreamTile(min(v, 64), 8 if k > 128 else 4, 1)
-    return StreamTile(min(v, 64), 4, 2)
+        return StreamTile(min(v, 64), 8, 1)
+    return StreamTile(min(v, 64), 8 if k > 128 else 4, 2)
 
 
 def gradient_tile(k: int, v: int, *, wide: bool) -> GradientTile:
     v_step = min(64, padded(v))
     if wide:
         return GradientTile(min(32, k), min(32, v_step), 4, 1)
-    return GradientTile(min(64, k), v_step, 4, 3)
+    return GradientTile(min(64, k), v_step, 8, 2)
 
 
 def step_tile(k: int, v: int) -> StepTile:

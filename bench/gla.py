@@ -1,0 +1,193 @@
+"""Gated linear attention on a GPU: right against float64, and how fast beside its rivals.
+
+    PYTHONPATH=src python bench/gla.py [--out FILE] [--seconds 90] [--only WORD]
+
+Every row is one shape: log gates given in float32, tau 16, bf16 tensors, forward and forward +
+backward, with the errors of o, dq, dk, dv and dg against the float64 definition by chunks; a row
+whose error is over the bar is marked. Rivals, in the same run: flash-linear-attention's chunk_gla
+(if fla-core can be imported; its first call compiles for minutes) and torch's attention of the
+same width by cuDNN and FlashAttention. Rows are printed as they come and written after each; a
+second call goes on where the first stopped. The floor is that of the bytes of inputs, outputs and
+gradients, or of the operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpu_timing import Ceilings, event_ms, graph_ms, measure_ceilings, relative_error
+from invivo.kernels.gla import gla_chunked, log_gates
+from invivo.kernels.triton_gla.ops import gla_step_triton, gla_triton
+
+BF16 = torch.bfloat16
+# batch, tokens, heads, keys, values: the anchors' table, then one row count over lengths.
+SHAPES = [
+    (8, 2048, 4, 256, 512), (4, 4096, 4, 256, 512), (2, 8192, 4, 256, 512),
+    (1, 16384, 4, 256, 512), (32, 2048, 4, 128, 256), (1, 8192, 96, 128, 128),
+    (2, 16384, 16, 128, 128), (4, 2048, 16, 128, 128), (4, 4096, 64, 128, 128),
+    (8, 2048, 32, 256, 256), (8, 1024, 8, 64, 64), (2, 16384, 4, 64, 64), (1, 65536, 4, 256, 512),
+]  # fmt: skip
+DECODES = (1, 8, 64, 256)
+BARS = {"o": 3e-3, "dq": 3e-3, "dk": 3e-3, "dv": 3e-3, "dg": 5e-3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = Path(__file__).parent / "results" / "gla-h200.json"
+    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--seconds", type=float, default=90.0, help="start no row after this")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench/gla.py needs a CUDA device")
+    began = time.monotonic()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(args.out.read_text()) if args.out.exists() else {}
+    ceilings = measure_ceilings()
+    for name, measure in work(ceilings):
+        if args.only not in name or (name in rows and "failed" not in rows[name]):
+            continue
+        if time.monotonic() - began > args.seconds:
+            print("out of time: call again for the rest")
+            break
+        try:
+            rows[name] = measure()
+        except Exception as error:  # a variant that fails must not take the others with it
+            rows[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        print(name, json.dumps(rows[name]), flush=True)
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def work(ceilings: Ceilings) -> list[tuple[str, Callable[[], dict]]]:
+    jobs: list[tuple[str, Callable[[], dict]]] = [
+        (f"errors tau {tau}", partial(errors, 2, 512, 4, 256, 512, tau))
+        for tau in (16.0, 1.0, 0.3, 0.1)
+    ]
+    for shape in SHAPES:
+        label = "x".join(map(str, shape))
+        jobs.append((f"ours {label}", partial(ours, ceilings, *shape)))
+        jobs.append((f"attention {label}", partial(attention, *shape)))
+    jobs += [(f"decode {batch}", partial(decode, ceilings, batch)) for batch in DECODES]
+    jobs += [(f"fla {'x'.join(map(str, shape))}", partial(fla, *shape)) for shape in SHAPES]
+    return jobs
+
+
+def inputs(batch: int, length: int, heads: int, keys: int, values: int, tau: float) -> list:
+    rows = batch * length
+    q, k = (torch.randn(rows, heads, keys, device="cuda").to(BF16) for _ in range(2))
+    v = torch.randn(rows, heads, values, device="cuda").to(BF16)
+    g = log_gates(torch.randn(rows, heads, keys, device="cuda"), tau)
+    return [x.requires_grad_() for x in (q, k, v, g)]
+
+
+def span_starts(batch: int, length: int) -> torch.Tensor:
+    return torch.arange(batch + 1, device="cuda", dtype=torch.int32) * length
+
+
+def errors(
+    batch: int,
+    length: int,
+    heads: int,
+    keys: int,
+    values: int,
+    tau: float,
+    form: Callable | None = None,
+) -> dict:
+    """Relative errors against float64, at the worst of three seeds."""
+    worst = dict.fromkeys(BARS, 0.0)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        leaves = inputs(batch, length, heads, keys, values, tau)
+        dz = torch.randn_like(leaves[2])
+        call = form or partial(gla_triton, span_start=span_starts(batch, length))
+        got = call(*leaves)[0]
+        got = [got, *torch.autograd.grad(got, leaves, dz)]
+        wide = [x.detach().double().requires_grad_() for x in leaves]
+        starts = [i * length for i in range(batch + 1)]
+        wanted = gla_chunked(*wide, span_start=starts)[0]
+        wanted = [wanted, *torch.autograd.grad(wanted, wide, dz.double())]
+        for name, value, expected in zip(BARS, got, wanted, strict=True):
+            error = relative_error(value.detach(), expected.detach())
+            worst[name] = max(worst[name], error) if error == error else float("inf")
+    return {**worst, "over_the_bar": [n for n, bar in BARS.items() if not worst[n] < bar]}
+
+
+def both_ms(call: Callable, leaves: list, dz: torch.Tensor) -> dict:
+    def step() -> None:
+        torch.autograd.grad(call(*leaves), leaves, dz)
+
+    with torch.no_grad():
+        forward = event_ms(lambda: call(*leaves))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both = event_ms(step)
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return {"forward_ms": forward, "both_ms": both, "peak_mib": round(peak)}
+
+
+def ours(ceilings: Ceilings, batch: int, length: int, heads: int, keys: int, values: int) -> dict:
+    leaves = inputs(batch, length, heads, keys, values, 16.0)
+    starts = span_starts(batch, length)
+    found = both_ms(lambda *x: gla_triton(*x, span_start=starts)[0], leaves, leaves[2].detach())
+    units = batch * length * heads
+    flops = (4 * keys * values + 128 * (keys + values), 14 * keys * values + 384 * (keys + values))
+    n_bytes = (8 * keys + 4 * values, 24 * keys + 10 * values)
+    floors = [ceilings.floor_ms(units * b, units * f) for b, f in zip(n_bytes, flops, strict=True)]
+    return {**found, "floor_forward_ms": floors[0], "floor_both_ms": floors[1]}
+
+
+def fla(batch: int, length: int, heads: int, keys: int, values: int) -> dict:
+    from fla.ops.gla import chunk_gla
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> tuple:
+        split = [x.unflatten(0, (batch, -1)) for x in (q, k, v, g)]
+        return (chunk_gla(*split)[0].flatten(0, 1),)
+
+    leaves = inputs(batch, length, heads, keys, values, 16.0)
+    found = both_ms(lambda *x: call(*x)[0], leaves, leaves[2].detach())
+    if batch * length * heads * keys * values < 2**34:
+        found["errors"] = errors(batch, length, heads, keys, values, 16.0, call)
+    return found
+
+
+def attention(batch: int, length: int, heads: int, keys: int, values: int) -> dict:
+    """Causal attention as wide as the values, heads of 128."""
+    width = max(128, heads * values)
+    leaves = [
+        torch.randn(batch, width // 128, length, 128, device="cuda").to(BF16).requires_grad_()
+        for _ in range(3)
+    ]
+    found = {}
+    kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    for name, backend in kinds.items():
+        with sdpa_kernel(backend):
+            call = partial(F.scaled_dot_product_attention, is_causal=True)
+            found[name] = both_ms(call, leaves, leaves[0].detach())
+    return found
+
+
+def decode(ceilings: Ceilings, batch: int) -> dict:
+    """One step of the 1.3B model's heads, in a graph over several states."""
+    heads, keys, values = 4, 256, 512
+    copies = max(2, 256 // batch)
+    q, k, v, g = (x.detach() for x in inputs(batch, 1, heads, keys, values, 16.0))
+    states = [
+        torch.randn(batch + 1, heads, keys, values, device="cuda") for _ in range(min(copies, 64))
+    ]
+    slots = torch.arange(1, batch + 1, device="cuda", dtype=torch.int32)
+    calls = [partial(gla_step_triton, q, k, v, g, state, slots, 0.06) for state in states]
+    floor = ceilings.floor_ms(8 * batch * heads * keys * values)
+    return {"ms": graph_ms(calls), "floor_ms": floor}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Every kernel of gated linear attention compiles for Hopper, without spills; needs no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.kernels.hopper_compiler import REGISTERS, SHARED, Resources, compiled
+
+from invivo.kernels.triton_gla.passes import backward_pass, forward_pass
+from invivo.kernels.triton_gla.step import step
+
+HEADS = 4
+# Heads of the 1.3B model, the largest; one long span is cut into segments.
+SHAPES = [(256, 512, 8), (256, 512, 1)]
+
+
+def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def kernels(keys: int, values: int, spans: int) -> list[Resources]:
+    rows = 16_384
+    q, k = on_meta(rows, HEADS, keys), on_meta(rows, HEADS, keys)
+    g, v = on_meta(rows, HEADS, keys, dtype=torch.float32), on_meta(rows, HEADS, values)
+    span_start = on_meta(spans + 1, dtype=torch.int32)
+    state = on_meta(spans, HEADS, keys, values, dtype=torch.float32)
+    slots = on_meta(8, dtype=torch.int32)
+    inputs = (q, k, v, g, span_start, state, 0.1, None)
+    few = [x[:8] for x in (q, k, v, g)]
+    return [
+        *compiled(lambda: forward_pass(*inputs, True)),
+        *compiled(lambda: backward_pass(v, state, *inputs)),
+        *compiled(lambda: step(*few, state, slots, scale=0.1)),
+    ]
+
+
+@pytest.mark.parametrize(("keys", "values", "spans"), SHAPES)
+def test_kernels_fit_a_multiprocessor_and_spill_nothing(keys, values, spans, monkeypatch, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("compiled and run by test_triton_gla.py")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = kernels(keys, values, spans)
+    streams = [kernel for kernel in found if kernel.name == "_stream_kernel"]
+    assert len(streams) >= (5 if spans == 1 else 3)
+    for kernel in found:
+        assert kernel.spilled == 0, kernel
+        assert kernel.shared <= SHARED, kernel
+        assert kernel.registers * kernel.warps * 32 <= REGISTERS, kernel
+    for kernel in found:
+        if kernel.name in ("_pairs_kernel", "_stream_kernel", "_gradient_kernel"):
+            assert kernel.wgmma > 0, kernel
