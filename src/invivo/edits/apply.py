@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -69,29 +70,52 @@ def change_rows(
         return value
     index = _index(value, rows, ref)
     x = value[index]
-    return value.index_put(index, _changed(touch, x, rows, value, sources, context).expand_as(x))
+    which = slice(0, len(rows))
+    changed = _changed(touch, x, rows, which, value, sources, context)
+    return value.index_put(index, changed.expand_as(x))
+
+
+def change_piece(touch: Touch, value: torch.Tensor, start: int, context: Context) -> torch.Tensor:
+    """Positions ``start``, ``start + 1``, ... of a site's tensor [n, ...] after an operation on
+    rows that reads no run, or after a block was left out; ``value`` itself where it has none."""
+    everything = touch.positions.below(start + value.shape[0])
+    first = bisect_left(everything, start)
+    positions = everything[first:]
+    if not positions:
+        return value
+    rows = [i - start for i in positions]
+    if touch.kernel == "block":
+        return value.index_fill(0, torch.tensor(rows, device=value.device), 0.0)
+    index = _index(value, rows, touch.ref)
+    x = value[index]
+    which = slice(first, len(everything))
+    changed = _changed(touch, x, positions, which, value, (), context)
+    return value.index_put(index, changed.to(x.dtype).expand_as(x))
 
 
 def _changed(
     touch: Touch,
     x: torch.Tensor,
-    rows: Sequence[int],
+    positions: Sequence[int],
+    which: slice,
     value: torch.Tensor,
     sources: Sequence[torch.Tensor],
     context: Context,
 ) -> torch.Tensor:
+    """``x`` [positions, ...] changed; ``which`` of the touch's positions these are."""
     args = touch.args
 
     def argument(name: str) -> torch.Tensor:
         found = context.tensor(args[name])
-        per_position = found.dim() == x.dim() and found.shape[0] > 1
-        return found[: len(rows)] if per_position else found
+        # The rows of a basis are directions, however few positions there are.
+        per_position = name != "basis" and found.dim() == x.dim() and found.shape[0] > 1
+        return found[which] if per_position else found
 
     def source() -> torch.Tensor:
         if touch.sources[0].blob is None:
             return sum(sources[1:], sources[0]) / len(sources) if len(sources) > 1 else sources[0]
         blob = context.tensor(Blob(touch.sources[0].blob))
-        return blob[: len(rows)] if blob.dim() == x.dim() and blob.shape[0] > 1 else blob
+        return blob[which] if blob.dim() == x.dim() and blob.shape[0] > 1 else blob
 
     match touch.do:
         case "zero":
@@ -109,7 +133,7 @@ def _changed(
                 x = torch.maximum(x, argument("min"))
             return x if args["max"] is None else torch.minimum(x, argument("max"))
         case "noise":
-            return x + argument("s") * _noise(touch, rows, value).to(x)
+            return x + argument("s") * _noise(touch, positions, value).to(x)
         case "replace":
             return source().expand_as(x)
         case "lerp":

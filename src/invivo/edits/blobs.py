@@ -74,6 +74,10 @@ class Blobs:
             )
         return self._tensors[name]
 
+    def digest(self) -> tuple[tuple[str, str], ...]:
+        """Names and content hashes of all tensors."""
+        return tuple(sorted(self._hashes.items()))
+
     def hashes(self, names: Iterable[str]) -> tuple[str, ...]:
         """Content hashes of those of ``names`` that are here: what a cache needs to know."""
         return tuple(f"{name}={self._hashes[name]}" for name in names if name in self._hashes)

@@ -73,7 +73,7 @@ def run_program(
         dtype=decoder.embed.dtype,
         device=decoder.embed.device,
         blobs=blobs or Blobs(),
-        params=_parameters(resolved, blobs or Blobs(), decoder.embed, params or {}),
+        params=parameters_of(resolved, blobs or Blobs(), decoder.embed, params or {}),
     )
     wide = expand_key_heads(decoder) if any(row.expanded for row in resolved.rows) else decoder
     return [
@@ -82,12 +82,13 @@ def run_program(
     ]
 
 
-def _parameters(
+def parameters_of(
     resolved: ResolvedProgram,
     blobs: Blobs,
     like: torch.Tensor,
     given: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
+    """The trainable parameters: given ones, and the start values of the others."""
     found = {}
     for name, parameter in resolved.program.params.items():
         field_name = f"params.{name}"
@@ -221,7 +222,7 @@ class Interpreter:
         self.after: dict[Key, torch.Tensor] = {}
         self.touches: dict[Key, list[Touch]] = {}
         for touch in plan.touches:
-            for key in _tapped_at(touch):
+            for key in tapped_at(touch):
                 self.touches.setdefault(key, []).append(touch)
         read = [c.ref for c in row.captures if c.run == plan.name]
         for reader in row.runs.values():
@@ -316,7 +317,7 @@ class Interpreter:
         return score.masked_fill(~visible[:, None], -torch.inf)
 
 
-def _tapped_at(touch: Touch) -> list[Key]:
+def tapped_at(touch: Touch) -> list[Key]:
     """The decoder's sites at which a touch acts."""
     site, layer, do = touch.ref.site, touch.ref.layer, touch.do
     if site in BLOCKS:
@@ -336,7 +337,16 @@ def _measure(measure: MeasureRef, logits: Mapping[str, torch.Tensor]) -> torch.T
     """[positions]; tokens that are not known yet have none."""
     rows = logits[measure.run]
     at = measure.positions.below(rows.shape[0])
-    rows = rows[at]
+    other = None
+    if measure.other is not None:
+        other = logits[measure.other][list(measure.other_positions)]
+    return measure_rows(measure, rows[at], other)
+
+
+def measure_rows(
+    measure: MeasureRef, rows: torch.Tensor, other: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A measure from the logits [positions, V] there; ``other``: those that kl compares with."""
     log = torch.log_softmax(rows, -1)
     match measure.kind:
         case "logit":
@@ -350,6 +360,5 @@ def _measure(measure: MeasureRef, logits: Mapping[str, torch.Tensor]) -> torch.T
         case "logit_diff":
             return rows[:, measure.tokens[0]] - rows[:, measure.tokens[1]]
         case _:
-            assert measure.other is not None
-            other = torch.log_softmax(logits[measure.other][list(measure.other_positions)], -1)
-            return (log.exp() * (log - other)).sum(-1)
+            assert other is not None
+            return (log.exp() * (log - torch.log_softmax(other, -1))).sum(-1)

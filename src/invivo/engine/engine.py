@@ -18,6 +18,7 @@ import torch
 
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.batch import BatchBuilder
+from invivo.engine.carried import Carried, check_carried
 from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
 from invivo.engine.finetune import FineTuning, JobHandle, Riders
@@ -185,6 +186,15 @@ class Engine:
                 vocab_size=self.model.config.vocab_size,
                 max_model_len=self.longest(request) - n_virtual,
             )
+            carried = None
+            if request.intervention is not None:
+                check_carried(
+                    request,
+                    n_virtual=n_virtual,
+                    max_bytes=self.config.max_capture_bytes,
+                    d_model=self.model.config.d_model,
+                )
+                carried = Carried(request.intervention, self.model.decoder)
             grammar = request.params.grammar
             matchers: list[Matcher | None] = [
                 self._grammars.matcher(grammar) if grammar is not None else None
@@ -200,6 +210,7 @@ class Engine:
                 position_offset=long_text_offset(
                     self.model.config, n_virtual + self._will_grow_to(request)
                 ),
+                carried=carried,
             )
             inbox = self._inbox
             with inbox.wake:
@@ -583,6 +594,7 @@ class Engine:
             if seq.request.kind == "score":
                 output.prompt_logprobs = [r for r in track.scored if r is not None]
             self._first_output(track, now)
+            self._bring_back(seq, output, seq.n_prompt)
             self._finish(track, output, "stop")
 
     def _token(
@@ -612,9 +624,17 @@ class Engine:
             output.prompt_logprobs = [r for r in track.scored if r is not None]
         reason = track.advance(token, output, self._eos)
         if reason is not None:
+            self._bring_back(seq, output, len(seq.tokens) - 1)  # the last was drawn and not run
             self._finish(track, output, reason)
         else:
             self._send(track.job, output)
+
+    @staticmethod
+    def _bring_back(seq: Sequence, output: Output, n_run: int) -> None:
+        """What the program of a sequence found in its first ``n_run`` tokens."""
+        if seq.carried is not None:
+            with torch.inference_mode():
+                output.program = seq.carried.output(n_run)
 
     # --- beginnings and ends ----------------------------------------------------------------
     def _admitted(self, track: Track) -> None:

@@ -156,6 +156,8 @@ class Scheduler:
         """
         seq.limit = self._limit_of(seq)
         seq.namespace = prefix_namespace(seq.request, seq.adapter_version, seq.position_offset)
+        if seq.carried is not None and seq.carried.key is not None:
+            seq.namespace = (*seq.namespace, ("program", seq.carried.key))
         seq.rank = (seq.request.priority, seq.request.arrival, self._n_queued)
         self._n_queued += 1
         seq.status = Status.WAITING
@@ -422,6 +424,8 @@ class Scheduler:
         readable = 0
         if self.limits.prefix_cache and not self.limits.recurrent:
             readable = _readable(seq)
+            if seq.carried is not None and seq.carried.first_wanted is not None:
+                readable = min(readable, seq.carried.first_wanted)
             shared, parent = self.index.match(seq.tokens, seq.namespace, readable)
         n_new = -(-n_tokens // size) - len(shared)
         n_revived = sum(1 for block in shared if pool.is_free(block))

@@ -15,6 +15,7 @@ import torch
 
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.batch import FlatBatch
+from invivo.engine.edit_taps import EditTaps, Piece, TapsOfBoth
 from invivo.engine.finetune import Riders
 from invivo.engine.graphs import DecodeGraphs
 from invivo.engine.sampler import LogprobRows, RowState, sample, token_logprobs
@@ -217,7 +218,13 @@ class Stepper:
             tokens[batch.pending_index] = self._last_token[batch.pending_rows]
         n_sampled, n_rows = len(batch.sample_spans), layout.n_rows
         slots = batch.adapters if batch.adapter_slots else None
-        if self._graphs is not None and n_sampled == n_rows and self._graphs.fits(layout):
+        pieces = _pieces(batch)
+        if (
+            not pieces
+            and self._graphs is not None
+            and n_sampled == n_rows
+            and self._graphs.fits(layout)
+        ):
             return None, self._graphs.run(tokens, layout, slots)
         bypass: Bypass | None = (
             None if slots is None else self._adapters.bypass(slots, batch.virtual)
@@ -225,11 +232,14 @@ class Stepper:
         taps: Taps | None = None
         if riders is not None:
             bypass, taps = riders.on_board(bypass, layout)
+        if pieces:
+            edits = EditTaps(pieces)
+            taps = edits if taps is None else TapsOfBoth(edits, taps)
         hidden = self._decoder.forward(tokens, layout, self._cache, bypass=bypass, taps=taps)
         if not n_sampled:
             return hidden, None
         rows = hidden if n_sampled == n_rows else hidden[batch.sample_index]
-        return hidden, self._decoder.logits(rows)
+        return hidden, self._decoder.logits(rows, taps=_logit_taps(batch, batch.sample_spans))
 
     def _score(
         self, hidden: torch.Tensor, batch: FlatBatch, scored: list[ScoredRows]
@@ -250,7 +260,11 @@ class Stepper:
         step = max(16, LOGITS_BYTES // (4 * self._decoder.config.vocab_size))
         pieces = [
             token_logprobs(
-                self._decoder.logits(hidden[at[i : i + step]]), wanted[i : i + step], top
+                self._decoder.logits(
+                    hidden[at[i : i + step]], taps=_taps_of_rows(batch, rows[i : i + step])
+                ),
+                wanted[i : i + step],
+                top,
             )
             for i in range(0, len(rows), step)
         ]
@@ -287,6 +301,34 @@ class Stepper:
             else:
                 self._sums[span.seq] = total
         return out
+
+
+def _pieces(batch: FlatBatch) -> list[Piece]:
+    """The spans whose sequences carry programs."""
+    starts = batch.layout.span_start_host
+    return [
+        Piece(span.seq.carried, span.start, span.stop - span.start, starts[i])
+        for i, span in enumerate(batch.plan.spans)
+        if span.seq.carried is not None
+    ]
+
+
+def _logit_taps(batch: FlatBatch, spans: list[int]) -> EditTaps | None:
+    """Edits of the logits of the last row of each of ``spans``."""
+    starts = batch.layout.span_start_host
+    return _taps_of_rows(batch, [starts[i + 1] - 1 for i in spans])
+
+
+def _taps_of_rows(batch: FlatBatch, rows: list[int]) -> EditTaps | None:
+    """Edits of logits that are computed for some ``rows`` of the batch."""
+    edited = [p for p in _pieces(batch) if ("logits", -1) in p.carried.touches]
+    pieces = [
+        Piece(p.carried, p.start + row - p.row, 1, at)
+        for p in edited
+        for at, row in enumerate(rows)
+        if p.row <= row < p.row + p.n
+    ]
+    return EditTaps(pieces) if pieces else None
 
 
 def _rows_to_host(rows: LogprobRows | None) -> LogprobRows | None:

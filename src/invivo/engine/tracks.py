@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from invivo.engine.adapters import Adapter
+from invivo.engine.carried import Carried
 from invivo.engine.detokenize import StopText, TextStream
 from invivo.engine.grammar import Matcher
 from invivo.engine.sampler import RowState, row_state
@@ -112,6 +113,7 @@ def make_job(
     tokenizer: Tokenizer | None,
     eos_ids: frozenset[int],
     position_offset: int,
+    carried: Carried | None = None,
 ) -> Job:
     """The job of a request with one track for each of ``matchers``."""
     params = request.params
@@ -136,6 +138,7 @@ def make_job(
             n_virtual=n_virtual,
             position_offset=position_offset,
             needs_host_token=state.needs_host_token,
+            carried=carried,
         )
         if state.counts is not None:
             state.counts.n_read = n_virtual  # placeholders were never said

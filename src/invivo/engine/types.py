@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from invivo.edits.blobs import Blobs
     from invivo.edits.resolved import ResolvedProgram
     from invivo.edits.results import ProgramOutput
+    from invivo.engine.carried import Carried
 
 
 class Purpose(IntEnum):
@@ -208,6 +209,7 @@ class Sequence:
         rank: (priority, arrival, order of queueing): smaller goes first.
         n_indexed, prefix_parent: leading blocks that the prefix index knows, and the key under
             which the next one continues that chain.
+        carried: the program of edits and captures that it carries.
         n_cached: prompt tokens found in the prefix cache when first admitted.
         n_preempted: how often the sequence lost its memory and was recomputed.
     """
@@ -231,6 +233,7 @@ class Sequence:
     rank: tuple[int, float, int] = (0, 0.0, 0)
     n_indexed: int = 0
     prefix_parent: object = None
+    carried: Carried | None = None
     status: Status = Status.WAITING
     n_cached: int = 0
     n_preempted: int = 0

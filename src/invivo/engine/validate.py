@@ -25,12 +25,6 @@ def validate_request(request: Request, *, vocab_size: int, max_model_len: int) -
         TooLarge: the prompt leaves no room for a single token.
     """
     _check(0 < len(request.id) <= MAX_ID, "id", "must have 1 to 256 characters", request.id)
-    if request.intervention is not None and request.kind != "run":
-        raise InvalidRequest(
-            "the engine does not carry programs in this kind of request yet",
-            field="interventions",
-            remedy="Use run, which goes through the interpreter",
-        )
     _check(
         request.kind in ("generate", "score", "embed"),
         "kind",
