@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.drive import ask, run, small_engine
-from tests.engine.test_gla import greedy, prompt, served
+from tests.engine.test_finetune import UNHURRIED, Listed, drive, plain_loop, start
+from tests.engine.test_gla import greedy, logprobs_of, prompt, served
 from tests.models.gla_models import SHAPES, memory_of, spans_layout, tiny_decoder
 
 from invivo.engine.bypasses import BypassSpec, TrainBypass, checked_specs, init_parameters
+from invivo.engine.job_spec import JobSpec, Text
 from invivo.engine.peft_format import to_peft
 from invivo.engine.train_sequence import TrainSequence, next_token_labels
 from invivo.engine.window import WindowTrainer
@@ -43,11 +47,11 @@ def parameters_of(specs: tuple[BypassSpec, ...], shape: str) -> dict[str, torch.
 
 
 def cuts_of(n: int, widths: list[int]) -> list[tuple[int, int]]:
-    found, start = [], 0
-    while start < n:
-        stop = min(n, start + widths[len(found) % len(widths)])
-        found.append((start, stop))
-        start = stop
+    found, first = [], 0
+    while first < n:
+        stop = min(n, first + widths[len(found) % len(widths)])
+        found.append((first, stop))
+        first = stop
     return found
 
 
@@ -89,16 +93,16 @@ def test_no_cut_changes_a_gradient(
     )
     sequence = TrainSequence(tokens, labels, list(range(21, 31)))
     trainer.begin(sequence)
-    for start, stop in cuts_of(n, forward):
-        trainer.enters(sequence, start, 3)
+    for first, stop in cuts_of(n, forward):
+        trainer.enters(sequence, first, 3)
         with torch.inference_mode():
             states = decoder(
-                tokens[start:stop],
-                spans_layout([(start, stop, 3)]),
+                tokens[first:stop],
+                spans_layout([(first, stop, 3)]),
                 cache,
-                bypass=trainer.bypass.window(start, stop),
+                bypass=trainer.bypass.window(first, stop),
             )
-        trainer.forward_done(sequence, start, stop, states.clone())
+        trainer.forward_done(sequence, first, stop, states.clone())
     assert torch.allclose(sequence.loss, loss.detach(), rtol=1e-10)
     while (unit := trainer.next_unit(sequence, backward)) is not None:
         trainer.run(sequence, unit)
@@ -153,3 +157,60 @@ def test_a_lora_is_served_and_survives_its_file(shape: str) -> None:
             )
             tokens.append(int(model.decoder.logits(hidden)[-1].argmax()))
     assert mine.tokens() == tokens[-5:]
+
+
+@pytest.mark.parametrize("shape", ["plain", "hybrid"])
+def test_a_job_learns_beside_requests_as_a_plain_loop_does(shape: str) -> None:
+    """Its losses are those of autograd over whole texts; the requests' text is the untouched
+    model's."""
+    model = served(shape)
+    learned = [prompt(23, 70 + i) for i in range(3)]
+    data = Listed([Text(t, [*t[1:], -100], None) for t in learned])
+    spec = JobSpec(
+        name="poet", bypasses=(LORA,), steps=6, learning_rate=0.05, gradient_accumulation=1
+    )
+    engine = small_engine(model, block_size=4, max_batch_tokens=16, max_running=4, **UNHURRIED)
+    job = start(engine, spec, data)
+    asked = [ask(engine, prompt(9, i), temperature=0, max_tokens=12) for i in range(3)]
+    drive(engine, job)
+    run(engine, *asked)
+    for i, inquiry in enumerate(asked):
+        assert inquiry.tokens() == greedy(model, prompt(9, i), 12)
+    assert job.handle is not None
+    losses, _ = plain_loop(model, spec, Listed(data.texts), torch.optim.AdamW)
+    assert job.handle.losses == pytest.approx(losses, rel=1e-6)
+
+
+class NoTraining:
+    """Riders with nothing to do."""
+
+    def on_board(self, inner: Any, layout: Any) -> tuple[Any, None]:
+        return inner, None
+
+    def learn(self, hidden: Any, layout: Any) -> None:
+        raise AssertionError("the step has raised")
+
+
+def test_a_step_that_is_run_again_moves_no_state_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step raises in its last layer with training on board, and is repeated without."""
+    model = served("hybrid")
+    engine = small_engine(model, block_size=4, max_batch_tokens=5, max_running=4)
+    last, stepper = model.decoder.layers[-1], engine._stepper
+    plain, launch = last.forward, stepper.launch
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("made to fail")
+
+    def twice(batch: Any, work: Any) -> Any:
+        last.forward = fails
+        with pytest.raises(RuntimeError, match="made to fail"):
+            launch(batch, work, NoTraining())
+        last.forward = plain
+        return launch(batch, work)
+
+    monkeypatch.setattr(last, "forward", plain)
+    monkeypatch.setattr(stepper, "launch", twice)
+    inquiry = ask(engine, prompt(9, 1), temperature=0, max_tokens=12, logprobs=0)
+    run(engine, inquiry)
+    exact = logprobs_of(model, prompt(9, 1) + inquiry.tokens())[8:-1].max(-1).values
+    assert inquiry.logprobs() == pytest.approx(exact.tolist(), abs=1e-6)
