@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from tests.counting import Calls
 from tests.edits.programs import PROGRAMS
 from tests.edits.small_models import CONFIGS, MAIN, OTHER, encode, model, resolved, words
 
@@ -328,10 +328,9 @@ def test_bytes_and_touches_are_bounded() -> None:
     with pytest.raises(TooLarge, match="sites"):
         find({"steps": [{"at": HEADS, "do": "zero"}] * 20}, bounds=ResolveBounds(touches=50))
     many = {"steps": [{"at": HEADS, "do": "zero"}] * 1000, "sweep": {"L": "0..4095"}}
-    began = time.perf_counter()
-    with pytest.raises(TooLarge, match="rows times steps"):
+    with Calls() as calls, pytest.raises(TooLarge, match="rows times steps"):
         find(many)
-    assert time.perf_counter() - began < 0.2
+    assert calls.n < 100_000
 
 
 def test_resolving_is_quick_and_cached() -> None:
@@ -342,12 +341,9 @@ def test_resolving_is_quick_and_cached() -> None:
     ]
     program = parse_program({"runs": {"cf": {"prompt": "x"}}, "steps": steps})
     prompts = {"main": words(list(range(40)) * 5), "cf": words(list(range(40)) * 5)}
-    best = 1.0
-    for _ in range(5):
-        began = time.perf_counter()
+    with Calls() as calls:
         resolve(program, config, prompts)
-        best = min(best, time.perf_counter() - began)
-    assert best < 0.01  # 2 ms is the aim on an idle machine
+    assert calls.n < 10_000
     cache = ResolveCache(size=2)
     made: list[str] = []
 
