@@ -21,7 +21,7 @@ class Absent(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Absent())
 count = 0
-for floor in ("kernels", "models", "edits", "engine"):
+for floor in ("kernels", "models", "edits", "engine", "training"):
     package = importlib.import_module(f"invivo.{floor}")
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if ".triton_" not in module.name:

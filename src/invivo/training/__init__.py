@@ -1,0 +1,1 @@
+"""Growing a model: so far the forward pass that its parameters train through."""
