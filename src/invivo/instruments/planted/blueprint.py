@@ -204,7 +204,8 @@ class Blueprint:
     def code(self, size: float) -> torch.Tensor:
         """Table [4, V] of random directions, all of norm ``size``."""
         table = self.random(_CODE, self.words.size)
-        return size * table / table.norm(dim=0)
+        scaled: torch.Tensor = size * table / table.norm(dim=0)
+        return scaled
 
     # Putting heads into layers.
 
@@ -303,7 +304,10 @@ class Blueprint:
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weights [(H + 2 G) D, d] and [d, H D] of a layer, and the power of what it writes."""
         share, written = self.sizes.share, 0.0
-        queries, keys, values, outs = [], [], [], []
+        queries: list[torch.Tensor] = []
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        outs: list[torch.Tensor] = []
         for g in torch.randperm(self.sizes.n_kv_heads, generator=self.generator).tolist():
             group = self.groups[layer][g]
             for h in torch.randperm(share, generator=self.generator).tolist():
