@@ -60,3 +60,27 @@ def test_it_is_the_mask_and_the_numbers_that_do_it(lm):
         np.testing.assert_allclose(got, expected, atol=1e-9)
         plain = lm.run(LOGITS, list(other.ids)).array("logits")
         assert not np.allclose(plain, expected, atol=1e-3)
+
+
+def test_generation_goes_on_behind_the_longest_member(lm):
+    greedy = {"max_tokens": 5, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    done = lm.generate(prompt([2, 0, 1]), **greedy).choices[0]
+    marked = lm.marked(prompt([0, 1, 2]))
+    ids, sets = marked.ids, marked.sets
+    for token, scored in zip(done.tokens, done.logprobs, strict=True):
+        measure = {"out": [{"measure": "logprob", "token": token}]}
+        expected = oracle_run(lm, measure, MarkedPrompt(ids, sets)).measures[0].values[0]
+        assert scored.logprob == pytest.approx(expected, abs=1e-9)
+        ids += (token,)
+
+
+def test_scores_of_what_follows_are_its_log_probabilities(lm):
+    context = prompt([1, 0, 2])
+    scored = lm.score((context, " red"))
+    whole = lm.marked(prompt([1, 0, 2], " is red"))
+    n = len(scored.tokens)
+    for k, token in enumerate(scored.tokens):
+        until = MarkedPrompt(whole.ids[: len(whole.ids) - n + k], whole.sets)
+        measure = {"out": [{"measure": "logprob", "token": token.id}]}
+        expected = oracle_run(lm, measure, until).measures[0].values[0]
+        assert token.logprob == pytest.approx(expected, abs=1e-9)

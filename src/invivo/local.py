@@ -28,6 +28,7 @@ from invivo.batches import (
 )
 from invivo.chat_template import has_chat_template, render_chat
 from invivo.engine.adapters import Source
+from invivo.engine.carrying import why_not_carried
 from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
 from invivo.engine.engine import Engine
@@ -294,8 +295,12 @@ class LocalLM(LM):
     ) -> Any:
         prompts, single = run_prompts_of(prompt)
         requests = self._running(program, prompts, blobs, params, adapter, salt)
-        with _bar(len(requests), progress) as on_done:
-            done = [self._interpreted(request, on_done) for request in requests]
+        carried = [r for r in requests if self._carries(r)]
+        gathered = iter(self._run(carried, progress) if carried else ())
+        done = [
+            self._result(next(gathered)) if self._carries(r) else self._interpreted(r)
+            for r in requests
+        ]
         return done[0] if single else done
 
     async def arun(
@@ -312,7 +317,14 @@ class LocalLM(LM):
         requests = await asyncio.to_thread(
             self._running, program, prompts, blobs, params, adapter, salt
         )
-        done = [await asyncio.to_thread(self._interpreted, request) for request in requests]
+        carried = [r for r in requests if self._carries(r)]
+        gathered = iter(await self._arun(carried) if carried else ())
+        done = [
+            self._result(next(gathered))
+            if self._carries(r)
+            else await asyncio.to_thread(self._interpreted, r)
+            for r in requests
+        ]
         return done[0] if single else done
 
     def explain(
@@ -784,10 +796,17 @@ class LocalLM(LM):
             return None
         return self.programs.result(gathered.program, carried, generated)
 
-    def _interpreted(
-        self, request: Request, on_done: Callable[[], object] | None = None
-    ) -> ProgramResult:
-        """A program carried out by the interpreter; one at a time, for it is not sparing."""
+    def _carries(self, request: Request) -> bool:
+        """Whether the engine carries a request's program; the interpreter takes what is left."""
+        return why_not_carried(request, self.model.config) is None
+
+    def _result(self, gathered: Gathered) -> ProgramResult:
+        result = self._program_of(gathered)
+        assert result is not None
+        return result
+
+    def _interpreted(self, request: Request) -> ProgramResult:
+        """A program that the engine does not carry yet; one at a time, for this is not sparing."""
         assert request.intervention is not None
         if request.adapter is not None:
             self._check_adapter(request.adapter)
@@ -798,8 +817,6 @@ class LocalLM(LM):
             )
         with self._interpreting:
             output = self.programs.interpret(request.intervention)
-        if on_done is not None:
-            on_done()
         return self.programs.result(output, request.intervention)
 
     def _check_adapter(self, name: str) -> None:

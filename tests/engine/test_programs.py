@@ -256,20 +256,19 @@ def test_an_abort_leaves_nothing() -> None:
 @pytest.mark.parametrize(
     "program",
     [
-        {"steps": [{"at": "layers.0.attn.edge", "do": "edge_block", "from": "@all", "to": "@all"}]},
         {"steps": [{"at": "layers.0", "do": "stop"}], "out": []},
-        {"steps": [{"at": "layers.0.norm1.scale", "do": "zero"}]},
         {"steps": [{"at": "layers.0.resid.post", "do": "replace", "from": "plain"}]},
-        {"out": [{"measure": "kl", "to": "plain"}]},
-        {"out": [{"capture": "layers.0.attn.head.0.prob"}]},
-        {"steps": [{"at": "input.tokens", "do": "set_tokens", "ids": [1], "pos": "@last"}]},
         {"sweep": {"L": "0..1"}, "steps": [{"at": "layers.$L.resid.post", "do": "zero"}]},
+        {"steps": [{"at": "layers.0.resid.post", "pos": {"index": 2}, "do": "replace",
+                    "from": {"run": "main", "at": "layers.0.resid.pre", "pos": {"index": 5}}}]},
+        {"steps": [{"at": "layers.0.attn.head.0.k", "do": "zero", "expand": True}]},
     ],
 )  # fmt: skip
-def test_what_is_not_carried_yet_is_refused(program: dict[str, Any]) -> None:
+def test_what_is_not_carried_in_a_generation_is_refused(program: dict[str, Any]) -> None:
     engine = engine_of("llama")
-    with pytest.raises(InvalidRequest, match="carries"):
+    with pytest.raises(InvalidRequest) as refused:
         generate(engine, random_ids(8), program)
+    assert refused.value.remedy
     settle(engine)
 
 

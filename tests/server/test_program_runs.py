@@ -12,7 +12,7 @@ from tests.oracle_lm import oracle_run
 
 import invivo
 from invivo.edits.builder import last, program
-from invivo.errors import Forbidden
+from invivo.errors import Forbidden, NotFound
 from invivo.lm import LM
 from invivo.program_result import ProgramResult
 from invivo.server.keys import KeyStore
@@ -58,8 +58,10 @@ def either(request, lm, remote) -> LM:
     return lm if request.param == "local" else remote
 
 
-def same(got: ProgramResult, expected: ProgramResult, tolerance: float = 2e-4) -> None:
-    """Equal up to float32."""
+def same(
+    got: ProgramResult, expected: ProgramResult, tolerance: float = 2e-4, *, written: bool = False
+) -> None:
+    """Equal up to float32; a text that is written has more tokens to tell of."""
     close = {"rtol": tolerance, "atol": tolerance}
     assert [row.binding for row in got.rows] == [row.binding for row in expected.rows]
     for left, right in zip(got.rows, expected.rows, strict=True):
@@ -80,7 +82,7 @@ def same(got: ProgramResult, expected: ProgramResult, tolerance: float = 2e-4) -
                 n.tokens,
             )
             np.testing.assert_allclose(m.values, n.values, **close)
-    assert got.explain == expected.explain
+    assert written or got.explain == expected.explain
     assert got.meta["program"] == expected.meta["program"]
 
 
@@ -117,6 +119,67 @@ def test_tensors_and_parameters_reach_the_program(either, lm):
     assert not np.allclose(got.array("stream"), either.run(named, PROMPT).array("stream"))
 
 
+def test_edits_change_what_is_written_scored_and_answered(either, lm):
+    plain = either.generate(PROMPT, **GREEDY)
+    assert plain.program is None
+    nothing = either.generate(PROMPT, interventions={"out": [STREAM]}, **GREEDY)
+    assert nothing.choices[0].tokens == plain.choices[0].tokens
+    same(nothing.program, oracle_run(lm, {"out": [STREAM]}, PROMPT), written=True)
+
+    off = {"steps": [{"at": "layers.*", "do": "skip"}], "out": [{"measure": "logit", "token": 5}]}
+    changed = either.generate(PROMPT, interventions=off, **GREEDY)
+    # Without layers every token is answered by itself alone: the oracle says the same.
+    ids = lm.tokenize(PROMPT, special=True)
+    for token in changed.choices[0].tokens:
+        lens = {"steps": off["steps"], "out": [{"capture": "layers.2.resid.post", "pos": "@last",
+                                                "reduce": "lens", "top": 1}]}  # fmt: skip
+        assert oracle_run(lm, lens, ids).captures[0].ids.item() == token
+        ids.append(token)
+    deltas = list(either.stream(PROMPT, interventions=off, **GREEDY))
+    assert [t for d in deltas for t in d.tokens] == changed.choices[0].tokens
+    assert [d.program is not None for d in deltas] == [False] * (len(deltas) - 1) + [True]
+    same(deltas[-1].program, changed.program)
+
+    answer = either.chat(CHAT, interventions=off, **GREEDY)
+    assert answer.choices[0].tokens == [
+        t for d in either.stream_chat(CHAT, interventions=off, **GREEDY) for t in d.tokens
+    ]
+    assert answer.program.measures[0].values.shape == (1,)
+
+    scored = either.score(("the cat", " is red"), interventions=off)
+    assert scored.logprob != pytest.approx(either.score(("the cat", " is red")).logprob, abs=1e-3)
+    assert scored.program.measures[0].kind == "logit"
+    both = either.score(["the cat is", "a red dog"], interventions=off)
+    assert [s.program is not None for s in both] == [True, True]
+
+
+def test_generated_tokens_are_edited_and_captured(either, lm):
+    late = {
+        "steps": [{"at": "layers.1.mlp.out", "pos": "@generated", "do": "zero"}],
+        "out": [{"capture": "layers.1.mlp.out", "pos": "@all", "reduce": "norm", "name": "norm"}],
+    }
+    got = either.generate(PROMPT, interventions=late, **GREEDY)
+    n = len(lm.tokenize(PROMPT, special=True))
+    (norm,) = got.program.captures
+    # The last token was drawn and not run.
+    assert norm.positions == list(range(n + GREEDY["max_tokens"] - 1))
+    assert (norm.values[:n] > 0).all()
+    assert (norm.values[n:] == 0).all()
+    assert norm.tokens[n:] == [lm.detokenize([t]) for t in got.choices[0].tokens[:-1]]
+
+
+def test_async_calls_carry_programs_too(either):
+    async def all_of_them():
+        done = await either.agenerate(PROMPT, interventions={"out": [STREAM]}, **GREEDY)
+        scored = await either.ascore(PROMPT, interventions={"out": [STREAM]})
+        deltas = [d async for d in either.astream(PROMPT, interventions=PATCH, **GREEDY)]
+        chat = await either.achat(CHAT, interventions={"out": [STREAM]}, **GREEDY)
+        return done, scored, deltas[-1], chat
+
+    for one in asyncio.run(all_of_them()):
+        assert one.program.array("stream").shape == (3, 1, 32)
+
+
 # --- sets -------------------------------------------------------------------------------------
 
 SET = ["Which? ", {"set": [" the red dog", " you", " blue cat"]}, " is"]
@@ -126,6 +189,22 @@ def orders():
     members = SET[1]["set"]
     for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
         yield [SET[0], {"set": [members[i] for i in order]}, SET[2]]
+
+
+def test_the_answer_does_not_depend_on_the_order_of_a_set(either):
+    answers = [either.generate(p, logprobs=2, **GREEDY).choices[0] for p in orders()]
+    for other in answers[1:]:
+        assert other.tokens == answers[0].tokens
+        assert [t.logprob for t in other.logprobs] == pytest.approx(
+            [t.logprob for t in answers[0].logprobs], abs=1e-6
+        )
+    chats = [
+        either.chat([{"role": "user", "content": prompt}], **GREEDY).choices[0].tokens
+        for prompt in orders()
+    ]
+    assert chats[0] == chats[1] == chats[2]
+    scores = [either.score((prompt, " red")).logprob for prompt in orders()]
+    assert scores == pytest.approx([scores[0]] * 3, abs=1e-6)
 
 
 def test_a_set_is_what_parallel_blocks_are(either, lm):
@@ -146,7 +225,34 @@ def test_one_member_is_no_set(either, lm):
     np.testing.assert_allclose(joined.array("stream"), plain.array("stream"), atol=1e-6)
 
 
+def test_what_follows_a_set_is_scored_as_one_text(either, lm):
+    got = either.score((["is ", {"set": ["red", "blue"]}, "? the "], "cat"))
+    assert "".join(t.text for t in got.tokens) == " cat"
+    marked = lm.marked(["is ", {"set": ["red", "blue"]}, "? the cat"])
+    assert [t.id for t in got.tokens] == list(marked.ids[-len(got.tokens) :])
+
+
 # --- over HTTP --------------------------------------------------------------------------------
+
+
+def test_the_openai_client_sends_programs_in_its_extra_body(client, lm):
+    extra = {"interventions": {"steps": [{"at": "layers.*", "do": "skip"}], "out": [STREAM]}}
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=3, temperature=0, extra_body=extra
+    )
+    expected = lm.generate(PROMPT, max_tokens=3, temperature=0, **extra)
+    assert answer.choices[0].text == expected.text
+    assert answer.choices[0].program["rows"][0]["captures"][0]["site"] == "layers.0.resid.post"
+    chat = client.chat.completions.create(
+        model="tiny",
+        max_tokens=3,
+        messages=[{"role": "user", "content": [
+            {"type": "text", "text": "Which?"}, {"type": "set", "set": [" red", " blue"]}]}],
+        extra_body=extra,
+    )  # fmt: skip
+    assert chat.choices[0].program["meta"]["fingerprint"] == lm.info().fingerprint
+    pieces = client.completions.create(model="tiny", prompt=SET, max_tokens=2, temperature=0)
+    assert pieces.choices[0].text == lm.generate(SET, max_tokens=2, temperature=0).text
 
 
 def test_many_numbers_come_as_blobs_and_few_in_the_answer(http):
@@ -164,6 +270,18 @@ def test_many_numbers_come_as_blobs_and_few_in_the_answer(http):
 def test_stored_programs_run_by_their_hash(either, lm):
     name = either.store_program(SWEEP)
     same(either.run(name, PROMPT), oracle_run(lm, SWEEP, PROMPT))
+
+
+def test_adapters_are_looked_into_like_the_base(either, lm, adapter_folder):
+    lm.load_adapter("poet", adapter_folder)
+    try:
+        program = {"out": [STREAM]}
+        with_it = either.run(program, PROMPT, adapter="poet").array("stream")
+        assert not np.allclose(with_it, either.run(program, PROMPT).array("stream"), atol=1e-3)
+        with pytest.raises(NotFound):
+            either.run(program, PROMPT, adapter="nobody")
+    finally:
+        lm.unload_adapter("poet")
 
 
 def test_all_passes_of_a_program_are_on_the_account(lm, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.web.test_page import wait_until
 
 from invivo.instruments.direct_attribution import direct_attribution
 from invivo.instruments.logit_lens import logit_lens
@@ -68,10 +69,71 @@ def test_another_token_has_other_shares(page):
     assert page.locator("#heads .share").first.get_attribute("title") != before
 
 
+def test_a_click_switches_a_layer_off_and_the_answers_stand_side_by_side(page, lm):
+    assert page.locator("#answers .answer-box").last.is_hidden()
+    page.locator("#lens .layer").first.click()  # the last layer
+    page.wait_for_selector("#next-changed .alt")
+    assert "layer 2 ×" in page.locator("#edits").text_content()
+    sites = ["layers.2.attn.out", "layers.2.mlp.out"]
+    edit = {"steps": [{"at": sites, "do": "scale", "a": 0}]}
+    greedy = {"max_tokens": 24, "temperature": 0}
+    changed = lm.generate(PROMPT, interventions=edit, **greedy).text.strip()
+    assert page.locator("#answer-changed").text_content() == changed
+    assert (
+        page.locator("#answer-plain").text_content() == lm.generate(PROMPT, **greedy).text.strip()
+    )
+    # Scaled by one it is as it was.
+    page.fill("#edits input", "1")
+    page.press("#edits input", "Enter")
+    wait_until(
+        lambda: (
+            page.locator("#answer-changed").text_content()
+            == page.locator("#answer-plain").text_content()
+        )
+    )
+    page.click("#edits .small-button")
+    assert page.locator("#edits li").count() == 0
+    wait_until(page.locator("#answers .answer-box").last.is_hidden)
+
+
+def test_heads_are_switched_off_and_the_maps_drawn_with_that(page):
+    before = cells(page, "lens", 0)
+    page.locator('[title^="layer 0, head 1:"]').click()
+    page.locator('[title^="layer 0, feed-forward:"]').click()
+    page.locator('[title^="layer 0, head 1:"]').click()  # there already
+    assert page.locator("#edits li").count() == 2
+    page.locator("label:has(#look-edited)").click()
+    title = page.locator('[title^="layer 0, head 1:"]')
+    wait_until(lambda: title.get_attribute("title").endswith("0.000"))
+    page.click("#edits-clear")
+    wait_until(lambda: not title.get_attribute("title").endswith("0.000"))
+    assert cells(page, "lens", 0) == before
+
+
+def test_numbers_that_are_none_are_put_back(page):
+    page.locator("#heads .share").first.click()
+    page.fill("#edits input", "99")
+    page.press("#edits input", "Enter")
+    assert page.locator("#edits input").input_value() == "0"
+
+
 def test_a_long_prompt_shows_its_end(open_page):
     page = looked(open_page(), "the cat " * 40)
     assert re.match(r"the last 48 of \d+ tokens", page.locator("#lens-sub").text_content())
     assert page.locator("#lens thead th").count() == 49
+
+
+def test_a_message_is_asked_through_the_chat_template(page, lm):
+    page.locator("label:has(#look-chat)").click()
+    page.fill("#look-prompt", "the cat?")
+    page.click("#look-go")
+    chat = [{"role": "user", "content": "the cat?"}]
+    answer = lm.chat(chat, max_tokens=24, temperature=0).text.strip()
+    wait_until(lambda: page.locator("#answer-plain").text_content() == answer)
+    lens = logit_lens(lm, chat, pos="@last")
+    wait_until(lambda: cells(page, "lens", 0)[-1] == visible(lens.words[-1, 0, 0]))
+    page.locator("#lens .layer").first.click()
+    page.wait_for_selector("#next-changed .alt")
 
 
 def test_phone_has_the_panel_as_a_view_of_its_own(open_page):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,8 +10,34 @@ import torch
 
 from invivo.edits.blobs import Blobs
 from invivo.edits.resolved import Touch
-from invivo.edits.site_names import SiteRef
+from invivo.edits.site_names import BLOCKS, SiteRef
 from invivo.edits.values import Blob, Param, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a tensor at which a touch acts.
+
+    Attributes:
+        index: rows of the tensor.
+        positions: the tokens that they belong to.
+        first: the place of the first among the touch's positions; the others follow it.
+    """
+
+    index: Sequence[int]
+    positions: Sequence[int]
+    first: int = 0
+
+    @property
+    def piece(self) -> slice:
+        """These rows' places among the touch's positions."""
+        return slice(self.first, self.first + len(self.index))
+
+
+def whole_text(touch: Touch, n_rows: int) -> Rows:
+    """The rows of a touch where row i belongs to token i."""
+    at = touch.positions.below(n_rows)
+    return Rows(at, at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,64 +83,44 @@ def change_rows(
     value: torch.Tensor,
     sources: Sequence[torch.Tensor],
     context: Context,
+    rows: Rows | None = None,
 ) -> torch.Tensor:
     """``value`` [T, ...] after an operation on rows.
 
     Args:
         ref: the heads as this model numbers them.
         sources: values read from runs, one row for each row that changes, or one for all.
+        rows: which rows of ``value`` change; None: ``value`` is a whole text.
     """
-    rows = touch.positions.below(value.shape[0])
-    if not rows:
+    rows = whole_text(touch, value.shape[0]) if rows is None else rows
+    if not rows.index:
         return value
-    index = _index(value, rows, ref)
+    index = _index(value, rows.index, ref)
     x = value[index]
-    which = slice(0, len(rows))
-    changed = _changed(touch, x, rows, which, value, sources, context)
-    return value.index_put(index, changed.expand_as(x))
-
-
-def change_piece(touch: Touch, value: torch.Tensor, start: int, context: Context) -> torch.Tensor:
-    """Positions ``start``, ``start + 1``, ... of a site's tensor [n, ...] after an operation on
-    rows that reads no run, or after a block was left out; ``value`` itself where it has none."""
-    everything = touch.positions.below(start + value.shape[0])
-    first = bisect_left(everything, start)
-    positions = everything[first:]
-    if not positions:
-        return value
-    rows = [i - start for i in positions]
-    if touch.kernel == "block":
-        return value.index_fill(0, torch.tensor(rows, device=value.device), 0.0)
-    index = _index(value, rows, touch.ref)
-    x = value[index]
-    which = slice(first, len(everything))
-    changed = _changed(touch, x, positions, which, value, (), context)
-    return value.index_put(index, changed.to(x.dtype).expand_as(x))
+    return value.index_put(index, _changed(touch, x, rows, value, sources, context).expand_as(x))
 
 
 def _changed(
     touch: Touch,
     x: torch.Tensor,
-    positions: Sequence[int],
-    which: slice,
+    rows: Rows,
     value: torch.Tensor,
     sources: Sequence[torch.Tensor],
     context: Context,
 ) -> torch.Tensor:
-    """``x`` [positions, ...] changed; ``which`` of the touch's positions these are."""
     args = touch.args
 
     def argument(name: str) -> torch.Tensor:
         found = context.tensor(args[name])
         # The rows of a basis are directions, however few positions there are.
         per_position = name != "basis" and found.dim() == x.dim() and found.shape[0] > 1
-        return found[which] if per_position else found
+        return found[rows.piece] if per_position else found
 
     def source() -> torch.Tensor:
         if touch.sources[0].blob is None:
             return sum(sources[1:], sources[0]) / len(sources) if len(sources) > 1 else sources[0]
         blob = context.tensor(Blob(touch.sources[0].blob))
-        return blob[which] if blob.dim() == x.dim() and blob.shape[0] > 1 else blob
+        return blob[rows.piece] if blob.dim() == x.dim() and blob.shape[0] > 1 else blob
 
     match touch.do:
         case "zero":
@@ -133,7 +138,7 @@ def _changed(
                 x = torch.maximum(x, argument("min"))
             return x if args["max"] is None else torch.minimum(x, argument("max"))
         case "noise":
-            return x + argument("s") * _noise(touch, positions, value).to(x)
+            return x + argument("s") * _noise(touch, rows.positions, value).to(x)
         case "replace":
             return source().expand_as(x)
         case "lerp":
@@ -182,15 +187,63 @@ def noise_of(seed: int, ref: SiteRef, position: int, head: int, width: int) -> t
     return torch.randn(width, generator=generator, dtype=torch.float64)
 
 
+# Where and how a touch acts.
+
+
+def tapped_at(touch: Touch) -> list[tuple[str, int]]:
+    """The decoder's sites at which a touch acts."""
+    site, layer, do = touch.ref.site, touch.ref.layer, touch.do
+    if site in BLOCKS:
+        outs = {"block": ("attn.out", "mlp.out"), "attn": ("attn.out",), "mlp": ("mlp.out",)}
+        return [(out, layer) for out in outs[site]]
+    if site == "attn.edge":
+        before = do != "edge_scale" and touch.args["renormalise"]
+        return [("attn.head.score" if before else "attn.head.prob", layer)]
+    if do == "expert_force" or (do == "expert_off" and touch.args["reroute"]):
+        return [("moe.router", layer)]
+    if do in ("expert_on", "expert_off"):
+        return [("moe.router", layer), ("moe.expert.weight", layer)]
+    return [(site, layer)]
+
+
+def apply_switch(
+    touch: Touch,
+    site: str,
+    value: torch.Tensor,
+    router: torch.Tensor | None,
+    rows: Sequence[int],
+    context: Context,
+) -> torch.Tensor | None:
+    """``value`` [T, ...] of the decoder's ``site`` after an operation that is no change of rows.
+
+    Args:
+        router: this layer's router logits, where ``site`` is the experts' weight.
+
+    Returns:
+        None where the operation changes rows: :func:`change_rows` does it.
+    """
+    if touch.kernel == "block":
+        return skip_rows(value, rows)
+    if touch.kernel == "edge":
+        return change_edges(touch, value, context, rows, scores=site == "attn.head.score")
+    if touch.ref.site == "moe.expert.on":
+        if site == "moe.expert.weight":
+            assert router is not None
+            return change_weights(touch, value, router, rows)
+        rerouted = touch.do == "expert_force" or touch.args.get("reroute")
+        return change_router(touch, value, rows) if rerouted else value
+    return None
+
+
 # Attention edges.
 
 
-def _pairs(touch: Touch, value: torch.Tensor) -> torch.Tensor:
+def _pairs(touch: Touch, value: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """[T, H, K] bool: the pairs of query and key in the heads of an edge operation."""
     assert touch.keys is not None
     n_rows, n_heads, n_keys = value.shape
     queries = torch.zeros(n_rows, 1, 1, dtype=torch.bool)
-    queries[touch.positions.below(n_rows)] = True
+    queries[rows] = True
     heads = torch.zeros(1, n_heads, 1, dtype=torch.bool)
     heads[:, list(touch.ref.heads or range(n_heads))] = True
     keys = torch.zeros(1, 1, n_keys, dtype=torch.bool)
@@ -201,10 +254,10 @@ def _pairs(touch: Touch, value: torch.Tensor) -> torch.Tensor:
 
 
 def change_edges(
-    touch: Touch, value: torch.Tensor, context: Context, *, scores: bool
+    touch: Touch, value: torch.Tensor, context: Context, rows: Sequence[int], *, scores: bool
 ) -> torch.Tensor:
-    """Scores or probabilities [T, H, K] after an edge operation."""
-    pairs = _pairs(touch, value)
+    """Scores or probabilities [T, H, K] after an edge operation on ``rows``."""
+    pairs = _pairs(touch, value, rows)
     if scores:
         return value.masked_fill(pairs, -torch.inf)
     if touch.do == "edge_scale":
@@ -222,9 +275,8 @@ def change_edges(
 # Mixtures of experts.
 
 
-def change_router(touch: Touch, value: torch.Tensor) -> torch.Tensor:
+def change_router(touch: Touch, value: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """Router logits [T, E] after expert_force, or expert_off with another in its place."""
-    rows = touch.positions.below(value.shape[0])
     experts = list(touch.ref.heads or ())
     hidden = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
     if touch.do == "expert_force":
@@ -234,7 +286,9 @@ def change_router(touch: Touch, value: torch.Tensor) -> torch.Tensor:
     return value.masked_fill(hidden, -torch.inf)
 
 
-def change_weights(touch: Touch, value: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+def change_weights(
+    touch: Touch, value: torch.Tensor, router: torch.Tensor, rows: Sequence[int]
+) -> torch.Tensor:
     """Weights of the experts [T, E] after expert_on or expert_off.
 
     An expert that is switched on gets what the router gives it, on the scale of those that were
@@ -243,7 +297,6 @@ def change_weights(touch: Touch, value: torch.Tensor, router: torch.Tensor) -> t
     chosen = value > 0
     probs = torch.softmax(router, -1)
     scale = value.sum(-1, keepdim=True) / (probs * chosen).sum(-1, keepdim=True)
-    rows = touch.positions.below(value.shape[0])
     switched = torch.zeros_like(chosen)
     for e in touch.ref.heads or ():
         switched[rows, e] = True
@@ -258,11 +311,11 @@ def change_weights(touch: Touch, value: torch.Tensor, router: torch.Tensor) -> t
     return torch.where((changed != value).any(-1, keepdim=True), rescaled, changed)
 
 
-def skip_rows(touch: Touch, value: torch.Tensor) -> torch.Tensor:
-    """What a skipped block writes to the residual stream: nothing, at its positions."""
-    rows = torch.zeros(value.shape[0], 1, dtype=torch.bool)
-    rows[touch.positions.below(value.shape[0])] = True
-    return value.masked_fill(rows.to(value.device), 0.0)
+def skip_rows(value: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """What a skipped block writes to the residual stream: nothing, at ``rows``."""
+    skipped = torch.zeros(value.shape[0], 1, dtype=torch.bool)
+    skipped[rows] = True
+    return value.masked_fill(skipped.to(value.device), 0.0)
 
 
 def copies_of(ref: SiteRef, share: int) -> list[SiteRef]:

@@ -13,19 +13,18 @@ import torch
 
 from invivo.edits.apply import (
     Context,
-    change_edges,
-    change_router,
+    apply_switch,
     change_rows,
-    change_weights,
     copies_of,
     read_part,
-    skip_rows,
+    tapped_at,
 )
 from invivo.edits.blobs import Blobs
 from invivo.edits.expand import expand_key_heads
+from invivo.edits.measures import measure_rows
+from invivo.edits.parameters import parameter_values
 from invivo.edits.reduce import reduce_capture
 from invivo.edits.resolved import (
-    MeasureRef,
     ResolvedProgram,
     ResolvedRow,
     RunPlan,
@@ -33,7 +32,6 @@ from invivo.edits.resolved import (
     Touch,
 )
 from invivo.edits.results import Captured, Measured, RowOutput
-from invivo.edits.site_names import BLOCKS
 from invivo.errors import InvalidRequest
 from invivo.kernels.paging import PagedLayout, blocks_needed, contiguous_layout
 from invivo.models.bypass import Bypass
@@ -73,40 +71,13 @@ def run_program(
         dtype=decoder.embed.dtype,
         device=decoder.embed.device,
         blobs=blobs or Blobs(),
-        params=parameters_of(resolved, blobs or Blobs(), decoder.embed, params or {}),
+        params=parameter_values(resolved, blobs or Blobs(), decoder.embed, params or {}),
     )
     wide = expand_key_heads(decoder) if any(row.expanded for row in resolved.rows) else decoder
     return [
         _run_row(wide if row.expanded else decoder, decoder, row, context, adapters or {})
         for row in resolved.rows
     ]
-
-
-def parameters_of(
-    resolved: ResolvedProgram,
-    blobs: Blobs,
-    like: torch.Tensor,
-    given: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """The trainable parameters: given ones, and the start values of the others."""
-    found = {}
-    for name, parameter in resolved.program.params.items():
-        field_name = f"params.{name}"
-        if name in given:
-            found[name] = given[name]
-        elif isinstance(parameter.init, str):
-            found[name] = blobs.get(parameter.init.removeprefix("blob:"), field_name).to(like)
-        else:
-            found[name] = torch.full(
-                parameter.shape, parameter.init, dtype=like.dtype, device=like.device
-            )
-        if tuple(found[name].shape) != parameter.shape:
-            raise InvalidRequest(
-                f"the declared shape is {list(parameter.shape)}",
-                field=field_name,
-                given=list(found[name].shape),
-            )
-    return found
 
 
 def _run_row(
@@ -135,7 +106,12 @@ def _run_row(
         value, tokens = reduce_capture(part, capture, original, context)
         result.captures.append(Captured(capture, value, tokens))
     for measure in row.measures:
-        result.measures.append(Measured(measure, _measure(measure, result.logits)))
+        rows = result.logits[measure.run]
+        rows = rows[measure.positions.below(rows.shape[0])]
+        other = None
+        if measure.other is not None:
+            other = result.logits[measure.other][list(measure.other_positions)]
+        result.measures.append(Measured(measure, measure_rows(measure, rows, other)))
     return result
 
 
@@ -254,16 +230,12 @@ class Interpreter:
         return new
 
     def _apply(self, touch: Touch, site: str, value: torch.Tensor) -> torch.Tensor:
-        if touch.kernel == "block":
-            return skip_rows(touch, value)
-        if touch.kernel == "edge":
-            return change_edges(touch, value, self.context, scores=site == _SCORE)
-        if touch.ref.site == "moe.expert.on":
-            if site == "moe.expert.weight":
-                return change_weights(touch, value, self.after["moe.router", touch.ref.layer])
-            rerouted = touch.do == "expert_force" or touch.args.get("reroute")
-            return change_router(touch, value) if rerouted else value
-        n_rows = len(touch.positions.below(value.shape[0]))
+        rows = touch.positions.below(value.shape[0])
+        router = self.after.get(("moe.router", touch.ref.layer))
+        switched = apply_switch(touch, site, value, router, rows, self.context)
+        if switched is not None:
+            return switched
+        n_rows = len(rows)
         for copy, ref in enumerate(copies_of(touch.ref, self.share)):
             sources = [
                 self._read(source, copy, n_rows, value)
@@ -315,50 +287,3 @@ class Interpreter:
         assert kind.window is not None
         visible = (index[:, None] >= index) & (number[:, None] - number < kind.window)
         return score.masked_fill(~visible[:, None], -torch.inf)
-
-
-def tapped_at(touch: Touch) -> list[Key]:
-    """The decoder's sites at which a touch acts."""
-    site, layer, do = touch.ref.site, touch.ref.layer, touch.do
-    if site in BLOCKS:
-        outs = {"block": ("attn.out", "mlp.out"), "attn": ("attn.out",), "mlp": ("mlp.out",)}
-        return [(out, layer) for out in outs[site]]
-    if site == "attn.edge":
-        before = do != "edge_scale" and touch.args["renormalise"]
-        return [(_SCORE if before else _PROB, layer)]
-    if do == "expert_force" or (do == "expert_off" and touch.args["reroute"]):
-        return [("moe.router", layer)]
-    if do in ("expert_on", "expert_off"):
-        return [("moe.router", layer), ("moe.expert.weight", layer)]
-    return [(site, layer)]
-
-
-def _measure(measure: MeasureRef, logits: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """[positions]; tokens that are not known yet have none."""
-    rows = logits[measure.run]
-    at = measure.positions.below(rows.shape[0])
-    other = None
-    if measure.other is not None:
-        other = logits[measure.other][list(measure.other_positions)]
-    return measure_rows(measure, rows[at], other)
-
-
-def measure_rows(
-    measure: MeasureRef, rows: torch.Tensor, other: torch.Tensor | None = None
-) -> torch.Tensor:
-    """A measure from the logits [positions, V] there; ``other``: those that kl compares with."""
-    log = torch.log_softmax(rows, -1)
-    match measure.kind:
-        case "logit":
-            return rows[:, measure.tokens[0]]
-        case "logprob":
-            return log[:, measure.tokens[0]]
-        case "prob":
-            return log[:, measure.tokens[0]].exp()
-        case "rank":
-            return (rows > rows[:, measure.tokens[0], None]).sum(-1)
-        case "logit_diff":
-            return rows[:, measure.tokens[0]] - rows[:, measure.tokens[1]]
-        case _:
-            assert other is not None
-            return (log.exp() * (log - torch.log_softmax(other, -1))).sum(-1)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from invivo.engine.scheduler import Limits
-from invivo.engine.types import Plan, VirtualRows
+from invivo.engine.types import Plan, Span, VirtualRows
 from invivo.kernels.paging import PagedLayout
 
 
@@ -165,6 +165,10 @@ class BatchBuilder:
         slots += offset
         if self._shifts:
             positions += self._offset[token_rows]
+        for i, span in enumerate(spans):
+            if span.seq.numbers:
+                at = slice(span_start[i], span_start[i + 1])
+                positions[at] = _numbers(span) + self._offset[rows[i]]
         adapters[:] = self._adapter[token_rows]
         np.take(self._table[:, :width], span_rows, axis=0, out=table.reshape(n_spans, width))
         if n_pending:
@@ -217,6 +221,14 @@ class BatchBuilder:
     def _send(self, host: torch.Tensor, used: int) -> torch.Tensor:
         part = host[:used]
         return part if self._on_cpu else part.to(self.device, non_blocking=True)
+
+
+def _numbers(span: Span) -> np.ndarray:
+    """Position numbers of a span whose sequence has its own."""
+    numbers = span.seq.numbers
+    n, following = len(numbers), max(numbers) + 1
+    wanted = range(span.start, span.stop)
+    return np.array([numbers[i] if i < n else following + i - n for i in wanted])
 
 
 class _Cursor:

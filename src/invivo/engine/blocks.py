@@ -55,9 +55,16 @@ class PrefixIndex:
         return self._key_of[block] is not None
 
     def match(
-        self, tokens: Items[int], namespace: Namespace, limit: int
+        self,
+        tokens: Items[int],
+        namespace: Namespace,
+        limit: int,
+        mark: tuple[int, object] | None = None,
     ) -> tuple[list[int], object]:
         """Blocks that hold the longest known prefix of ``tokens[:limit]``, whole blocks only.
+
+        Args:
+            mark: (block, key): from this block on the content depends on this as well.
 
         Returns:
             The blocks in order, and the parent under which the next block continues.
@@ -66,7 +73,8 @@ class PrefixIndex:
         parent: object = namespace
         blocks: list[int] = []
         for start in range(0, limit - size + 1, size):
-            entry = self._entries.get((parent, tuple(tokens[start : start + size])))
+            above = marked(parent, len(blocks), mark)
+            entry = self._entries.get((above, tuple(tokens[start : start + size])))
             if entry is None:
                 break
             block, parent = entry
@@ -102,6 +110,11 @@ class PrefixIndex:
         """Forget every block."""
         self._entries.clear()
         self._key_of = [None] * len(self._key_of)
+
+
+def marked(parent: object, block: int, mark: tuple[int, object] | None) -> object:
+    """The parent of a sequence's ``block``, told apart where what is in ``mark`` begins."""
+    return (parent, mark[1]) if mark is not None and block == mark[0] else parent
 
 
 class BlockPool:

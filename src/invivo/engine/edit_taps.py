@@ -1,76 +1,149 @@
-"""Carries out the edits of a flat batch's rows, and keeps what their captures want."""
+"""The taps of a flat batch in which some spans are runs of programs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from invivo.edits.apply import change_piece
+from invivo.engine.run_edits import OPEN_SITES, RunEdits
+from invivo.models.config import ModelConfig
+from invivo.models.decoder import Decoder
 from invivo.models.sites import Taps
 
-if TYPE_CHECKING:
-    from invivo.engine.carried import Carried
+LOGITS = ("logits", -1)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Positions [start, start + n) of a sequence with a program, from the batch's ``row`` on."""
+class EditedSpan:
+    """A span of a run.
 
-    carried: Carried
-    start: int
-    n: int
+    Attributes:
+        span: its number in the batch.
+        row: its first row in the batch.
+        window: the tokens that its rows are.
+    """
+
+    edits: RunEdits
+    span: int
     row: int
+    window: range
+
+    def of(self, value: torch.Tensor) -> torch.Tensor:
+        """This span's rows of a tensor of the flat batch."""
+        return value[self.row : self.row + len(self.window)]
 
 
 class EditTaps:
-    """The taps of one pass; rows of other sequences stay bit for bit what they are."""
+    """Lets every span's run act on that span's rows, and on no others.
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._by_site: dict[tuple[str, int], list[Piece]] = {}
-        for piece in pieces:
-            carried = piece.carried
-            kept = {(site, layer) for site, layer, _ in carried.wanted}
-            for key in carried.touches.keys() | kept:
-                self._by_site.setdefault(key, []).append(piece)
+    Attention of the spans that have a mask or position numbers of their own, or whose scores or
+    probabilities somebody looks at, is laid open span by span; all others keep their kernel.
 
-    def wants(self, site: str, layer: int) -> bool:
-        return (site, layer) in self._by_site
+    Args:
+        inner: taps of training rows in the same batch; they see what the model goes on with.
+    """
 
-    def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
-        new = value
-        for piece in self._by_site[site, layer]:
-            carried = piece.carried
-            rows = slice(piece.row, piece.row + piece.n)
-            if (site, layer, False) in carried.wanted:
-                carried.keep(site, layer, False, piece.start, value[rows])
-            own = value[rows]
-            changed = own
-            for touch in carried.touches.get((site, layer), ()):
-                changed = change_piece(touch, changed, piece.start, carried.context)
-            # What has not changed is bit for bit the untouched pass; a GPU is not waited for.
-            if changed is not own and not (value.is_cpu and torch.equal(changed, own)):
-                new = value.clone() if new is value else new
-                new[rows] = changed
-            if (site, layer, True) in carried.wanted:
-                carried.keep(site, layer, True, piece.start, new[rows])
-        return new
-
-
-class TapsOfBoth:
-    """Edits of requests first, then what training records of its own rows."""
-
-    def __init__(self, edits: Taps, recording: Taps) -> None:
-        self._edits = edits
-        self._recording = recording
+    def __init__(
+        self, config: ModelConfig, spans: Sequence[EditedSpan], inner: Taps | None = None
+    ) -> None:
+        self._inner = inner
+        self._at: dict[tuple[str, int], list[EditedSpan]] = {}
+        self._open: dict[int, dict[int, EditedSpan]] = {}
+        self._logits: list[EditedSpan] = []
+        for span in spans:
+            for site, layer in span.edits.keys(span.window):
+                if (site, layer) == LOGITS:
+                    self._logits.append(span)
+                elif site in OPEN_SITES:
+                    self._open.setdefault(layer, {})[span.span] = span
+                else:
+                    self._at.setdefault((site, layer), []).append(span)
+            hides = span.edits.hides(span.window)
+            for layer, kind in enumerate(config.layers):
+                if hides or (span.edits.numbered and kind.window is not None):
+                    self._open.setdefault(layer, {})[span.span] = span
 
     def wants(self, site: str, layer: int) -> bool:
-        return self._edits.wants(site, layer) or self._recording.wants(site, layer)
+        if (site, layer) in self._at:
+            return True
+        return self._inner is not None and self._inner.wants(site, layer)
 
     def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
-        for taps in (self._edits, self._recording):
-            if taps.wants(site, layer):
-                value = taps(site, layer, value)
-        return value
+        answer = value
+        for span in self._at.get((site, layer), ()):
+            part = span.of(value)
+            new = span.edits.apply(site, layer, part, span.window, keep=True)
+            if new is not part:
+                answer = value.clone() if answer is value else answer
+                span.of(answer).copy_(new)
+        if self._inner is not None and self._inner.wants(site, layer):
+            self._inner(site, layer, answer)
+        return answer
+
+    # --- attention laid open, span by span ----------------------------------------------------
+    def open_spans(self, layer: int) -> Collection[int]:
+        """Numbers of the spans whose attention is laid open."""
+        return self._open.get(layer, {}).keys()
+
+    def numbers(self, span: int, layer: int, n_keys: int) -> list[int] | None:
+        """Position numbers of a span's first ``n_keys`` tokens; None where they are the indices."""
+        edits = self._open[layer][span].edits
+        return edits.numbers(n_keys) if edits.numbered else None
+
+    def at_span(self, span: int, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        """Scores or probabilities [n, H, K] of one span, and what the model goes on with."""
+        opened = self._open[layer][span]
+        return opened.edits.apply(site, layer, value, opened.window, keep=True)
+
+    # --- logits -------------------------------------------------------------------------------
+    def on_logits(self, rows: Sequence[int]) -> Taps | None:
+        """Taps for logits of these rows of the batch (any order); None if nothing touches them."""
+        parts = []
+        for span in self._logits:
+            place = {r: i for i, r in enumerate(rows)}
+            here = [p for i, p in enumerate(span.window) if span.row + i in place]
+            if here:
+                index = [place[span.row + p - span.window[0]] for p in here]
+                parts.append((span, index, here))
+        return _LogitTaps(parts) if parts else None
+
+    def keep_logits(self, decoder: Decoder, hidden: torch.Tensor, most_rows: int) -> None:
+        """Compute the logits that runs leave behind, at most ``most_rows`` rows at a time."""
+        wanted: list[tuple[EditedSpan, int]] = []
+        for span in self._logits:
+            positions = {p for at in span.edits.logit_positions for p in at if p in span.window}
+            wanted += [(span, p) for p in sorted(positions)]
+        for i in range(0, len(wanted), most_rows):
+            piece = wanted[i : i + most_rows]
+            rows = [span.row + p - span.window[0] for span, p in piece]
+            logits = decoder.logits(hidden[torch.tensor(rows, device=hidden.device)])
+            first = 0
+            while first < len(piece):
+                span = piece[first][0]
+                here = [p for s, p in piece[first:] if s is span]
+                part = logits[first : first + len(here)]
+                span.edits.apply(*LOGITS, part, here, keep=True)
+                first += len(here)
+
+
+class _LogitTaps:
+    """Taps of logits of chosen rows: (span, rows of the tensor, their tokens)."""
+
+    def __init__(self, parts: list[tuple[EditedSpan, list[int], list[int]]]) -> None:
+        self._parts = parts
+
+    def wants(self, site: str, layer: int) -> bool:
+        return (site, layer) == LOGITS
+
+    def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        answer = value
+        for span, index, window in self._parts:
+            at = torch.tensor(index, device=value.device)
+            part = value[at]
+            new = span.edits.apply(site, layer, part, window, keep=False)
+            if new is not part:
+                answer = value.clone() if answer is value else answer
+                answer[at] = new
+        return answer

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
+from invivo.edits.program import MAIN
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.batch import BatchBuilder
-from invivo.engine.carried import Carried, check_carried
+from invivo.engine.carrying import adapter_of, check_carried
 from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
 from invivo.engine.finetune import FineTuning, JobHandle, Riders
@@ -28,6 +29,7 @@ from invivo.engine.job_spec import DataSource, JobSpec, OnEvent
 from invivo.engine.latency import LatencyModel
 from invivo.engine.memory import limits_of, room_to_pack
 from invivo.engine.policies import Slo, policy_of
+from invivo.engine.programs import CarriedProgram, ProgramRun
 from invivo.engine.sampler import RowState
 from invivo.engine.scheduler import Scheduler
 from invivo.engine.stats import Counters, EngineStats, RequestRecord
@@ -35,6 +37,7 @@ from invivo.engine.step import Launched, ScoredRows, Stepper, Work
 from invivo.engine.tracks import Job, OnOutput, Track, make_job
 from invivo.engine.types import (
     FinishReason,
+    Intervention,
     Output,
     Plan,
     Purpose,
@@ -46,12 +49,21 @@ from invivo.engine.types import (
 )
 from invivo.engine.validate import validate_request
 from invivo.engine.warmup import warm_up
-from invivo.errors import Conflict, InvivoError, Overloaded, Unavailable
+from invivo.errors import (
+    Conflict,
+    InvalidRequest,
+    InvivoError,
+    Overloaded,
+    TooLarge,
+    Unavailable,
+)
 from invivo.models.cache import allocate_kv_cache
 from invivo.models.load import LoadedModel
 from invivo.models.rope import long_text_offset
 
 log = logging.getLogger(__name__)
+
+_RUNS_AT_ONCE = 32  # most runs of one program that are in the scheduler
 
 
 @dataclass(slots=True)
@@ -144,6 +156,8 @@ class Engine:
         self._eos = frozenset(model.config.eos_token_ids)
         self._overlap = on_gpu if c.overlap is None else c.overlap
         self._tracks: dict[Sequence, Track] = {}
+        self._programs: dict[str, Job] = {}  # requests that carry one, by id
+        self._runs: dict[Sequence, ProgramRun] = {}
         self._parked: deque[Job] = deque()  # their adapter waits for a slot
         self._in_flight: Launched | None = None
         self._inbox = _Inbox()
@@ -178,7 +192,8 @@ class Engine:
         self._check_open()
         if request.arrival == 0:
             request = replace(request, arrival=time.monotonic())
-        adapter = self.adapters.hold(request.adapter) if request.adapter is not None else None
+        wanted = adapter_of(request)
+        adapter = self.adapters.hold(wanted) if wanted is not None else None
         try:
             n_virtual = 0 if adapter is None else adapter.n_virtual
             validate_request(
@@ -186,15 +201,6 @@ class Engine:
                 vocab_size=self.model.config.vocab_size,
                 max_model_len=self.longest(request) - n_virtual,
             )
-            carried = None
-            if request.intervention is not None:
-                check_carried(
-                    request,
-                    n_virtual=n_virtual,
-                    max_bytes=self.config.max_capture_bytes,
-                    d_model=self.model.config.d_model,
-                )
-                carried = Carried(request.intervention, self.model.decoder)
             grammar = request.params.grammar
             matchers: list[Matcher | None] = [
                 self._grammars.matcher(grammar) if grammar is not None else None
@@ -210,8 +216,9 @@ class Engine:
                 position_offset=long_text_offset(
                     self.model.config, n_virtual + self._will_grow_to(request)
                 ),
-                carried=carried,
             )
+            if request.intervention is not None:
+                job.program = self._carry(request, request.intervention, job)
             inbox = self._inbox
             with inbox.wake:
                 self._check_open()
@@ -233,6 +240,36 @@ class Engine:
             if adapter is not None:
                 self.adapters.drop(adapter)
             raise
+
+    def _carry(self, request: Request, given: Intervention, job: Job) -> CarriedProgram:
+        """The program of a request, checked as far as that goes before anything runs."""
+        check_carried(request, self.model.config)
+        if job.adapter is not None and job.adapter.n_virtual:
+            raise InvalidRequest(
+                "an adapter with tokens of its own does not go with a program yet",
+                field="adapter",
+                given=job.adapter.name,
+            )
+        writes = request.kind != "run"
+        program = CarriedProgram(
+            given, self.model.decoder, writes=writes, max_bytes=self.config.max_capture_bytes
+        )
+        held = self.scheduler.blocks_total * self.config.block_size
+        most = min(self.scheduler.max_length, held)
+        for plan in program.plans():
+            n = len(plan.prompt.ids)
+            if n > most:
+                raise TooLarge(
+                    f"the prompt of a run has {n} tokens, at most {most} fit",
+                    field=f"interventions.runs.{plan.name}",
+                    given=n,
+                )
+            prompt = plan.prompt.ids[: plan.prompt.n_prompt]
+            if writes and plan.name == MAIN and tuple(prompt) != request.tokens:
+                raise InvalidRequest(
+                    "the program was resolved for another prompt", field="interventions"
+                )
+        return program
 
     def abort(self, request_id: str) -> None:
         """End a request at once; unknown and finished ids are ignored."""
@@ -441,6 +478,11 @@ class Engine:
             for track in job.tracks:
                 track.seq.adapter_slot = slot
                 track.seq.adapter_version = version
+            if job.program is not None:
+                self._programs[job.request.id] = job
+                self._feed(job, job.program)
+                return True
+            for track in job.tracks:
                 self.scheduler.add(track.seq)
                 self._tracks[track.seq] = track
         except Exception as error:  # the device may have no room for the adapter
@@ -456,6 +498,11 @@ class Engine:
                 for track in job.tracks:
                     self._finish(track, Output(request_id, track.seq.index), "cancelled")
                 return
+        carrier = self._programs.get(request_id)
+        if carrier is not None:
+            (track,) = carrier.tracks
+            self._finish(track, Output(request_id), "cancelled")
+            return
         for seq in self.scheduler.abort(request_id):
             track = self._tracks[seq]
             self._finish(track, Output(request_id, seq.index), "cancelled")
@@ -505,8 +552,12 @@ class Engine:
     def _work(self, plan: Plan, sample_spans: list[int]) -> Work:
         """What the plan's sequences want beyond their forward pass."""
         for seq in plan.admitted:
-            if seq.n_preempted == 0:
-                self._admitted(self._tracks[seq])
+            job = self._job_of(seq)
+            if seq.n_preempted == 0 and job is not None:
+                self._admitted(job.tracks[seq.index])
+        for seq in plan.preempted:
+            if seq in self._runs:
+                self._stepper.clear_blocks(self._runs[seq].take_blocks())
         rows: list[RowState] = []
         positions: list[int] = []
         for i in sample_spans:
@@ -516,7 +567,13 @@ class Engine:
         work = Work(rows, positions)
         for i in range(len(plan.spans)):
             span = plan.spans[i]
-            if span.purpose is Purpose.DECODE or span.purpose is Purpose.TRAIN:
+            if span.purpose is Purpose.TRAIN:
+                continue
+            run = self._runs.get(span.seq)
+            if run is not None:
+                run.holds(span.seq, self.config.block_size)
+                work.edited.append((i, run.edits))
+            if span.purpose is Purpose.DECODE or span.seq not in self._tracks:
                 continue
             if span.seq.request.kind == "embed":
                 work.pooled.append((i, span.seq.request.pooling))
@@ -551,14 +608,14 @@ class Engine:
             by_purpose[span.purpose] += span.stop - span.start
             if span.purpose is Purpose.TRAIN:
                 continue
+            job = self._job_of(span.seq)
             try:
                 self._fold_span(i, span, result, now, gaps)
             except Exception as error:
                 if not isinstance(error, InvivoError):
                     log.exception("an output could not be handled")
-                track = self._tracks.get(span.seq)
-                if track is not None:
-                    self._end_job(track.job, _as_typed(error))
+                if job is not None:
+                    self._end_job(job, _as_typed(error))
         counters = self._counters
         counters.count_tokens(by_purpose, second)
         ended = time.perf_counter()
@@ -582,7 +639,9 @@ class Engine:
         if span.samples and not self.scheduler.record(seq, result.tokens[i]):
             return
         track = self._tracks.get(seq)
-        if track is None:  # ended while the step ran
+        if track is None:  # a run without text, or ended while the step ran
+            if seq in self._runs and span.stop == seq.n_prompt:
+                self._run_through(seq, now)
             return
         for offset, record in enumerate(result.scored.get(i, ())):
             at = max(span.start + 1, track.scored_from) - track.scored_from + offset
@@ -594,7 +653,6 @@ class Engine:
             if seq.request.kind == "score":
                 output.prompt_logprobs = [r for r in track.scored if r is not None]
             self._first_output(track, now)
-            self._bring_back(seq, output, seq.n_prompt)
             self._finish(track, output, "stop")
 
     def _token(
@@ -624,17 +682,98 @@ class Engine:
             output.prompt_logprobs = [r for r in track.scored if r is not None]
         reason = track.advance(token, output, self._eos)
         if reason is not None:
-            self._bring_back(seq, output, len(seq.tokens) - 1)  # the last was drawn and not run
             self._finish(track, output, reason)
         else:
             self._send(track.job, output)
 
-    @staticmethod
-    def _bring_back(seq: Sequence, output: Output, n_run: int) -> None:
-        """What the program of a sequence found in its first ``n_run`` tokens."""
-        if seq.carried is not None:
-            with torch.inference_mode():
-                output.program = seq.carried.output(n_run)
+    # --- programs ---------------------------------------------------------------------------
+    def _feed(self, job: Job, program: CarriedProgram) -> None:
+        """Queue the runs that may begin, a window of them at most."""
+        (track,) = job.tracks
+        window = max(1, min(_RUNS_AT_ONCE, self.scheduler.limits.max_running // 2))
+        for run in program.next_runs(window):
+            plan, request = run.plan, job.request
+            if program.writes and run.is_main:
+                seq = track.seq
+                self._tracks[seq] = track
+                ids = list(request.tokens)
+            else:
+                ids = list(plan.prompt.ids)
+                uses = plan.adapter is not None or request.adapter is not None
+                own = Request(
+                    id=request.id,
+                    tokens=tuple(ids),
+                    kind="run",
+                    adapter=(plan.adapter or request.adapter) if uses else None,
+                    salt=request.salt,
+                    priority=request.priority,
+                    # A long sweep queues like requests that come one after the other.
+                    arrival=time.monotonic() if program.started else request.arrival,
+                )
+                seq = Sequence(
+                    request=own,
+                    index=0,
+                    tokens=ids,
+                    n_prompt=len(ids),
+                    adapter_slot=track.seq.adapter_slot if uses else 0,
+                    adapter_version=track.seq.adapter_version if uses else 0,
+                    position_offset=long_text_offset(self.model.config, len(ids)),
+                )
+            for at, token in plan.input.tokens:
+                ids[at] = token
+            seq.tokens[: len(ids)] = ids
+            seq.numbers = plan.input.numbers
+            seq.shareable = run.edits.first_touched
+            seq.changes = program.changes_of(run)
+            seq.recomputed_from = run.edits.first_kept
+            program.live[seq] = run
+            self._runs[seq] = run
+            self.scheduler.add(seq)
+        program.started = True
+
+    def _run_through(self, seq: Sequence, now: float) -> None:
+        """A run without text has gone through the model."""
+        job = self._programs[seq.request.id]
+        program = job.program
+        assert program is not None
+        run = program.live.pop(seq)
+        self._end_run(seq)
+        program.run_done(run)
+        if program.complete:
+            (track,) = job.tracks
+            self._first_output(track, now)
+            output = Output(job.request.id, program=program.output())
+            self._finish(track, output, "stop")
+        else:
+            self._feed(job, program)
+
+    def _end_run(self, seq: Sequence) -> None:
+        """Free what a run's sequence holds; what edits left in its memory need not be finite."""
+        run = self._runs.pop(seq)
+        self._stepper.clear_blocks(run.take_blocks())
+        self.scheduler.finish(seq)
+
+    def _end_program(self, job: Job, output: Output, reason: FinishReason) -> None:
+        """All runs of a request end; the program of a text that is written gives its results."""
+        program = job.program
+        assert program is not None
+        seq = job.tracks[0].seq
+        if program.writes and reason in ("stop", "length"):
+            run = program.live.pop(seq)
+            n_through = len(seq.tokens) - (job.request.kind == "generate")
+            program.run_done(run, n_through)
+            output.program = program.output()
+        for live in [*program.live, seq]:
+            if live in self._runs:
+                self._end_run(live)
+        program.live.clear()
+        self._programs.pop(job.request.id, None)
+
+    def _job_of(self, seq: Sequence) -> Job | None:
+        track = self._tracks.get(seq)
+        if track is not None:
+            return track.job
+        return self._programs.get(seq.request.id) if seq in self._runs else None
 
     # --- beginnings and ends ----------------------------------------------------------------
     def _admitted(self, track: Track) -> None:
@@ -659,6 +798,8 @@ class Engine:
         """End a sequence, with its last output."""
         job, seq = track.job, track.seq
         assert not track.ended
+        if job.program is not None:
+            self._end_program(job, output, reason)
         output.finish_reason = reason
         output.cached_tokens = _cached(seq)
         if seq in self._tracks:
@@ -715,7 +856,7 @@ class Engine:
         if plan is None:
             self._fail_all(typed)
             return
-        jobs = {id(t.job): t.job for s in self.scheduler.failed(plan) if (t := self._tracks.get(s))}
+        jobs = {id(j): j for s in self.scheduler.failed(plan) if (j := self._job_of(s))}
         for job in jobs.values():
             self._end_job(job, typed)
         if self.device.type == "cuda" and not _device_lives(self.device):
@@ -725,8 +866,10 @@ class Engine:
     def _fail_all(self, error: InvivoError, *, scheduled: bool = True) -> None:
         """End every request; ``scheduled`` False does it without a scheduler that has failed."""
         jobs = {id(track.job): track.job for track in self._tracks.values()}
+        jobs |= {id(job): job for job in self._programs.values()}
         if not scheduled:
             self._tracks.clear()
+            self._runs.clear()
         jobs |= {id(job): job for job in self._parked}
         self._parked.clear()
         for job in jobs.values():

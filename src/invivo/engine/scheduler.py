@@ -31,7 +31,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
-from invivo.engine.blocks import BlockPool, PrefixIndex, prefix_namespace
+from invivo.engine.blocks import BlockPool, PrefixIndex, marked, prefix_namespace
 from invivo.engine.types import Plan, Purpose, Sequence, Span, Status
 from invivo.errors import InvalidRequest
 
@@ -156,8 +156,6 @@ class Scheduler:
         """
         seq.limit = self._limit_of(seq)
         seq.namespace = prefix_namespace(seq.request, seq.adapter_version, seq.position_offset)
-        if seq.carried is not None and seq.carried.key is not None:
-            seq.namespace = (*seq.namespace, ("program", seq.carried.key))
         seq.rank = (seq.request.priority, seq.request.arrival, self._n_queued)
         self._n_queued += 1
         seq.status = Status.WAITING
@@ -424,9 +422,7 @@ class Scheduler:
         readable = 0
         if self.limits.prefix_cache and not self.limits.recurrent:
             readable = _readable(seq)
-            if seq.carried is not None and seq.carried.first_wanted is not None:
-                readable = min(readable, seq.carried.first_wanted)
-            shared, parent = self.index.match(seq.tokens, seq.namespace, readable)
+            shared, parent = self.index.match(seq.tokens, seq.namespace, readable, self._mark(seq))
         n_new = -(-n_tokens // size) - len(shared)
         n_revived = sum(1 for block in shared if pool.is_free(block))
         # Some blocks stay free for the decodes that run: without, a newcomer is preempted at once.
@@ -513,6 +509,12 @@ class Scheduler:
         plan.preempted.append(seq)
         self.n_preemptions += 1
 
+    def _mark(self, seq: Sequence) -> tuple[int, object] | None:
+        """The first block that holds what a program changed, and the key of those changes."""
+        if seq.shareable is None or seq.changes is None:
+            return None
+        return seq.shareable // self.limits.block_size, seq.changes
+
     def _index_blocks(self, seq: Sequence) -> None:
         """Make the full blocks findable whose tokens are known and computed (or planned).
 
@@ -523,10 +525,13 @@ class Scheduler:
             return
         size = self.limits.block_size
         full = min(seq.n_computed, len(seq.tokens)) // size
+        mark = self._mark(seq)
+        if seq.shareable is not None and mark is None:
+            full = min(full, seq.shareable // size)
         while seq.n_indexed < full:
             start = seq.n_indexed * size
             seq.prefix_parent = self.index.insert(
-                seq.prefix_parent,
+                marked(seq.prefix_parent, seq.n_indexed, mark),
                 tuple(seq.tokens[start : start + size]),
                 seq.blocks[seq.n_indexed],
             )
@@ -536,6 +541,17 @@ class Scheduler:
 def _readable(seq: Sequence) -> int:
     """How many leading tokens may come from the prefix cache instead of being computed.
 
+    Of a program's runs nothing that is kept of it, and nothing changed whose changes have no key.
+    """
+    most = _unread(seq)
+    for bound in (seq.shareable if seq.changes is None else None, seq.recomputed_from):
+        most = most if bound is None else min(most, bound)
+    return most
+
+
+def _unread(seq: Sequence) -> int:
+    """How many leading tokens the request itself needs not computed.
+
     The last token is always computed, for its logits; so is every token whose final state the
     request asks for: from ``score_from - 1`` on for scores, all for prompt log-probabilities and
     mean embeddings.
@@ -544,6 +560,8 @@ def _readable(seq: Sequence) -> int:
     last = len(seq.tokens) - 1
     if request.kind == "score":
         return max(0, min(last, seq.n_virtual + request.score_from - 1))
+    if request.kind == "run":
+        return last
     if request.kind == "embed":
         return last if request.pooling == "last" else 0
     wants_prompt = request.params.prompt_logprobs is not None and seq.index == 0

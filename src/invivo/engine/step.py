@@ -15,9 +15,10 @@ import torch
 
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.batch import FlatBatch
-from invivo.engine.edit_taps import EditTaps, Piece, TapsOfBoth
+from invivo.engine.edit_taps import EditedSpan, EditTaps
 from invivo.engine.finetune import Riders
 from invivo.engine.graphs import DecodeGraphs
+from invivo.engine.run_edits import RunEdits
 from invivo.engine.sampler import LogprobRows, RowState, sample, token_logprobs
 from invivo.engine.transfer import index_on, to_host
 from invivo.engine.types import Plan, Sequence, StepResult, TokenLogprob
@@ -56,12 +57,14 @@ class Work:
         positions: their output positions.
         scored: prompt tokens to score.
         pooled: spans whose final states are pooled, with the way ("mean", "last").
+        edited: spans that are runs of programs.
     """
 
     rows: list[RowState]
     positions: list[int]
     scored: list[ScoredRows] = field(default_factory=list)
     pooled: list[tuple[int, str]] = field(default_factory=list)
+    edited: list[tuple[int, RunEdits]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -122,7 +125,7 @@ class Stepper:
         slots = [span.seq.row + 1 for span in plan.spans]
         states = None if riders is None else cache.states_at(slots)
         try:
-            hidden, logits = self._forward(batch, riders)
+            hidden, logits, edits = self._forward(batch, work, riders)
         except Exception:
             cache.put_states(slots, states)
             raise
@@ -136,7 +139,7 @@ class Stepper:
             logprobs = _rows_to_host(draw.logprobs)
         scored, embeddings = None, {}
         if hidden is not None:
-            scored = _rows_to_host(self._score(hidden, batch, work.scored))
+            scored = _rows_to_host(self._score(hidden, batch, work.scored, edits))
             pooled = self._pool(hidden, batch, work.pooled)
             embeddings = {span: to_host(vector) for span, vector in pooled.items()}
         launched = Launched(
@@ -193,6 +196,13 @@ class Stepper:
             result.device_seconds = launched.begun.elapsed_time(launched.done) / 1e3
         return result
 
+    def clear_blocks(self, blocks: list[int]) -> None:
+        """Zero the keys and values of ``blocks``, which nobody may have taken over yet."""
+        if blocks:
+            index = index_on(blocks, self._device)
+            self._cache.k.index_fill_(1, index, 0)
+            self._cache.v.index_fill_(1, index, 0)
+
     def forget(self, seq: Sequence) -> None:
         """Drop what is kept for an unfinished sequence."""
         self._sums.pop(seq, None)
@@ -207,42 +217,53 @@ class Stepper:
         return event
 
     def _forward(
-        self, batch: FlatBatch, riders: Riders | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Final states of all rows, and logits of the sampled ones.
+        self, batch: FlatBatch, work: Work, riders: Riders | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, EditTaps | None]:
+        """Final states of all rows, logits of the sampled ones, and what programs do to logits.
 
-        A replayed graph gives no states: where every row is sampled nobody asks for them.
+        A replayed graph gives no states: where every row is sampled nobody asks for them. Batches
+        with a run of a program are never replayed.
         """
         tokens, layout = batch.tokens, batch.layout
         if len(batch.pending_index):
             tokens[batch.pending_index] = self._last_token[batch.pending_rows]
         n_sampled, n_rows = len(batch.sample_spans), layout.n_rows
         slots = batch.adapters if batch.adapter_slots else None
-        pieces = _pieces(batch)
-        if (
-            not pieces
-            and self._graphs is not None
-            and n_sampled == n_rows
-            and self._graphs.fits(layout)
-        ):
-            return None, self._graphs.run(tokens, layout, slots)
+        graphs = None if work.edited else self._graphs
+        if graphs is not None and n_sampled == n_rows and graphs.fits(layout):
+            return None, graphs.run(tokens, layout, slots), None
         bypass: Bypass | None = (
             None if slots is None else self._adapters.bypass(slots, batch.virtual)
         )
         taps: Taps | None = None
         if riders is not None:
             bypass, taps = riders.on_board(bypass, layout)
-        if pieces:
-            edits = EditTaps(pieces)
-            taps = edits if taps is None else TapsOfBoth(edits, taps)
+        edits = None
+        if work.edited:
+            taps = edits = EditTaps(self._decoder.config, _edited(batch, work), taps)
         hidden = self._decoder.forward(tokens, layout, self._cache, bypass=bypass, taps=taps)
+        if edits is not None:
+            edits.keep_logits(self._decoder, hidden, self._logit_rows)
         if not n_sampled:
-            return hidden, None
+            return hidden, None, edits
         rows = hidden if n_sampled == n_rows else hidden[batch.sample_index]
-        return hidden, self._decoder.logits(rows, taps=_logit_taps(batch, batch.sample_spans))
+        on_logits = None
+        if edits is not None:
+            starts = layout.span_start_host
+            on_logits = edits.on_logits([starts[i + 1] - 1 for i in batch.sample_spans])
+        return hidden, self._decoder.logits(rows, taps=on_logits), edits
+
+    @property
+    def _logit_rows(self) -> int:
+        """Rows of logits that are computed at a time where not all are needed at once."""
+        return max(16, LOGITS_BYTES // (4 * self._decoder.config.vocab_size))
 
     def _score(
-        self, hidden: torch.Tensor, batch: FlatBatch, scored: list[ScoredRows]
+        self,
+        hidden: torch.Tensor,
+        batch: FlatBatch,
+        scored: list[ScoredRows],
+        edits: EditTaps | None,
     ) -> LogprobRows | None:
         """Log-probabilities of given tokens, in pieces: [rows, V] is never whole."""
         if not scored:
@@ -257,17 +278,12 @@ class Stepper:
             targets.extend(s.tokens)
         top = max(s.top for s in scored)
         at, wanted = index_on(rows, self._device), index_on(targets, self._device)
-        step = max(16, LOGITS_BYTES // (4 * self._decoder.config.vocab_size))
-        pieces = [
-            token_logprobs(
-                self._decoder.logits(
-                    hidden[at[i : i + step]], taps=_taps_of_rows(batch, rows[i : i + step])
-                ),
-                wanted[i : i + step],
-                top,
-            )
-            for i in range(0, len(rows), step)
-        ]
+        step = self._logit_rows
+        pieces = []
+        for i in range(0, len(rows), step):
+            taps = None if edits is None else edits.on_logits(rows[i : i + step])
+            logits = self._decoder.logits(hidden[at[i : i + step]], taps=taps)
+            pieces.append(token_logprobs(logits, wanted[i : i + step], top))
         if len(pieces) == 1:
             return pieces[0]
         return LogprobRows(
@@ -303,32 +319,12 @@ class Stepper:
         return out
 
 
-def _pieces(batch: FlatBatch) -> list[Piece]:
-    """The spans whose sequences carry programs."""
-    starts = batch.layout.span_start_host
+def _edited(batch: FlatBatch, work: Work) -> list[EditedSpan]:
+    starts, spans = batch.layout.span_start_host, batch.plan.spans
     return [
-        Piece(span.seq.carried, span.start, span.stop - span.start, starts[i])
-        for i, span in enumerate(batch.plan.spans)
-        if span.seq.carried is not None
+        EditedSpan(edits, i, starts[i], range(spans[i].start, spans[i].stop))
+        for i, edits in work.edited
     ]
-
-
-def _logit_taps(batch: FlatBatch, spans: list[int]) -> EditTaps | None:
-    """Edits of the logits of the last row of each of ``spans``."""
-    starts = batch.layout.span_start_host
-    return _taps_of_rows(batch, [starts[i + 1] - 1 for i in spans])
-
-
-def _taps_of_rows(batch: FlatBatch, rows: list[int]) -> EditTaps | None:
-    """Edits of logits that are computed for some ``rows`` of the batch."""
-    edited = [p for p in _pieces(batch) if ("logits", -1) in p.carried.touches]
-    pieces = [
-        Piece(p.carried, p.start + row - p.row, 1, at)
-        for p in edited
-        for at, row in enumerate(rows)
-        if p.row <= row < p.row + p.n
-    ]
-    return EditTaps(pieces) if pieces else None
 
 
 def _rows_to_host(rows: LogprobRows | None) -> LogprobRows | None:

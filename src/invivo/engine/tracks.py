@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from invivo.engine.adapters import Adapter
-from invivo.engine.carried import Carried
 from invivo.engine.detokenize import StopText, TextStream
 from invivo.engine.grammar import Matcher
+from invivo.engine.programs import CarriedProgram
 from invivo.engine.sampler import RowState, row_state
 from invivo.engine.stats import RequestRecord
 from invivo.engine.types import FinishReason, Output, Request, TokenLogprob
@@ -34,6 +34,8 @@ class Job:
         adapter: the version it holds; ``placed``: whether it also has a slot of the tables.
         unfinished: sequences that have not ended.
         first_token: time.monotonic() of its first output, 0 before.
+        program: what it carries; its runs are sequences beside the tracks' (of a request that
+            writes, the first track's is the run "main").
     """
 
     request: Request
@@ -44,6 +46,7 @@ class Job:
     unfinished: int
     first_token: float = 0.0
     placed: bool = False
+    program: CarriedProgram | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +116,6 @@ def make_job(
     tokenizer: Tokenizer | None,
     eos_ids: frozenset[int],
     position_offset: int,
-    carried: Carried | None = None,
 ) -> Job:
     """The job of a request with one track for each of ``matchers``."""
     params = request.params
@@ -138,7 +140,6 @@ def make_job(
             n_virtual=n_virtual,
             position_offset=position_offset,
             needs_host_token=state.needs_host_token,
-            carried=carried,
         )
         if state.counts is not None:
             state.counts.n_read = n_virtual  # placeholders were never said

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from invivo.edits.blobs import Blobs
     from invivo.edits.resolved import ResolvedProgram
     from invivo.edits.results import ProgramOutput
-    from invivo.engine.carried import Carried
 
 
 class Purpose(IntEnum):
@@ -110,7 +109,9 @@ class Request:
 
     ``generate`` samples ``n`` continuations; ``score`` returns log-probabilities of
     ``tokens[score_from:]`` given what precedes them; ``embed`` returns the pooled final states;
-    ``run`` carries out a program, whose captures and measures are all that comes back.
+    ``run`` carries out a program, whose captures and measures are all that comes back. (Every run
+    of a program is a sequence; those that write no text have a request of this kind, which the
+    engine makes.)
 
     Attributes:
         adapter: name of a loaded adapter, None = the base model.
@@ -207,9 +208,14 @@ class Sequence:
         namespace: typed prefix-cache key parts, e.g. (("adapter", name, version), ("salt", s)).
         limit: total tokens at which the sequence ends with "length"; set when it is queued.
         rank: (priority, arrival, order of queueing): smaller goes first.
+        numbers: position numbers of the prompt's tokens where a program gives them others than
+            their indices; generated tokens go on from the largest.
+        shareable: leading tokens whose keys are those of a plain request with the same tokens;
+            None: all. Blocks past them are shared under ``changes``, if there is such a key.
+        changes: equal for sequences whose programs change the same in the same way.
+        recomputed_from: from this token on nothing comes from the prefix cache; None: no such.
         n_indexed, prefix_parent: leading blocks that the prefix index knows, and the key under
             which the next one continues that chain.
-        carried: the program of edits and captures that it carries.
         n_cached: prompt tokens found in the prefix cache when first admitted.
         n_preempted: how often the sequence lost its memory and was recomputed.
     """
@@ -229,11 +235,14 @@ class Sequence:
     position_offset: int = 0
     needs_host_token: bool = False
     namespace: tuple[tuple[object, ...], ...] = ()
+    numbers: tuple[int, ...] = ()
+    shareable: int | None = None
+    changes: str | None = None
+    recomputed_from: int | None = None
     limit: int = 0
     rank: tuple[int, float, int] = (0, 0.0, 0)
     n_indexed: int = 0
     prefix_parent: object = None
-    carried: Carried | None = None
     status: Status = Status.WAITING
     n_cached: int = 0
     n_preempted: int = 0

@@ -26,11 +26,13 @@ def validate_request(request: Request, *, vocab_size: int, max_model_len: int) -
     """
     _check(0 < len(request.id) <= MAX_ID, "id", "must have 1 to 256 characters", request.id)
     _check(
-        request.kind in ("generate", "score", "embed"),
+        request.kind in ("generate", "score", "embed", "run"),
         "kind",
-        "must be generate, score or embed",
+        "must be generate, score, embed or run",
         request.kind,
     )
+    if request.kind == "run" and request.intervention is None:
+        raise InvalidRequest("a run carries a program", field="interventions")
     _prompt(request, vocab_size, max_model_len)
     _whole(request.n, "n", 1, MAX_N)
     _check(

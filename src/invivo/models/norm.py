@@ -55,4 +55,6 @@ class Norm(nn.Module):
         redone = wide * answer * (1.0 + weight if self.unit_offset else weight)
         if self.bias is not None:
             redone = redone + self.bias
-        return redone.to(x.dtype)
+        redone = redone.to(x.dtype)
+        # Rows whose scale stays keep their bits (a gradient needs the formula).
+        return redone if answer.requires_grad else torch.where(answer == scale, normed, redone)

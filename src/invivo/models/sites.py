@@ -23,8 +23,9 @@ The sites satisfy these identities (float64 tests hold them for every family):
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -49,6 +50,31 @@ class Taps(Protocol):
         change nothing return ``value`` itself; then the pass is bit for bit the untouched one.
         """
         ...
+
+
+@runtime_checkable
+class SplitTaps(Protocol):
+    """Taps that look at the attention of some spans only; the others keep their kernel."""
+
+    def open_spans(self, layer: int) -> Collection[int]:
+        """Numbers of the spans whose attention is laid open in ``layer``."""
+        ...
+
+    def numbers(self, span: int, layer: int, n_keys: int) -> list[int] | None:
+        """Position numbers, which windows count, of a span's first tokens; None: their indices."""
+        ...
+
+    def at_span(self, span: int, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+        """Read scores or probabilities [n, H, K] of one span; return what the model goes on with.
+
+        ``value`` must not be written to.
+        """
+        ...
+
+
+def split_taps(taps: object) -> SplitTaps | None:
+    """``taps`` if they look at the attention of single spans."""
+    return taps if isinstance(taps, SplitTaps) else None
 
 
 def offer(taps: Taps, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:

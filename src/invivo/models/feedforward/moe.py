@@ -132,4 +132,10 @@ class MoE(nn.Module):
         new_outputs = offer(taps, "moe.expert.out", self.layer, outputs)
         if new_weights is dense and new_outputs is outputs:
             return self._mix(x, weights, chosen)
-        return self._combine(new_outputs, new_weights)
+        out = self._combine(new_outputs, new_weights)
+        if out.requires_grad:
+            return out
+        changed = (new_weights != dense).any(1, keepdim=True)
+        changed |= (new_outputs != outputs).flatten(1).any(1, keepdim=True)
+        # Rows that nobody changes keep their bits.
+        return torch.where(changed, out, self._mix(x, weights, chosen))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -12,7 +14,7 @@ from invivo.kernels.paging import PagedLayout
 from invivo.kernels.rotary import apply_rotary, rotate_and_store
 from invivo.models.bypass import Bypass, at_place
 from invivo.models.config import ModelConfig
-from invivo.models.sites import LSE, Taps, offer
+from invivo.models.sites import LSE, SplitTaps, Taps, offer, split_taps
 
 
 class Attention(nn.Module):
@@ -123,6 +125,9 @@ class Attention(nn.Module):
                 window=self.window,
                 softcap=self.softcap,
             )
+        split = split_taps(taps)
+        if split is not None and (spans := split.open_spans(layer)):
+            z = self._attend_split(q, kv, layout, split, spans, z)
         if taps is not None:
             z = offer(taps, "attn.head.z", layer, z)
         mixed = z.reshape(n_rows, -1)
@@ -156,9 +161,14 @@ class Attention(nn.Module):
         shares = torch.einsum("thk,dhk->thd", z, per_head)
         answer = offer(taps, "attn.head.out", self.layer, shares)
         if answer is shares:
-            return linear(z.reshape(z.shape[0], -1), self.o, self.o_bias)
+            return linear(z.reshape(z.shape[0], -1), self.o, self.o_bias, self.o_packed)
         out = answer.sum(1)
-        return out if self.o_bias is None else out + self.o_bias
+        out = out if self.o_bias is None else out + self.o_bias
+        if answer.requires_grad:
+            return out
+        plain = linear(z.reshape(z.shape[0], -1), self.o, self.o_bias, self.o_packed)
+        changed = (answer != shares).flatten(1).any(1, keepdim=True)
+        return torch.where(changed, out, plain)  # rows that nobody changes keep their bits
 
     def _attend_openly(
         self,
@@ -169,7 +179,6 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Attention with scores and probabilities laid open, padded to the longest span's keys."""
         wide = q.dtype if q.dtype == torch.float64 else torch.float32
-        repeat = self.n_heads // self.split[1]
         starts = layout.span_start_host or layout.span_start.tolist()
         lengths = layout.kv_len_host or layout.kv_len.tolist()
         scores = torch.full(
@@ -178,26 +187,71 @@ class Attention(nn.Module):
         spans = []
         for span, length in enumerate(lengths):
             rows = slice(starts[span], starts[span + 1])
-            blocks = layout.block_table[span, : -(-length // layout.block_size)].long()
-            keys = kv[0][blocks].flatten(0, 1)[:length].to(wide).repeat_interleave(repeat, dim=1)
-            values = kv[1][blocks].flatten(0, 1)[:length].to(wide).repeat_interleave(repeat, dim=1)
-            score = torch.einsum("thd,lhd->thl", q[rows].to(wide), keys) * self.scale
-            if self.softcap is not None:
-                score = self.softcap * torch.tanh(score / self.softcap)
-            n_rows = rows.stop - rows.start
-            index = torch.arange(length - n_rows, length, device=q.device)
-            distance = index[:, None] - torch.arange(length, device=q.device)[None, :]
-            visible = distance >= 0
-            if self.window is not None:
-                visible &= distance < self.window
-            scores[rows, :, :length] = score.masked_fill(~visible[:, None, :], -torch.inf)
+            scores[rows, :, :length], values = self._scores(q[rows], kv, layout, span, length)
             spans.append((rows, length, values))
         scores = offer(taps, "attn.head.score", self.layer, scores)
-        nothing = (scores == -torch.inf).all(-1, keepdim=True)  # such a row attends to nothing
-        probs = torch.softmax(scores, dim=-1).masked_fill(nothing, 0.0)
-        probs = offer(taps, "attn.head.prob", self.layer, probs)
+        probs = offer(taps, "attn.head.prob", self.layer, _probabilities(scores))
         parts = [
             torch.einsum("thl,lhd->thd", probs[rows, :, :length], values)
             for rows, length, values in spans
         ]
         return torch.cat(parts).to(q.dtype)
+
+    def _attend_split(
+        self,
+        q: torch.Tensor,
+        kv: tuple[torch.Tensor, torch.Tensor],
+        layout: PagedLayout,
+        taps: SplitTaps,
+        spans: Collection[int],
+        z: torch.Tensor,
+    ) -> torch.Tensor:
+        """``z`` [T, H, D] with the rows of ``spans`` computed openly."""
+        starts = layout.span_start_host or layout.span_start.tolist()
+        lengths = layout.kv_len_host or layout.kv_len.tolist()
+        z = z.clone()
+        for span in spans:
+            rows, length = slice(starts[span], starts[span + 1]), lengths[span]
+            numbers = taps.numbers(span, self.layer, length)
+            scores, values = self._scores(q[rows], kv, layout, span, length, numbers)
+            scores = taps.at_span(span, "attn.head.score", self.layer, scores)
+            probs = taps.at_span(span, "attn.head.prob", self.layer, _probabilities(scores))
+            z[rows] = torch.einsum("thl,lhd->thd", probs, values).to(z.dtype)
+        return z
+
+    def _scores(
+        self,
+        q: torch.Tensor,
+        kv: tuple[torch.Tensor, torch.Tensor],
+        layout: PagedLayout,
+        span: int,
+        length: int,
+        numbers: list[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masked scores [n, H, length] of the queries [n, H, D] of one span, and its values.
+
+        Args:
+            numbers: position numbers of the keys, which the window counts; None: their indices.
+        """
+        wide = q.dtype if q.dtype == torch.float64 else torch.float32
+        repeat = self.n_heads // self.split[1]
+        blocks = layout.block_table[span, : -(-length // layout.block_size)].long()
+        keys, values = (
+            pages[blocks].flatten(0, 1)[:length].to(wide).repeat_interleave(repeat, dim=1)
+            for pages in kv
+        )
+        score = torch.einsum("thd,lhd->thl", q.to(wide), keys) * self.scale
+        if self.softcap is not None:
+            score = self.softcap * torch.tanh(score / self.softcap)
+        index = torch.arange(length, device=q.device)
+        visible = index[length - q.shape[0] :, None] >= index
+        if self.window is not None:
+            number = index if numbers is None else torch.tensor(numbers, device=q.device)
+            visible &= number[length - q.shape[0] :, None] - number < self.window
+        return score.masked_fill(~visible[:, None, :], -torch.inf), values
+
+
+def _probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax of scores [..., K]; a row that sees nothing attends to nothing."""
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(scores, dim=-1).masked_fill(nothing, 0.0)

@@ -1,0 +1,121 @@
+"""Which programs the engine carries, and which go through the interpreter for now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from invivo.edits.program import MAIN
+from invivo.edits.resolved import ResolvedRow, RunPlan, SourceRef, Touch
+from invivo.engine.types import Request
+from invivo.errors import InvalidRequest
+from invivo.models.config import ModelConfig
+
+
+def why_not_carried(request: Request, config: ModelConfig) -> str | None:
+    """Why the engine cannot carry the request's program yet; None if it can."""
+    assert request.intervention is not None
+    if config.recurrent:
+        return "the model has recurrent layers"
+    rows = request.intervention.resolved.rows
+    seen: set[int] = set()
+    for row in rows:
+        if row.expanded:
+            return "query heads get keys of their own"
+        for plan in row.runs.values():
+            if id(plan) in seen:
+                continue
+            seen.add(id(plan))
+            for touch, source in _sources(plan):
+                reason = _why_not_read(plan, touch, source, row)
+                if reason is not None:
+                    return f"steps[{touch.step}]: {reason}"
+    return None
+
+
+def check_carried(request: Request, config: ModelConfig) -> None:
+    """Check that a request and its program can go through the engine.
+
+    Raises:
+        InvalidRequest: it cannot, or not in this kind of request.
+    """
+    assert request.intervention is not None
+    rows = request.intervention.resolved.rows
+    reason = why_not_carried(request, config)
+    if reason is not None:
+        raise InvalidRequest(
+            f"the engine cannot carry this program yet: {reason}",
+            field="interventions",
+            remedy="Use run, which falls back on the interpreter",
+        )
+    if request.kind == "run":
+        return
+    if request.n != 1:
+        raise InvalidRequest("a program takes one continuation", field="n", given=request.n)
+    if len(rows) != 1:
+        raise InvalidRequest(
+            f"the sweep has {len(rows)} rows, text comes from one",
+            field="interventions.sweep",
+            remedy="Use run for sweeps",
+        )
+    (row,) = rows
+    if row.runs[MAIN].stop is not None:
+        raise InvalidRequest(
+            'the run "main" stops before its end, but its text is wanted',
+            field="interventions.steps",
+            remedy="Use run, or stop another run",
+        )
+    for plan in row.runs.values():
+        for touch, source in _sources(plan):
+            if plan.name != MAIN and source.run == MAIN:
+                raise InvalidRequest(
+                    f'the run "{plan.name}" reads "main", which is still being written',
+                    field=f"interventions.steps[{touch.step}].from",
+                    remedy='Read a run with "same": "main"',
+                )
+
+
+def adapter_of(request: Request) -> str | None:
+    """The one adapter that the runs of a request use, if any.
+
+    Raises:
+        InvalidRequest: they use several.
+    """
+    if request.intervention is None:
+        return request.adapter
+    names = {request.adapter} if request.adapter is not None else set()
+    for row in request.intervention.resolved.rows:
+        names |= {plan.adapter for plan in row.runs.values() if plan.adapter is not None}
+    if len(names) > 1:
+        raise InvalidRequest(
+            "the runs of a program use one adapter for now (and the base model)",
+            field="interventions.runs",
+            given=sorted(name for name in names if name is not None),
+        )
+    return names.pop() if names else None
+
+
+def _sources(plan: RunPlan) -> Iterator[tuple[Touch, SourceRef]]:
+    for touch in plan.touches:
+        for source in touch.sources:
+            if source.run is not None:
+                yield touch, source
+
+
+def _why_not_read(plan: RunPlan, touch: Touch, source: SourceRef, row: ResolvedRow) -> str | None:
+    assert source.run is not None
+    assert source.ref is not None
+    if not source.positions:
+        return None
+    if source.run != plan.name:
+        if max(source.positions) >= row.runs[source.run].prompt.n_prompt:
+            return f'the run "{source.run}" writes no tokens: choose positions of its prompt'
+        return None
+    own = touch.positions.indices()
+    if (source.ref.site, source.ref.layer) == (touch.ref.site, touch.ref.layer):
+        same = not source.pooled and list(source.positions) == own
+        return None if same else "a run reads other positions of the site that it changes"
+    if source.pooled:
+        later = bool(own) and max(source.positions) > own[0]
+    else:
+        later = any(there > here for there, here in zip(source.positions, own, strict=True))
+    return "a run reads its own later positions" if later else None

@@ -1,0 +1,360 @@
+"""The state of one request's program: which of its runs are next, done, kept; what they give back.
+
+Every run of every row is a sequence of its own. Runs that others read are done first; runs that
+are the same in all rows of a sweep are done once. A sweep is fed to the scheduler by a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from invivo.edits.apply import Context
+from invivo.edits.blobs import content_hash
+from invivo.edits.measures import measure_rows
+from invivo.edits.parameters import parameter_values
+from invivo.edits.program import MAIN
+from invivo.edits.reduce import reduce_capture
+from invivo.edits.resolved import CaptureRef, MeasureRef, ResolvedRow, RunPlan
+from invivo.edits.results import Captured, Measured, ProgramOutput, RowOutput
+from invivo.edits.site_names import SiteRef
+from invivo.edits.value_shapes import touched_shape
+from invivo.engine.kept_rows import KeptRows, Part, Shrink, fit_keys
+from invivo.engine.run_edits import OPEN_SITES, RunEdits, source_positions
+from invivo.engine.types import Intervention, Sequence
+from invivo.errors import TooLarge
+from invivo.models.config import ModelConfig
+from invivo.models.decoder import Decoder
+
+_LENS_BYTES = 64 << 20  # logits of a lens are computed in pieces of at most this size
+_LOGITS = SiteRef("logits", -1)
+
+RunKey = tuple[int | None, str]  # number of the row, None: the same in all rows; name of the run
+
+
+@dataclass(slots=True, eq=False)
+class ProgramRun:
+    """One run on its way.
+
+    Attributes:
+        kept: by what wants it.
+        blocks: the memory that its sequence had last, cleared when it goes: edited keys need not
+            be finite.
+    """
+
+    key: RunKey
+    plan: RunPlan
+    edits: RunEdits
+    kept: dict[object, KeptRows]
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def is_main(self) -> bool:
+        return self.key[1] == MAIN
+
+    def holds(self, seq: Sequence, block_size: int) -> None:
+        """Note which blocks of ``seq`` hold edited keys that nobody else may find."""
+        if seq.shareable is not None:
+            self.blocks = seq.blocks[max(seq.n_indexed, seq.shareable // block_size) :]
+
+    def take_blocks(self) -> list[int]:
+        """The blocks that hold edited keys, which it lets go of."""
+        blocks, self.blocks = self.blocks, []
+        return blocks
+
+
+class CarriedProgram:
+    """The program of one request.
+
+    Made in the caller's thread, then used by the engine's alone.
+
+    Args:
+        writes: the run "main" is the request's own text, and comes last.
+
+    Raises:
+        TooLarge: its captures, or what its runs read of each other, take more than ``max_bytes``.
+    """
+
+    def __init__(
+        self, intervention: Intervention, decoder: Decoder, *, writes: bool, max_bytes: int
+    ) -> None:
+        resolved = intervention.resolved
+        self.writes = writes
+        self._decoder = decoder
+        self._varying = resolved.varying
+        self._rows = resolved.rows
+        self._context = Context(
+            dtype=decoder.embed.dtype,
+            device=decoder.embed.device,
+            blobs=intervention.blobs,
+            params=parameter_values(
+                resolved, intervention.blobs, decoder.embed, intervention.params
+            ),
+        )
+        if resolved.n_bytes > max_bytes:
+            raise TooLarge(
+                f"captures of one request take at most {max_bytes} bytes",
+                field="interventions.out",
+                given=resolved.n_bytes,
+            )
+        self._wanted: dict[str, dict[object, KeptRows]] = {}  # of the runs that do not vary
+        self._plans: dict[str, RunPlan] = {}
+        self._missing: list[int] = []
+        self._of_run: dict[str, list[int]] = {}  # rows that need a run that does not vary
+        self._pending: deque[RunKey] = deque()
+        self._check_kept(max_bytes, decoder.config)
+        self._queue_runs()
+        self.live: dict[Sequence, ProgramRun] = {}
+        self.started = False
+        self._done: dict[RunKey, ProgramRun] = {}
+        self._outputs: dict[int, RowOutput] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row has come back."""
+        return len(self._outputs) == len(self._rows)
+
+    def plans(self) -> Iterator[RunPlan]:
+        """All plans, each once."""
+        yield from self._plans.values()
+        for row in self._rows:
+            yield from (plan for name, plan in row.runs.items() if name in self._varying)
+
+    def changes_of(self, run: ProgramRun) -> str | None:
+        """A key of what a run changes; None where it has none: in sweeps, and where it reads
+        other runs, prefixes are not shared past the first change."""
+        plan = run.plan
+        reads = any(s.run not in (None, plan.name) for t in plan.touches for s in t.sources)
+        if not self.writes or reads or run.edits.first_touched is None:
+            return None
+        given = self._context.params.items()
+        known = (
+            plan.name,
+            plan.touches,
+            plan.input,
+            self._context.blobs.digest(),
+            sorted((name, content_hash(tensor)) for name, tensor in given),
+        )
+        return hashlib.sha256(repr(known).encode()).hexdigest()
+
+    def output(self) -> ProgramOutput:
+        """What the rows gave, in order."""
+        return ProgramOutput([self._outputs[i] for i in range(len(self._rows))])
+
+    # --- runs ---------------------------------------------------------------------------------
+    def next_runs(self, window: int) -> Iterator[ProgramRun]:
+        """Runs that may begin now; the caller puts each into ``live`` before asking on."""
+        for _ in range(len(self._pending)):
+            if len(self.live) >= window or not self._pending:
+                return
+            key = self._pending.popleft()
+            if not self._ready(key):
+                self._pending.append(key)
+                continue
+            yield self._begin(key)
+
+    def run_done(self, run: ProgramRun, n_tokens: int | None = None) -> None:
+        """A run has gone through; rows that only waited for it are made.
+
+        Args:
+            n_tokens: tokens of a text that went through the model; None: all of its prompt.
+        """
+        self._done[run.key] = run
+        number, name = run.key
+        n = len(run.plan.prompt.ids) if n_tokens is None else n_tokens
+        rows = self._of_run[name] if number is None else [number]
+        for i in rows:
+            self._missing[i] -= 1
+            if self._missing[i] == 0:
+                self._outputs[i] = self._row(i, n)
+                for varying in self._varying:
+                    self._done.pop((i, varying), None)
+
+    def _queue_runs(self) -> None:
+        last: list[RunKey] = []
+        for i, row in enumerate(self._rows):
+            self._missing.append(len(row.runs))
+            for name, plan in row.runs.items():
+                if name in self._varying:
+                    self._pending.append((i, name))
+                    continue
+                self._of_run.setdefault(name, []).append(i)
+                if name not in self._plans:
+                    self._plans[name] = plan
+                    late = self.writes and name == MAIN
+                    (last if late else self._pending).append((None, name))
+                _merge(self._wanted.setdefault(name, {}), self._kept_of(row, name))
+        self._pending.extend(last)
+
+    def _key(self, number: int | None, name: str) -> RunKey:
+        return (number, name) if name in self._varying else (None, name)
+
+    def _ready(self, key: RunKey) -> bool:
+        number, name = key
+        if self.writes and name == MAIN:
+            return not self.live and not self._pending
+        plan = self._plan(key)
+        sources = {s.run for t in plan.touches for s in t.sources if s.run is not None}
+        return all(self._key(number, s) in self._done for s in sources - {name})
+
+    def _plan(self, key: RunKey) -> RunPlan:
+        number, name = key
+        return self._plans[name] if number is None else self._rows[number].runs[name]
+
+    def _begin(self, key: RunKey) -> ProgramRun:
+        number, name = key
+        plan = self._plan(key)
+        if number is None:
+            kept = self._wanted[name]
+        else:
+            kept = dict(self._kept_of(self._rows[number], name))
+        sources = {
+            s.run: self._done[self._key(number, s.run)].edits
+            for t in plan.touches
+            for s in t.sources
+            if s.run is not None and s.run != name
+        }
+        return ProgramRun(key, plan, RunEdits(plan, self._context, sources, kept.values()), kept)
+
+    # --- what is kept -------------------------------------------------------------------------
+    def _kept_of(self, row: ResolvedRow, name: str) -> Iterator[tuple[object, KeptRows]]:
+        """What one row wants of a run."""
+        for plan in row.runs.values():
+            for touch in plan.touches:
+                for source in touch.sources:
+                    if source.run != name or source.ref is None or not source.positions:
+                        continue
+                    same = (source.ref.site, source.ref.layer) == (touch.ref.site, touch.ref.layer)
+                    if plan.name == name and same:
+                        continue  # read as it comes by
+                    at = source_positions(source)
+                    yield (source.ref, at), KeptRows(source.ref, at)
+        for capture in row.captures:
+            if capture.run == name:
+                shrink = None if capture.reduce in ("none", "mean") else self._reducer(capture)
+                places = capture.positions.indices()
+                yield _capture_key(capture), KeptRows(capture.ref, places, capture.after, shrink)
+        for measure in row.measures:
+            if measure.run == name:
+                shrink = None if measure.other is not None else _measurer(measure)
+                places = measure.positions.indices()
+                yield _measure_key(measure), KeptRows(_LOGITS, places, True, shrink)
+            if measure.other == name:
+                at = tuple(sorted(set(measure.other_positions)))
+                yield (_LOGITS, at), KeptRows(_LOGITS, at)
+
+    def _reducer(self, capture: CaptureRef) -> Shrink:
+        decoder, context = self._decoder, self._context
+
+        def reduce(part: torch.Tensor) -> Part:
+            per_row = part[0].numel() // part.shape[-1] * 4 * decoder.config.vocab_size
+            step = max(1, _LENS_BYTES // per_row) if capture.reduce == "lens" else len(part)
+            pieces = [
+                reduce_capture(part[i : i + step], capture, decoder, context)
+                for i in range(0, len(part), step)
+            ]
+            values = torch.cat([value for value, _ in pieces])
+            tokens = [t for _, t in pieces if t is not None]
+            return (values, torch.cat(tokens)) if tokens else (values,)
+
+        return reduce
+
+    def _check_kept(self, max_bytes: int, config: ModelConfig) -> None:
+        """What is kept as it is must fit: of what does not vary all, of what varies one row's."""
+        size = self._decoder.embed.element_size()
+        most_varying = 0
+        fixed: set[object] = set()
+        total = 0
+        for row in self._rows:
+            varying = 0
+            for name, plan in row.runs.items():
+                for key, kept in self._kept_of(row, name):
+                    if kept.shrink is not None or (name, key) in fixed:
+                        continue
+                    n_keys = plan.prompt.length
+                    n_bytes = size
+                    for n in touched_shape(config, kept.ref, len(kept.positions), n_keys):
+                        n_bytes *= n
+                    if name in self._varying:
+                        varying += n_bytes
+                    else:
+                        fixed.add((name, key))
+                        total += n_bytes
+            most_varying = max(most_varying, varying)
+        if total + most_varying > max_bytes:
+            raise TooLarge(
+                f"what the runs of one request read of each other takes at most {max_bytes} bytes",
+                field="interventions.steps",
+                given=total + most_varying,
+                remedy="Read fewer sites or positions, or split the program",
+            )
+
+    # --- what comes back ----------------------------------------------------------------------
+    def _row(self, number: int, n_main: int) -> RowOutput:
+        row = self._rows[number]
+        output = RowOutput(row)
+        for capture in row.captures:
+            run = self._done[self._key(number, capture.run)]
+            length = self._length(run, n_main)
+            output.captures.append(self._capture(capture, run.kept[_capture_key(capture)], length))
+        for measure in row.measures:
+            run = self._done[self._key(number, measure.run)]
+            part = run.kept[_measure_key(measure)].below(self._length(run, n_main))
+            if part is None:
+                values = torch.empty(0, dtype=self._context.dtype)
+            elif measure.other is None:
+                values = part[0]
+            else:
+                other = self._done[self._key(number, measure.other)]
+                at = tuple(sorted(set(measure.other_positions)))
+                rows = other.kept[_LOGITS, at].at(measure.other_positions[: len(part[0])])
+                values = measure_rows(measure, part[0], rows)
+            output.measures.append(Measured(measure, _to_host(values)))
+        return output
+
+    def _length(self, run: ProgramRun, n_main: int) -> int:
+        """Tokens of a run that have gone through the model."""
+        return n_main if self.writes and run.is_main else len(run.plan.prompt.ids)
+
+    def _capture(self, capture: CaptureRef, kept: KeptRows, length: int) -> Captured:
+        part = kept.below(length)
+        if part is None:
+            empty = torch.empty(0, *capture.shape[1:], dtype=self._context.dtype)
+            has_tokens = capture.reduce == "lens" and capture.args["top"] is not None
+            return Captured(capture, _to_host(empty), empty.long() if has_tokens else None)
+        value = part[0]
+        if capture.ref.site in OPEN_SITES and kept.shrink is None:
+            value = fit_keys(value, length, capture.ref.site)
+        if capture.reduce == "mean":
+            value = value.mean(0)
+        tokens = part[1].cpu() if len(part) > 1 else None
+        return Captured(capture, _to_host(value), tokens)
+
+
+def _merge(known: dict[object, KeptRows], more: Iterator[tuple[object, KeptRows]]) -> None:
+    for key, kept in more:
+        known.setdefault(key, kept)
+
+
+def _measurer(measure: MeasureRef) -> Callable[[torch.Tensor], Part]:
+    return lambda rows: (measure_rows(measure, rows),)
+
+
+def _capture_key(capture: CaptureRef) -> object:
+    args = repr(sorted(capture.args.items())) if capture.args else ""
+    return ("capture", capture.ref, capture.positions, capture.reduce, args, capture.after)
+
+
+def _measure_key(measure: MeasureRef) -> object:
+    kind = "kl" if measure.other is not None else measure.kind
+    return ("measure", kind, measure.positions, measure.tokens)
+
+
+def _to_host(value: torch.Tensor) -> torch.Tensor:
+    if value.is_floating_point() and value.dtype != torch.float64:
+        value = value.float()
+    return value.cpu()

@@ -1,0 +1,185 @@
+"""One run of a program on its way through the engine: what it changes, and what it leaves behind.
+
+The arithmetic is that of ``edits/apply.py``; here stands which of a span's rows it meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from invivo.edits.apply import Context, Rows, apply_switch, change_rows, tapped_at
+from invivo.edits.resolved import RunPlan, SourceRef, Touch
+from invivo.edits.site_names import SiteRef
+from invivo.engine.kept_rows import KeptRows, fit_keys, rows_of
+
+Key = tuple[str, int]
+OPEN_SITES = ("attn.head.score", "attn.head.prob")
+_ROUTER = "moe.router"
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A touch with its positions as a list."""
+
+    touch: Touch
+    at: Sequence[int]
+
+
+class RunEdits:
+    """The touches of one run and the rows that are kept of it.
+
+    Args:
+        sources: the other runs that it reads, all done.
+        kept: what others want of it, and what it reads of itself.
+
+    Attributes:
+        first_touched: first position whose keys may differ from a plain request's.
+        first_kept: first position of a row that is kept.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        context: Context,
+        sources: Mapping[str, RunEdits],
+        kept: Iterable[KeptRows],
+    ) -> None:
+        self.plan = plan
+        self._context = context
+        self._sources = sources
+        self._touches: dict[Key, list[_Placed]] = {}
+        self._kept: dict[Key, list[KeptRows]] = {}
+        self._read: dict[tuple[SiteRef, tuple[int, ...]], KeptRows] = {}
+        self._routers: dict[int, torch.Tensor] = {}
+        for touch in plan.touches:
+            placed = _Placed(touch, touch.positions.indices())
+            for key in tapped_at(touch):
+                self._touches.setdefault(key, []).append(placed)
+        for rows in kept:
+            self._kept.setdefault((rows.ref.site, rows.ref.layer), []).append(rows)
+            if rows.after and rows.shrink is None:
+                self._read[rows.ref, tuple(rows.positions)] = rows
+        self._keys = tuple(dict.fromkeys((*self._touches, *self._kept)))
+        self._hidden = [(q.indices(), k.indices()) for q, k in plan.input.hidden]
+        self.first_touched = first_difference(plan)
+        self.first_kept = min(
+            (rows.positions[0] for held in self._kept.values() for rows in held), default=None
+        )
+
+    def keys(self, window: range) -> Iterator[Key]:
+        """The decoder's sites where something happens at the tokens of ``window``."""
+        for key in self._keys:
+            touches, kept = self._touches.get(key, ()), self._kept.get(key, ())
+            if any(_meets(p.at, window) for p in touches) or any(
+                _meets(rows.positions, window) for rows in kept
+            ):
+                yield key
+
+    def hides(self, window: range) -> bool:
+        """Whether a query in ``window`` has a mask of its own."""
+        return any(_meets(queries, window) for queries, _ in self._hidden)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether its tokens have position numbers of their own."""
+        return bool(self.plan.input.numbers)
+
+    @property
+    def logit_positions(self) -> list[Sequence[int]]:
+        """Positions whose logits are kept."""
+        return [rows.positions for rows in self._kept.get(("logits", -1), ())]
+
+    def apply(
+        self, site: str, layer: int, value: torch.Tensor, window: Sequence[int], *, keep: bool
+    ) -> torch.Tensor:
+        """``value`` [n, ...] of the tokens of ``window`` after this run's touches.
+
+        Args:
+            window: ascending.
+            keep: whether rows are kept; False where they only come by once more.
+
+        Returns:
+            ``value`` itself where nothing has changed; it is never written to.
+        """
+        new = value
+        if site == "attn.head.score":
+            new = self._masked(new, window)
+        for placed in self._touches.get((site, layer), ()):
+            rows = rows_of(placed.at, window)
+            if rows.index:
+                new = self._changed(placed.touch, site, new, rows)
+        if new is not value and value.is_cpu and torch.equal(new, value):
+            new = value  # what has not changed is bit for bit the untouched pass
+        if site == _ROUTER:
+            self._routers[layer] = new
+        if keep:
+            for kept in self._kept.get((site, layer), ()):
+                kept.add(new if kept.after else value, rows_of(kept.positions, window))
+        return new
+
+    def numbers(self, n_keys: int) -> list[int]:
+        """Position numbers of the first ``n_keys`` tokens."""
+        return [self.plan.input.number_of(i) for i in range(n_keys)]
+
+    def _changed(self, touch: Touch, site: str, value: torch.Tensor, rows: Rows) -> torch.Tensor:
+        router = self._routers.get(touch.ref.layer)
+        switched = apply_switch(touch, site, value, router, rows.index, self._context)
+        if switched is not None:
+            return switched
+        sources = [self._source(touch, s, value, rows) for s in touch.sources if s.run is not None]
+        return change_rows(touch, touch.ref, value, sources, self._context, rows)
+
+    def _source(
+        self, touch: Touch, source: SourceRef, value: torch.Tensor, rows: Rows
+    ) -> torch.Tensor:
+        """One row for each of ``rows``, or one for all."""
+        assert source.run is not None
+        assert source.ref is not None
+        wanted = source.positions if source.pooled else source.positions[rows.piece]
+        own = source.run == self.plan.name
+        if own and (source.ref.site, source.ref.layer) == (touch.ref.site, touch.ref.layer):
+            # check_carried: at the very same positions.
+            here = KeptRows(source.ref, rows.positions)
+            here.add(value, Rows(rows.index, rows.positions))
+            return here.at(wanted)
+        run = self if own else self._sources[source.run]
+        part = run.rows(source).at(wanted)
+        if source.ref.site in OPEN_SITES:
+            part = fit_keys(part, value.shape[-1], source.ref.site)
+        return part.mean(0, keepdim=True) if source.pooled else part
+
+    def rows(self, source: SourceRef) -> KeptRows:
+        """The rows of this run that ``source`` reads."""
+        assert source.ref is not None
+        return self._read[source.ref, source_positions(source)]
+
+    def _masked(self, score: torch.Tensor, window: Sequence[int]) -> torch.Tensor:
+        """Scores [n, H, K] with the pairs hidden that do not see each other."""
+        for queries, keys in self._hidden:
+            rows = rows_of(queries, window).index
+            columns = [k for k in keys if k < score.shape[-1]]
+            if rows and columns:
+                hidden = torch.zeros(score.shape[0], 1, score.shape[2], dtype=torch.bool)
+                hidden[torch.tensor(rows)[:, None], 0, torch.tensor(columns)] = True
+                score = score.masked_fill(hidden.to(score.device), -torch.inf)
+        return score
+
+
+def source_positions(source: SourceRef) -> tuple[int, ...]:
+    """The rows that are kept for ``source``."""
+    return tuple(sorted(set(source.positions)))
+
+
+def first_difference(plan: RunPlan) -> int | None:
+    """The first position from which on keys may differ from a plain request's; None: nowhere."""
+    places = [t.positions.first for t in plan.touches if t.positions.ranges]
+    places += [queries.first for queries, _ in plan.input.hidden]
+    places += [i for i, number in enumerate(plan.input.numbers) if i != number][:1]
+    return min(places, default=None)
+
+
+def _meets(ordered: Sequence[int], window: range) -> bool:
+    return bool(ordered) and bool(rows_of(ordered, window).index)
