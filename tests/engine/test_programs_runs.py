@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.edits.small_models import CONFIGS, MAIN, OTHER, encode, model
+from tests.edits.small_models import CONFIGS, MAIN, OTHER, encode, model, random_ids, words
 from tests.engine.drive import Inquiry, run, settle, small_engine
 
 from invivo.edits.blobs import Blobs
@@ -21,6 +21,7 @@ from invivo.edits.resolve import resolve
 from invivo.edits.results import ProgramOutput
 from invivo.engine.engine import Engine
 from invivo.engine.types import Intervention, Request, SamplingParams
+from invivo.errors import InvalidRequest, TooLarge
 from invivo.models.load import LoadedModel
 
 FAMILIES = ["llama", "gemma", "gpt2", "moe", "olmo2"]
@@ -224,3 +225,144 @@ def test_the_engine_says_what_the_interpreter_says(
         assert mate.tokens() == by_itself.tokens()
         assert mate.logprobs() == pytest.approx(by_itself.logprobs(), abs=1e-12)
         assert mate.prompt_logprobs() == pytest.approx(by_itself.prompt_logprobs(), abs=1e-12)
+
+
+# What random programs do not reach.
+
+SWEEP = {
+    "sweep": {"L": "0..2", "H": "0..3"},
+    "steps": [
+        {"at": "layers.$L.attn.head.$H.z", "pos": "@last", "do": "replace", "from": {"run": "cf"}}
+    ],
+    "out": [
+        {"measure": "logit_diff", "a": 5, "b": 8},
+        {"capture": "layers.2.resid.post", "pos": "@last"},
+        {"measure": "kl", "to": "plain"},
+    ],
+}
+PATHS = {  # path patching: a run that is frozen but for a sender, then its receiver in main
+    "runs": {"cf": {"prompt": "other"}, "half": {"same": "main"}},
+    "steps": [
+        {"run": "half", "at": "layers.*.attn.head.*.z", "do": "freeze", "to": "plain",
+         "except": "layers.0.attn.head.1.z"},
+        {"run": "half", "at": "layers.0.attn.head.1.z", "do": "replace", "from": {"run": "cf"}},
+        {"at": "layers.2.attn.head.3.z", "do": "replace", "from": {"run": "half"}},
+    ],
+    "out": [{"measure": "logprob", "token": 7, "pos": "@all"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_bytes": 5 * 4 * 384}], ids=["roomy", "little memory"])
+@pytest.mark.parametrize("program", [SWEEP, PATHS], ids=["sweep", "paths"])
+def test_sweeps_and_paths_are_what_the_interpreter_says(
+    program: dict[str, Any], options: dict[str, int]
+) -> None:
+    engine = engine_of("llama", **options)
+    carry = carried(engine, program)
+    mate = ask(engine, None, MAIN, "generate", max_tokens=3, temperature=0.0)
+    got = ask(engine, carry)
+    run(engine, mate, got)
+    same(result(got), oracle(engine, carry))
+    no_runs_left(engine)
+
+
+def test_a_sweep_computes_what_lies_before_its_first_change_once() -> None:
+    engine = engine_of("llama")
+    carry = carried(engine, SWEEP)
+    run(engine, ask(engine, carry))
+    # Two blocks of four lie before the ninth token, which is changed; of twelve rows and the two
+    # runs of the same prompt, those that begin with the first step may compute them themselves.
+    assert engine.scheduler.prefix_hits >= 5 * 2 * BLOCK
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
+def test_own_positions_and_masks(family: str) -> None:
+    program = {
+        "steps": [
+            {"at": "input.mask", "do": "parallel", "blocks": [{"range": [1, 3]}, {"range": [3, 5]}]}
+        ],
+        "out": [{"capture": "layers.2.resid.post"}, {"measure": "logprob", "token": 2}],
+    }
+    for rows in (7, 64):
+        engine = engine_of(family, max_batch_tokens=rows)
+        carry = carried(engine, program)
+        got, mate = ask(engine, carry), ask(engine, None, MAIN, "score")
+        run(engine, got, mate)
+        same(result(got), oracle(engine, carry))
+        alone = ask(engine, None, MAIN, "score")
+        run(engine, alone)
+        assert mate.prompt_logprobs() == pytest.approx(alone.prompt_logprobs(), abs=1e-12)
+
+
+def test_a_generation_reads_another_run_and_shows_its_patterns() -> None:
+    ids, n_new = random_ids(1), 4
+    program = {
+        "steps": [
+            {"at": "layers.1.resid.post", "pos": {"index": 3}, "do": "replace",
+             "from": {"run": "cf", "pos": {"index": 5}}},
+            {"at": "layers.*.attn.edge", "do": "edge_block", "from": {"index": 2},
+             "to": "@generated"},
+        ],
+        "out": [{"capture": "layers.1.attn.head.2.prob", "pos": "@all"}],
+    }  # fmt: skip
+    engine = engine_of("llama")
+    carry = carried(engine, program, words(ids, n_prompt=len(ids), n_new=n_new))
+    got = ask(engine, carry, words(ids), "generate", max_tokens=n_new, temperature=0.0,
+              ignore_eos=True, logprobs=0)  # fmt: skip
+    run(engine, got)
+    written = ids + got.tokens()[:-1]
+    whole = carried(engine, program, words(written, n_prompt=len(ids), n_new=n_new))
+    (expected,) = oracle(engine, whole)
+    logits = expected.logits["main"][len(ids) - 1 :]
+    assert got.tokens() == logits.argmax(-1).tolist()
+    chosen = torch.log_softmax(logits, -1)[range(n_new), got.tokens()]
+    assert got.logprobs() == pytest.approx(chosen.tolist(), abs=1e-9)
+    same(result(got), [expected])
+    no_runs_left(engine)
+
+
+def test_an_abort_in_the_middle_leaves_nothing() -> None:
+    engine = engine_of("llama")
+    got = ask(engine, carried(engine, SWEEP))
+    for _ in range(3):
+        engine.step()
+    assert not got.done
+    assert engine._runs
+    engine.abort(got.request.id)
+    engine.step()
+    assert got.reason() == "cancelled"
+    no_runs_left(engine)
+
+
+def test_what_runs_read_of_each_other_is_bounded_before_anything_runs() -> None:
+    engine = engine_of("llama", max_capture_bytes=400)
+    program = {"steps": [{"at": "layers.0.resid.post", "do": "replace", "from": {"run": "plain"}}]}
+    with pytest.raises(TooLarge):
+        ask(engine, carried(engine, program))
+    adapters = {"runs": {"cf": {"prompt": "other"}, "b": {"same": "main", "adapter": "nobody"}},
+                "out": [{"measure": "logit", "token": 1, "run": "b"}]}  # fmt: skip
+    with pytest.raises(InvalidRequest):
+        ask(engine, carried(engine, adapters), adapter="another")
+    no_runs_left(engine)
+
+
+def test_a_program_that_lost_its_memory_says_the_same() -> None:
+    program = {
+        "steps": [{"at": "layers.1.mlp.out", "pos": "@generated", "do": "scale", "a": 0.5}],
+        "out": [{"capture": "layers.2.resid.post", "pos": "@all"}],
+    }
+    n_new = 9
+    engine = engine_of("llama", kv_bytes=8 * BLOCK * 384, max_running=3)
+    ids = [random_ids(seed) for seed in (1, 2, 3)]
+    asked = [
+        ask(engine, carried(engine, program, words(i, n_prompt=len(i), n_new=n_new)), words(i),
+            "generate", max_tokens=n_new, temperature=0.0, ignore_eos=True)
+        for i in ids
+    ]  # fmt: skip
+    run(engine, *asked)
+    assert engine.scheduler.n_preemptions > 0
+    for prompt, got in zip(ids, asked, strict=True):
+        written = prompt + got.tokens()[:-1]
+        whole = carried(engine, program, words(written, n_prompt=len(prompt), n_new=n_new))
+        same(result(got), oracle(engine, whole))
+    no_runs_left(engine)
