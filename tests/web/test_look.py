@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.web.test_page import wait_until
+from tests.waiting import wait_for
 
 from invivo.instruments.direct_attribution import direct_attribution
 from invivo.instruments.logit_lens import logit_lens
@@ -85,7 +85,7 @@ def test_a_click_switches_a_layer_off_and_the_answers_stand_side_by_side(page, l
     # Scaled by one it is as it was.
     page.fill("#edits input", "1")
     page.press("#edits input", "Enter")
-    wait_until(
+    wait_for(
         lambda: (
             page.locator("#answer-changed").text_content()
             == page.locator("#answer-plain").text_content()
@@ -93,7 +93,7 @@ def test_a_click_switches_a_layer_off_and_the_answers_stand_side_by_side(page, l
     )
     page.click("#edits .small-button")
     assert page.locator("#edits li").count() == 0
-    wait_until(page.locator("#answers .answer-box").last.is_hidden)
+    wait_for(page.locator("#answers .answer-box").last.is_hidden)
 
 
 def test_heads_are_switched_off_and_the_maps_drawn_with_that(page):
@@ -104,9 +104,9 @@ def test_heads_are_switched_off_and_the_maps_drawn_with_that(page):
     assert page.locator("#edits li").count() == 2
     page.locator("label:has(#look-edited)").click()
     title = page.locator('[title^="layer 0, head 1:"]')
-    wait_until(lambda: title.get_attribute("title").endswith("0.000"))
+    wait_for(lambda: title.get_attribute("title").endswith("0.000"))
     page.click("#edits-clear")
-    wait_until(lambda: not title.get_attribute("title").endswith("0.000"))
+    wait_for(lambda: not title.get_attribute("title").endswith("0.000"))
     assert cells(page, "lens", 0) == before
 
 
@@ -129,9 +129,9 @@ def test_a_message_is_asked_through_the_chat_template(page, lm):
     page.click("#look-go")
     chat = [{"role": "user", "content": "the cat?"}]
     answer = lm.chat(chat, max_tokens=24, temperature=0).text.strip()
-    wait_until(lambda: page.locator("#answer-plain").text_content() == answer)
+    wait_for(lambda: page.locator("#answer-plain").text_content() == answer)
     lens = logit_lens(lm, chat, pos="@last")
-    wait_until(lambda: cells(page, "lens", 0)[-1] == visible(lens.words[-1, 0, 0]))
+    wait_for(lambda: cells(page, "lens", 0)[-1] == visible(lens.words[-1, 0, 0]))
     page.locator("#lens .layer").first.click()
     page.wait_for_selector("#next-changed .alt")
 
