@@ -29,6 +29,7 @@ class CrossEntropy:
             float64 for float64 states. Not divided by anything.
         n_labels: [] int64, rows with a label.
         d_hidden: [T, d] gradient of ``loss`` in the dtype of ``hidden``; None where not asked for.
+        d_head: [V, d] the same by ``head``, in the dtype of ``loss``; None where not asked for.
         logprobs: [T] log-probability of each label, 0 where there is none; None where not asked
             for.
     """
@@ -37,6 +38,7 @@ class CrossEntropy:
     n_labels: torch.Tensor
     d_hidden: torch.Tensor | None
     logprobs: torch.Tensor | None
+    d_head: torch.Tensor | None = None
 
 
 def cross_entropy_reference(
@@ -48,6 +50,7 @@ def cross_entropy_reference(
     softcap: float | None = None,
     want_grad: bool = True,
     want_logprobs: bool = False,
+    want_head_grad: bool = False,
     packed: torch.Tensor | None = None,
     rows: int | None = None,
 ) -> CrossEntropy:
@@ -61,13 +64,15 @@ def cross_entropy_reference(
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         want_grad: whether the gradient is computed.
         want_logprobs: whether log-probabilities are returned.
+        want_head_grad: whether the gradient by ``head`` is computed too; needs ``want_grad``.
         packed: of ``head``, see :func:`invivo.kernels.linear.pack`; not used here.
         rows: how many rows at a time; not used here.
     """
     wide = _wide(hidden)
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(want_grad)
-        logits = linear(leaf, head).to(wide)
+        matrix = head.detach().requires_grad_(want_head_grad)
+        logits = linear(leaf, matrix).to(wide)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         logprobs = torch.log_softmax(logits, dim=-1)
@@ -75,9 +80,14 @@ def cross_entropy_reference(
         chosen = logprobs.gather(1, labels.where(labelled, 0)[:, None]).squeeze(1)
         chosen = chosen.where(labelled, 0.0)
         loss = -(chosen if weights is None else chosen * weights.to(wide)).sum()
-        d_hidden = torch.autograd.grad(loss, leaf)[0] if want_grad else None
+        leaves = ((leaf,) if want_grad else ()) + ((matrix,) if want_head_grad else ())
+        grads = torch.autograd.grad(loss, leaves) if leaves else ()
     return CrossEntropy(
-        loss.detach(), labelled.sum(), d_hidden, chosen.detach() if want_logprobs else None
+        loss.detach(),
+        labelled.sum(),
+        grads[0] if want_grad else None,
+        chosen.detach() if want_logprobs else None,
+        grads[-1].to(wide) if want_head_grad else None,
     )
 
 
@@ -90,10 +100,12 @@ def cross_entropy(
     softcap: float | None = None,
     want_grad: bool = True,
     want_logprobs: bool = False,
+    want_head_grad: bool = False,
     packed: torch.Tensor | None = None,
     rows: int | None = None,
 ) -> CrossEntropy:
     """:func:`cross_entropy_reference`, ``rows`` labelled rows at a time (None: by memory)."""
+    assert want_grad or not want_head_grad, "the gradient by the head comes with the other"
     wide = _wide(hidden)
     hidden, head = hidden.detach(), head.detach()
     at = torch.nonzero(labels != IGNORED).squeeze(1)
@@ -102,6 +114,7 @@ def cross_entropy(
         rows = _piece_rows(head.shape[0], hidden.element_size() if fast else wide.itemsize, fast)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if want_grad else None
+    d_head = torch.zeros(head.shape, dtype=wide, device=head.device) if want_head_grad else None
     logprobs = None
     if want_logprobs:
         logprobs = torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device)
@@ -121,6 +134,8 @@ def cross_entropy(
                     logprobs[piece] = logprob
                 if d_hidden is not None:
                     d_hidden[piece] = logits @ head
+                if d_head is not None:
+                    d_head += logits.T @ hidden[piece]
                 del logits  # before the next piece is made
                 continue
             logits = logits.to(wide)
@@ -141,8 +156,12 @@ def cross_entropy(
                 grad *= slope
             if weight is not None:
                 grad *= weight[:, None]
-            d_hidden[piece] = grad.to(hidden.dtype) @ head
-    return CrossEntropy(loss, torch.tensor(at.shape[0], device=hidden.device), d_hidden, logprobs)
+            grad = grad.to(hidden.dtype)
+            d_hidden[piece] = grad @ head
+            if d_head is not None:
+                d_head += grad.T @ hidden[piece]
+    n_labels = torch.tensor(at.shape[0], device=hidden.device)
+    return CrossEntropy(loss, n_labels, d_hidden, logprobs, d_head)
 
 
 def _piece_rows(vocabulary: int, itemsize: int, fast: bool) -> int:

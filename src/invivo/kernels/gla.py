@@ -85,13 +85,32 @@ def gla_from_logits(
     gate_logits: torch.Tensor,
     *,
     span_start: Spans,
+    span_start_device: torch.Tensor | None = None,
     tau: float = 16.0,
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     want_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """:func:`gla` with ``g`` as :func:`log_gates` gives it; gate_logits [T, H, K]."""
-    return gla(
+    """:func:`gla` with ``g`` as :func:`log_gates` gives it; gate_logits [T, H, K].
+
+    The Triton kernels make the gates themselves: their logarithms are never in memory.
+    """
+    if q.is_cuda and span_start_device is not None and span_start_device.shape[0] > 1:
+        from invivo.kernels.triton_gla import ops
+
+        if ops.supports(q, v):
+            return ops.gla_triton(
+                q,
+                k,
+                v,
+                gate_logits,
+                span_start=span_start_device,
+                scale=scale,
+                initial_state=initial_state,
+                want_state=want_state,
+                tau=tau,
+            )
+    return gla_chunked(
         q,
         k,
         v,

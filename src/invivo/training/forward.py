@@ -5,93 +5,125 @@ overwrite their inputs. This one reads the same module's parameters and config a
 same function, so that what is trained is served without conversion. Weights are cast to the
 states' dtype where they are used: float32 parameters then get float32 gradients of bfloat16
 products.
+
+Gated linear attention begins every text, or every document of it, with a state of zeros and runs
+by chunks (:func:`invivo.kernels.gla.gla_from_logits`).
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from invivo.errors import UnsupportedModel
 from invivo.kernels.activation import activation, gated_activation_reference
+from invivo.kernels.gla import gla_from_logits
 from invivo.kernels.norm import layer_norm, rms_norm_reference
 from invivo.kernels.rotary import apply_rotary_reference, rotary_rows
+from invivo.models.config import LayerConfig
 from invivo.models.decoder import Decoder, Layer
 from invivo.models.feedforward.mlp import MLP
 from invivo.models.mixers.attention import Attention
+from invivo.models.mixers.gla import GatedLinearAttention
 from invivo.models.norm import Norm
-from invivo.models.rope import long_text_offset
+from invivo.training.texts import Texts, lay_out
 
 Table = tuple[torch.Tensor, torch.Tensor]
+Recompute = Literal["none", "layer"]
 
 
 def dense_forward(
-    decoder: Decoder, tokens: torch.Tensor, *, dtype: torch.dtype | None = None
+    decoder: Decoder,
+    tokens: torch.Tensor,
+    *,
+    starts: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    recompute: Recompute = "none",
 ) -> torch.Tensor:
     """Normalised final states of texts that begin at position 0.
 
     Args:
         tokens: [B, T] int64 ids.
+        starts: [B, T] bool, True where a document begins: documents then know nothing of each
+            other, and each is computed as if it were alone. Best kept on the host. None: each
+            text is one document.
         dtype: of states and products; None: the parameters'.
+        recompute: ``layer`` keeps only the layers' inputs for the backward pass, which computes
+            each layer again.
 
     Returns:
-        [B, T, d], what ``Decoder.forward`` returns for each text alone.
-
-    Raises:
-        UnsupportedModel: a layer that this pass does not compute (gated linear attention).
+        [B, T, d], what ``Decoder.forward`` returns for each text (or document) alone.
     """
-    n_texts, length = tokens.shape
-    config = decoder.config
-    offset = long_text_offset(config, length)
-    positions = torch.arange(offset, offset + length, device=tokens.device).repeat(n_texts)
-    x = decoder.embedded(tokens.flatten(), positions).to(dtype or decoder.embed.dtype)
-    x = x.unflatten(0, (n_texts, length))
-    masks: dict[int | None, torch.Tensor | None] = {None: None}
-    for i, (layer, kind) in enumerate(zip(decoder.layers, config.layers, strict=True)):
+    texts = lay_out(decoder.config, *tokens.shape, tokens.device, starts)
+    x = embedded(decoder, tokens, texts, dtype)
+    ropes: dict[int | None, Table | None] = {}
+    for i, (layer, kind) in enumerate(zip(decoder.layers, decoder.config.layers, strict=True)):
         assert isinstance(layer, Layer)
-        if kind.window not in masks:
-            masks[kind.window] = _window_mask(length, kind.window, tokens.device)
-        table = decoder.rope_of(i)
-        rope = None if table is None else rotary_rows(*table, positions)
-        x = _layer(layer, x, rope, masks[kind.window])
-    return _norm(decoder.final_norm, x)
+        if kind.rope not in ropes:
+            ropes[kind.rope] = rope_rows(decoder, i, texts)
+        x = run_layer(layer, x, ropes[kind.rope], kind, texts, recompute)
+    return norm(decoder.final_norm, x)
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """[T, T], True where a row sees a column; None where that is all columns up to its own."""
-    if window is None or window >= length:
-        return None
-    index = torch.arange(length, device=device)
-    distance = index[:, None] - index[None, :]
-    return (distance >= 0) & (distance < window)
+def embedded(
+    decoder: Decoder, tokens: torch.Tensor, texts: Texts, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """The first residual stream [B, T, d]."""
+    x = decoder.embedded(tokens.flatten(), texts.positions).to(dtype or decoder.embed.dtype)
+    return x.unflatten(0, tokens.shape)
+
+
+def rope_rows(decoder: Decoder, index: int, texts: Texts) -> Table | None:
+    """Cosines and sines of a layer at the texts' positions; None without rotary embedding."""
+    table = decoder.rope_of(index)
+    return None if table is None else rotary_rows(*table, texts.positions)
+
+
+def run_layer(
+    layer: Layer,
+    x: torch.Tensor,
+    rope: Table | None,
+    kind: LayerConfig,
+    texts: Texts,
+    recompute: Recompute = "none",
+) -> torch.Tensor:
+    """One layer over texts: [B, T, d] -> [B, T, d]."""
+    mask = texts.mask(kind.window) if kind.mixer == "attention" else None
+    if recompute == "none":
+        return _layer(layer, x, rope, mask, texts)
+    out: torch.Tensor = checkpoint(
+        _layer, layer, x, rope, mask, texts, use_reentrant=False, preserve_rng_state=False
+    )
+    return out
 
 
 def _layer(
-    layer: Layer, x: torch.Tensor, rope: Table | None, mask: torch.Tensor | None
+    layer: Layer, x: torch.Tensor, rope: Table | None, mask: torch.Tensor | None, texts: Texts
 ) -> torch.Tensor:
-    if not isinstance(layer.mixer, Attention):
-        raise UnsupportedModel(
-            "training from scratch knows attention layers only",
-            field="config.layers",
-            given=type(layer.mixer).__name__,
-        )
-    h = x if layer.norm1 is None else _norm(layer.norm1, x)
-    out = _attention(layer.mixer, h, rope, mask)
-    x = x + (out if layer.post1 is None else _norm(layer.post1, out))
-    h = x if layer.norm2 is None else _norm(layer.norm2, x)
+    h = x if layer.norm1 is None else norm(layer.norm1, x)
+    if isinstance(layer.mixer, Attention):
+        out = _attention(layer.mixer, h, rope, mask)
+    else:
+        out = _gated_linear_attention(layer.mixer, h, texts)
+    x = x + (out if layer.post1 is None else norm(layer.post1, out))
+    h = x if layer.norm2 is None else norm(layer.norm2, x)
     out = _feedforward(layer, h)
-    return x + (out if layer.post2 is None else _norm(layer.post2, out))
+    return x + (out if layer.post2 is None else norm(layer.post2, out))
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
-    weight = norm.weight.to(x.dtype)
-    if norm.is_rms:
-        return rms_norm_reference(x, weight, norm.eps, unit_offset=norm.unit_offset)
-    return layer_norm(x, weight, None if norm.bias is None else norm.bias.to(x.dtype), norm.eps)
+def norm(module: Norm, x: torch.Tensor) -> torch.Tensor:
+    """``module`` on the last dimension of x, in x's dtype."""
+    weight = module.weight.to(x.dtype)
+    if module.is_rms:
+        return rms_norm_reference(x, weight, module.eps, unit_offset=module.unit_offset)
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    return layer_norm(x, weight, bias, module.eps)
 
 
 def _attention(
@@ -112,6 +144,10 @@ def _attention(
     if mixer.softcap is not None:
         z = _capped_attention(q, k, v, mixer.scale, mixer.softcap, mask)
     else:
+        if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
+            # Of torch's kernels for grouped keys only the one that writes out all scores takes
+            # masks.
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         z = F.scaled_dot_product_attention(
             q,
             k,
@@ -122,6 +158,52 @@ def _attention(
             enable_gqa=q.shape[1] != k.shape[1],
         )
     return _linear(z.transpose(1, 2).flatten(2), mixer.o, mixer.o_bias)
+
+
+def _gated_linear_attention(
+    mixer: GatedLinearAttention, x: torch.Tensor, texts: Texts
+) -> torch.Tensor:
+    """The mixer's forward pass from states of zeros: [B, T, d] -> [B, T, d]."""
+    sizes = mixer.sizes
+    qkv = _linear(x, mixer.qkv, None)
+    if mixer.conv is not None:
+        qkv = F.silu(_short_conv(qkv, mixer.conv.to(x.dtype), texts.place))
+    q, k, v = qkv.flatten(0, 1).split((sizes.k_width, sizes.k_width, sizes.v_width), dim=1)
+    q, k = (t.unflatten(1, (sizes.n_heads, sizes.head_k)) for t in (q, k))
+    v = v.unflatten(1, (sizes.n_heads, sizes.head_v))
+    logits = _linear(_linear(x, mixer.gate_a, None), mixer.gate_b, mixer.gate_b_bias)
+    z, _ = gla_from_logits(
+        q,
+        k,
+        v,
+        logits.view(q.shape),
+        span_start=texts.span_start,
+        span_start_device=texts.span_start_device,
+        tau=sizes.tau,
+    )
+    r = F.silu(_linear(x, mixer.r, None))
+    normed = rms_norm_reference(z, mixer.norm.to(x.dtype), mixer.eps)
+    return _linear(normed.view(r.shape) * r, mixer.o, None)
+
+
+def _short_conv(x: torch.Tensor, weight: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
+    """``y_t = sum_i weight[:, i] x_{t - size + 1 + i}`` within each span.
+
+    Args:
+        x: [B, T, C].
+        weight: [C, 1, size].
+        place: [B, T] index of each token in its span; None: a text is one span.
+    """
+    size, length = weight.shape[-1], x.shape[1]
+    padded = F.pad(x, (0, 0, size - 1, 0))
+    y = x * weight[:, 0, size - 1]
+    for lag in range(1, size):
+        tap = weight[:, 0, size - 1 - lag]
+        earlier = padded[:, size - 1 - lag : size - 1 - lag + length] * tap
+        if place is not None:
+            earlier = earlier.where((place >= lag).unsqueeze(-1), 0.0)
+        y = y + earlier
+    return y
 
 
 def _norm_heads(mixer: Attention, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
