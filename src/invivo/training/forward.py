@@ -56,7 +56,7 @@ def dense_forward(
     Returns:
         [B, T, d], what ``Decoder.forward`` returns for each text (or document) alone.
     """
-    texts = lay_out(decoder.config, *tokens.shape, tokens.device, starts)
+    texts = lay_out(decoder.config, tokens.shape, tokens.device, starts)
     x = embedded(decoder, tokens, texts, dtype)
     ropes: dict[int | None, Table | None] = {}
     for i, (layer, kind) in enumerate(zip(decoder.layers, decoder.config.layers, strict=True)):
@@ -72,7 +72,7 @@ def embedded(
 ) -> torch.Tensor:
     """The first residual stream [B, T, d]."""
     x = decoder.embedded(tokens.flatten(), texts.positions).to(dtype or decoder.embed.dtype)
-    return x.unflatten(0, tokens.shape)
+    return x.view(*tokens.shape, -1)
 
 
 def rope_rows(decoder: Decoder, index: int, texts: Texts) -> Table | None:

@@ -71,7 +71,7 @@ def chunked_loss(
     """
     if not wants_grad(hidden, head):
         return cross_entropy(hidden, head, labels, softcap=softcap, want_grad=False, rows=rows).loss
-    loss: torch.Tensor = _Loss.apply(hidden, head, labels, softcap, rows)
+    loss: torch.Tensor = _Loss.apply(hidden, head, labels, softcap, rows)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -62,18 +62,19 @@ class Texts:
 
 def lay_out(
     config: ModelConfig,
-    n_texts: int,
-    length: int,
+    shape: torch.Size,
     device: torch.device,
     starts: torch.Tensor | None = None,
 ) -> Texts:
-    """The layout of texts [B, T].
+    """The layout of texts.
 
     Args:
+        shape: [B, T].
         device: where the tokens are.
         starts: [B, T] bool, True at the first token of each document (column 0 begins one
             anyway); best on the host, a device is waited for. None: a text is one document.
     """
+    n_texts, length = shape
     if starts is None:
         rows = range(0, n_texts * length + 1, length) if length else (0,)
         offset = long_text_offset(config, length)
@@ -81,7 +82,7 @@ def lay_out(
         return Texts(
             n_texts, length, positions, tuple(rows), _numbers(tuple(rows), device), None, None
         )
-    assert starts.shape == (n_texts, length), f"starts {tuple(starts.shape)}"
+    assert starts.shape == shape, f"starts {tuple(starts.shape)}"
     begins = starts.to("cpu", torch.bool, copy=True)
     begins[:, :1] = True
     first = begins.flatten().nonzero().flatten()
