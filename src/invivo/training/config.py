@@ -25,15 +25,18 @@ class Source:
         path: a file, a folder (all its files of known kinds) or a pattern: .txt .md .jsonl
             .parquet, the text ones also as .xz or .gz; relative to the configuration's folder,
             ``~`` is the home folder.
-        hub: a data set's name at the Hub (needs the library ``datasets``).
+        hub: a data set's name at the Hub.
         subset: of a Hub data set.
         column: field of a JSON line, column of a table.
+        split: of all its documents; None: as each says itself, else drawn by
+            ``data.valid_fraction``.
     """
 
     path: str | None = None
     hub: str | None = None
     subset: str | None = None
     column: str = "text"
+    split: Literal["train", "valid", "test"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
