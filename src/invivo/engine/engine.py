@@ -284,16 +284,20 @@ class Engine:
         data: DataSource,
         on_event: OnEvent,
         folder: str | Path | None = None,
+        *,
+        validation: DataSource | None = None,
     ) -> JobHandle:
         """Start a job that trains beside the requests, in what they leave.
 
         Args:
             data: read from the engine's thread, must be quick.
             on_event: called from the engine's thread with a dict: ``event`` (started, step,
-                skipped, published, checkpoint, checkpoint_failed, paused, queued, resumed, or
-                how it ended: succeeded, failed, cancelled, stopped), ``job``, ``time``, and what
-                belongs to it.
+                skipped, validation, published, checkpoint, checkpoint_failed, paused, queued,
+                resumed, or how it ended: succeeded, failed, cancelled, stopped), ``job``,
+                ``time``, and what belongs to it.
             folder: for checkpoints; where it has some, the job goes on from the newest.
+            validation: held-out texts, which end; their loss is told every
+                ``spec.validate_every`` steps, and at the end.
 
         Raises:
             InvalidRequest: the bypasses do not fit, or the policy does not train.
@@ -302,7 +306,8 @@ class Engine:
             Unavailable: the engine is closed or has failed.
         """
         self._check_open()
-        return self._finetuning.add(spec, data, on_event, None if folder is None else Path(folder))
+        place = None if folder is None else Path(folder)
+        return self._finetuning.add(spec, data, on_event, place, validation)
 
     def set_policy(self, policy: str) -> None:
         """Share the device between requests and jobs like this from the next iteration on.

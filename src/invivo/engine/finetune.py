@@ -124,8 +124,8 @@ class Riders:
                 job.trainer.enters(job.sequence, span.start, span.seq.row + 1)
             bypass = job.trainer.bypass.window(span.start, span.stop)
             parts.append(Rows(first, first + span.stop - span.start, bypass))
-            if job.trainer.records:
-                assert job.sequence is not None
+            assert job.sequence is not None
+            if job.trainer.records and not job.sequence.held_out:
                 pieces.append(job.trainer.piece(job.sequence, span.start, span.stop, first))
         if not parts:
             return inner, None
@@ -210,7 +210,12 @@ class FineTuning:
 
     # --- any thread -------------------------------------------------------------------------
     def add(
-        self, spec: JobSpec, data: DataSource, on_event: OnEvent, folder: Path | None
+        self,
+        spec: JobSpec,
+        data: DataSource,
+        on_event: OnEvent,
+        folder: Path | None,
+        validation: DataSource | None = None,
     ) -> JobHandle:
         """See :meth:`invivo.engine.engine.Engine.finetune`."""
         if self._policy.name == "none":
@@ -223,7 +228,7 @@ class FineTuning:
             writer = CheckpointWriter(
                 folder, config, self._base_name, keep=spec.keep, done=self._wake
             )
-        job = TuningJob(spec, data, on_event, self._decoder, self._cache, writer)
+        job = TuningJob(spec, data, on_event, self._decoder, self._cache, writer, validation)
         self._adapters.check(spec.name, job.specs, job.parameters)
         if folder is not None:
             to_peft(job.specs, job.parameters, config, self._base_name)  # refuse now, not later
@@ -469,11 +474,14 @@ class FineTuning:
         """The next text, or the end."""
         if job.sequence is not None or job.closing is not None or job.state != "running":
             return
-        if not job.complete and not job.next_text(self._scheduler.longest_training):
+        longest = self._scheduler.longest_training
+        if self._validates(job, longest):
+            return
+        if not job.complete and not job.next_text(longest):
             if job.has_gradients:
                 self._step_done(job)
             job.complete = True
-        if not job.complete or job.state != "running":
+        if not job.complete or job.state != "running" or self._validates(job, longest):
             return
         self._publish(job)
         if job.writer is None:
@@ -482,6 +490,15 @@ class FineTuning:
             self._checkpoint(job)
             if job.state == "running":
                 job.state = "finishing"
+
+    def _validates(self, job: TuningJob, longest: int) -> bool:
+        """Whether a held-out text is next; it is at hand then."""
+        if not job.validation_due:
+            return False
+        if job.next_held_out(longest):
+            return True
+        self._tell(job, job.validated())
+        return False
 
     def _publish(self, job: TuningJob) -> None:
         with self._timed(job, "publish"):

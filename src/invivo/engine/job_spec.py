@@ -30,6 +30,8 @@ class JobSpec:
         seed: of the first parameters.
         share: weight among the jobs.
         publish_every, checkpoint_every: optimizer steps; 0 = only at the end.
+        validate_every: optimizer steps after which held-out texts are run through, where there are
+            any; 0 = only at the end.
         keep: checkpoints that stay.
         mode, order: see :mod:`invivo.engine.window`.
         tape_bytes: most bytes that ``tape`` keeps of one text; what does not fit is run again.
@@ -53,6 +55,7 @@ class JobSpec:
     share: float = 1.0
     publish_every: int = 0
     checkpoint_every: int = 0
+    validate_every: int = 0
     keep: int = 2
     mode: Literal["tape", "rerun"] = "tape"
     order: Literal["window", "layer"] = "window"
@@ -65,6 +68,7 @@ class JobSpec:
             ("gradient_accumulation", 1),
             ("publish_every", 0),
             ("checkpoint_every", 0),
+            ("validate_every", 0),
             ("keep", 1),
         ):
             value = getattr(self, name)
@@ -92,7 +96,7 @@ class JobSpec:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a job that goes on from a checkpoint, as JSON has it."""
-        free = {"name", "share", "publish_every", "checkpoint_every", "keep"}
+        free = {"name", "share", "publish_every", "checkpoint_every", "validate_every", "keep"}
         free |= {"mode", "order", "tape_bytes"}
         whole = {key: value for key, value in asdict(self).items() if key not in free}
         for spec in whole["bypasses"]:

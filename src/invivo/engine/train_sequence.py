@@ -46,6 +46,8 @@ class TrainSequence:
         forwarded: rows that have run forward.
         loss: [] sum so far, on the device.
         n_labels: [] int64 labelled rows so far, on the device.
+        n_correct: [] int64 those of them whose label was the most probable token.
+        held_out: its loss is all that is wanted; nothing is kept and there is no backward.
         dx: [L, d] first the loss's gradient by the final states, then, as the backward goes down,
             by the residual stream.
         sums: gradients of keys and values by layer, each [L, G, D], None where nobody reads them.
@@ -65,9 +67,11 @@ class TrainSequence:
     weights: torch.Tensor | None = None
     position_offset: int = 0
     job: str = ""
+    held_out: bool = False
     forwarded: int = 0
     loss: torch.Tensor | None = None
     n_labels: torch.Tensor | None = None
+    n_correct: torch.Tensor | None = None
     dx: torch.Tensor | None = None
     sums: dict[int, Sums] = field(default_factory=dict)
     entering: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -82,6 +86,16 @@ class TrainSequence:
     @property
     def length(self) -> int:
         return int(self.tokens.shape[0])
+
+    def outcome(self) -> tuple[float, int, int]:
+        """Loss, labelled rows and right ones so far; waits for the device, once."""
+        assert self.loss is not None
+        assert self.n_labels is not None
+        assert self.n_correct is not None
+        loss, labels, correct = torch.stack(
+            [self.loss.double(), self.n_labels.double(), self.n_correct.double()]
+        ).tolist()
+        return loss, int(labels), int(correct)
 
     def positions(self, start: int, stop: int) -> torch.Tensor:
         """[stop - start] int64."""

@@ -8,6 +8,7 @@ that loses its memory, or is interrupted, begins anew and leaves no trace.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import torch
 from invivo.engine.bypasses import check_parameters, checked_specs, init_parameters, n_virtual
 from invivo.engine.checkpoint import CheckpointWriter, Snapshot
 from invivo.engine.closings import Closing, Part
-from invivo.engine.job_spec import DataSource, JobSpec, OnEvent, check_text
+from invivo.engine.job_spec import DataSource, JobSpec, OnEvent, Text, check_text
 from invivo.engine.optimizer import Optimizer, clip_factor, learning_rate
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.types import BackwardUnit, Request, Sequence
@@ -30,6 +31,20 @@ State = Literal[
     "queued", "running", "paused", "finishing", "succeeded", "failed", "cancelled", "stopped"
 ]
 BAD_STEPS = 3  # without a finite loss in a row, after which a job fails
+
+
+@dataclass(slots=True)
+class HeldOut:
+    """Sums over the held-out texts that have been run through."""
+
+    loss: float = 0.0
+    n_labels: int = 0
+    n_correct: int = 0
+
+    def add(self, loss: float, n_labels: int, n_correct: int) -> None:
+        self.loss += loss
+        self.n_labels += n_labels
+        self.n_correct += n_correct
 
 
 class TuningJob:
@@ -51,8 +66,12 @@ class TuningJob:
         decoder: Decoder,
         cache: KVCache,
         writer: CheckpointWriter | None,
+        validation: DataSource | None = None,
     ) -> None:
         """
+        Args:
+            validation: held-out texts, from the first to the last at every look.
+
         Raises:
             InvalidRequest: the bypasses do not fit the model or each other.
         """
@@ -106,8 +125,13 @@ class TuningJob:
         self._wide = wide
         self._data = data
         self._position = data.position()  # after the texts of the last optimizer step
+        self._validation = validation
+        self._validation_start = None if validation is None else validation.position()
+        self._validated = 0  # the last step after which the held-out texts were run through
+        self._held_out: HeldOut | None = None  # under way
         self._gradients: dict[str, torch.Tensor] = {}
         self._loss, self._n_labels, self._n_texts, self._bad = 0.0, 0, 0, 0
+        self._n_correct = 0
 
     @property
     def name(self) -> str:
@@ -131,10 +155,53 @@ class TuningJob:
         text = self._data.next()
         if text is None:
             return False
+        self._take_up(text, longest, held_out=False)
+        return True
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether held-out texts come next. A job that goes on from a checkpoint runs through
+        those of its step again: the last process may not have come so far."""
+        every = self.spec.validate_every
+        due = self.complete or bool(every and self.step % every == 0)
+        return self._validation is not None and due and 0 < self.step != self._validated
+
+    def next_held_out(self, longest: int) -> bool:
+        """Fetch the next held-out text; False when all have been run through.
+
+        Raises:
+            InvalidRequest: the text is too long.
+        """
+        assert self._validation is not None
+        if self._held_out is None:
+            self._validation.seek(self._validation_start)
+            self._held_out = HeldOut()
+        text = self._validation.next()
+        if text is None:
+            return False
+        self._take_up(text, longest, held_out=True)
+        return True
+
+    def validated(self) -> dict[str, Any]:
+        """The event that tells of the held-out texts, which have been run through."""
+        sums = self._held_out
+        assert sums is not None
+        self._held_out, self._validated = None, self.step
+        n = max(sums.n_labels, 1)
+        return {
+            "event": "validation",
+            "step": self.step,
+            "loss": sums.loss / n,
+            "accuracy": sums.n_correct / n,
+            "labels": sums.n_labels,
+        }
+
+    def _take_up(self, text: Text, longest: int, *, held_out: bool) -> None:
         n = n_virtual(self.specs)
         check_text(text, vocab_size=self._config.vocab_size, longest=longest - n)
         tokens = [0] * n + list(text.tokens)
-        self.trainer.check_length(len(tokens))
+        if not held_out:
+            self.trainer.check_length(len(tokens))
         offset = long_text_offset(self._config, len(tokens))
         self.seq = Sequence(Request(self.name, ()), 0, tokens, len(tokens), position_offset=offset)
         weights = None
@@ -149,9 +216,9 @@ class TuningJob:
             weights,
             position_offset=offset,
             job=self.name,
+            held_out=held_out,
         )
         self.trainer.rewind(self.sequence)
-        return True
 
     def begin(self) -> None:
         """The text got memory: it starts at its first row."""
@@ -185,8 +252,12 @@ class TuningJob:
         """Add the text's gradients; True when the optimizer step has all its texts."""
         sequence = self.sequence
         assert sequence is not None
-        assert sequence.loss is not None
-        assert sequence.n_labels is not None
+        loss, n_labels, n_correct = sequence.outcome()
+        self.sequence = None
+        if sequence.held_out:
+            assert self._held_out is not None
+            self._held_out.add(loss, n_labels, n_correct)
+            return False
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -195,10 +266,10 @@ class TuningJob:
             else:
                 self._gradients[name] = parameter.grad
             parameter.grad = None
-        self._loss += float(sequence.loss)
-        self._n_labels += int(sequence.n_labels)
+        self._loss += loss
+        self._n_labels += n_labels
+        self._n_correct += n_correct
         self._n_texts += 1
-        self.sequence = None
         return self._n_texts == self.spec.gradient_accumulation
 
     def due(self, now: float) -> Closing:
@@ -227,7 +298,9 @@ class TuningJob:
         rate = learning_rate(self.spec, self.step)
         gradients, n = self._gradients, self._n_labels
         texts, loss = self._n_texts, self._loss / max(n, 1)
+        accuracy = self._n_correct / max(n, 1)
         self._gradients, self._loss, self._n_labels, self._n_texts = {}, 0.0, 0, 0
+        self._n_correct = 0
         self._position = self._data.position()
         self.step += 1
         self.complete = self.step == self.spec.steps
@@ -247,6 +320,7 @@ class TuningJob:
             "event": "step",
             "step": self.step,
             "loss": loss,
+            "accuracy": accuracy,
             "learning_rate": rate,
             "gradient_norm": norm,
             "labels": n,

@@ -141,15 +141,18 @@ class WindowTrainer:
         Raises:
             InvalidRequest: see :meth:`check_length`.
         """
-        plan = self.planned(sequence.length)
+        plan = None if sequence.held_out else self.planned(sequence.length)
         device, n = sequence.tokens.device, sequence.length
         decoder = self.decoder
         wide = torch.float64 if decoder.embed.dtype == torch.float64 else torch.float32
         sequence.table = torch.tensor(sequence.blocks, dtype=torch.int64, device=device)
         sequence.loss = torch.zeros((), dtype=wide, device=device)
         sequence.n_labels = torch.zeros((), dtype=torch.int64, device=device)
-        shape = (n, decoder.config.d_model)
-        sequence.dx = torch.zeros(shape, dtype=decoder.embed.dtype, device=device)
+        sequence.n_correct = torch.zeros((), dtype=torch.int64, device=device)
+        sequence.dx = None
+        if not sequence.held_out:
+            shape = (n, decoder.config.d_model)
+            sequence.dx = torch.zeros(shape, dtype=decoder.embed.dtype, device=device)
         sequence.tape = None
         if plan is not None and plan.entries:
             sequence.tape = Tape.allocate(plan, n, device)
@@ -162,6 +165,8 @@ class WindowTrainer:
         sequence.forwarded = 0
         sequence.entering = {}
         sequence.row, sequence.layer = sequence.length, self._n_layers
+        if sequence.held_out:
+            sequence.row, sequence.layer = 0, self.bottom
 
     def enters(self, sequence: TrainSequence, start: int, slot: int) -> None:
         """Keep the recurrent states, in ``slot``, with which a forward window begins.
@@ -195,10 +200,9 @@ class WindowTrainer:
             hidden: [stop - start, d] normalised final states.
 
         Returns:
-            This window's loss; its gradient is kept for the backward.
+            This window's loss; its gradient is kept for the backward, if there is to be one.
         """
         assert start == sequence.forwarded, "windows run forward in order, each row once"
-        assert sequence.dx is not None
         decoder = self.decoder
         weights = None if sequence.weights is None else sequence.weights[start:stop]
         result = cross_entropy(
@@ -207,15 +211,19 @@ class WindowTrainer:
             sequence.labels[start:stop],
             weights,
             softcap=decoder.config.logit_softcap,
+            want_grad=not sequence.held_out,
             want_logprobs=want_logprobs,
             packed=decoder.head_packed,
         )
-        assert result.d_hidden is not None
-        sequence.dx[start:stop] = result.d_hidden
+        if sequence.dx is not None:
+            assert result.d_hidden is not None
+            sequence.dx[start:stop] = result.d_hidden
         assert sequence.loss is not None
         assert sequence.n_labels is not None
+        assert sequence.n_correct is not None
         sequence.loss += result.loss
         sequence.n_labels += result.n_labels
+        sequence.n_correct += result.n_correct
         sequence.forwarded = stop
         return result
 

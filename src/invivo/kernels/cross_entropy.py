@@ -28,6 +28,7 @@ class CrossEntropy:
         loss: [] sum over labelled rows of weight times negative log-probability; float32, or
             float64 for float64 states. Not divided by anything.
         n_labels: [] int64, rows with a label.
+        n_correct: [] int64, rows whose label has the largest logit (the first of equals).
         d_hidden: [T, d] gradient of ``loss`` in the dtype of ``hidden``; None where not asked for.
         d_head: [V, d] the same by ``head``, in the dtype of ``loss``; None where not asked for.
         logprobs: [T] log-probability of each label, 0 where there is none; None where not asked
@@ -36,6 +37,7 @@ class CrossEntropy:
 
     loss: torch.Tensor
     n_labels: torch.Tensor
+    n_correct: torch.Tensor
     d_hidden: torch.Tensor | None
     logprobs: torch.Tensor | None
     d_head: torch.Tensor | None = None
@@ -85,6 +87,7 @@ def cross_entropy_reference(
     return CrossEntropy(
         loss.detach(),
         labelled.sum(),
+        (labelled & (logprobs.argmax(-1) == labels)).sum(),
         grads[0] if want_grad else None,
         chosen.detach() if want_logprobs else None,
         grads[-1].to(wide) if want_head_grad else None,
@@ -113,6 +116,7 @@ def cross_entropy(
     if rows is None:
         rows = _piece_rows(head.shape[0], hidden.element_size() if fast else wide.itemsize, fast)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
+    n_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if want_grad else None
     d_head = torch.zeros(head.shape, dtype=wide, device=head.device) if want_head_grad else None
     logprobs = None
@@ -123,6 +127,7 @@ def cross_entropy(
             target = labels[piece]
             weight = None if weights is None else weights[piece].to(wide)
             logits = linear(hidden[piece], head, packed=packed)
+            n_correct += (logits.argmax(-1) == target).sum()
             if fast:
                 from invivo.kernels.triton_cross_entropy import label_logprobs_triton
 
@@ -161,7 +166,7 @@ def cross_entropy(
             if d_head is not None:
                 d_head += grad.T @ hidden[piece]
     n_labels = torch.tensor(at.shape[0], device=hidden.device)
-    return CrossEntropy(loss, n_labels, d_hidden, logprobs, d_head)
+    return CrossEntropy(loss, n_labels, n_correct, d_hidden, logprobs, d_head)
 
 
 def _piece_rows(vocabulary: int, itemsize: int, fast: bool) -> int:
