@@ -118,3 +118,17 @@ class MissingDependency(InvivoError):
 
     status = 501
     kind = "missing_dependency_error"
+
+
+class Diverged(InvivoError):
+    """Training gave a loss or gradient that is not a number; no such step is ever kept."""
+
+    status = 500
+    kind = "training_error"
+
+
+class StorageRefused(InvivoError):
+    """The disk is full or refuses to write (HTTP 507)."""
+
+    status = 507
+    kind = "storage_error"

@@ -1,0 +1,240 @@
+"""A run from its configuration: prepare or find everything, train, leave a model to serve."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from invivo.errors import Diverged, NotFound, StorageRefused
+from invivo.models.decoder import Decoder
+from invivo.models.load import load_tokenizer
+from invivo.training.checkpoint import read_checkpoint, step_of
+from invivo.training.config import TrainConfig
+from invivo.training.export import export_model
+from invivo.training.init import initialize
+from invivo.training.loop import DTYPES, Status, Told, Training, latest
+from invivo.training.prepare import Progress, prepare
+from invivo.training.run_folder import RunFolder
+from invivo.training.same_run import check_same_run
+from invivo.training.sample import continue_tokens
+from invivo.training.shape import shape_of
+from invivo.training.shards import Shards
+from invivo.training.stream import PackedStream
+
+Mode = Literal["auto", "resume", "fresh"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call of :func:`train` ended.
+
+    Attributes:
+        status: ``done``; ``time``: the minutes were over; ``interrupted``: asked to stop.
+        model: folder in the Hub's format.
+        evaluation: the last one's numbers.
+    """
+
+    status: Status
+    step: int
+    steps: int
+    folder: Path
+    model: Path
+    evaluation: dict[str, Any] | None
+
+
+def train(
+    config: TrainConfig,
+    *,
+    runs: Path = Path("runs"),
+    mode: Mode = "auto",
+    minutes: float | None = None,
+    device: torch.device | str = "cpu",
+    stop: Callable[[], bool] = lambda: False,
+    told: Told = lambda line: None,
+    progress: Progress | None = None,
+    command: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Outcome:
+    """Carry out a run, or go on with it.
+
+    Args:
+        runs: home of the run's folder, ``runs / config.name``, and of prepared text, ``.prepared``.
+        mode: ``auto`` goes on where there is a checkpoint and the configuration is the same;
+            ``resume`` must find one, and takes new values for how it is trained (optimizer,
+            schedule, steps, batch); ``fresh`` sets an old run aside as NAME.1 and begins.
+        minutes: stop at a checkpoint before so much time is over.
+        stop: asked between steps.
+        told: gets each line of metrics and samples.
+        progress: of the preparation, a word and a share.
+        command: for the manifest.
+
+    Raises:
+        Conflict: the folder holds a run of another model, of other data, or one that another
+            process is training.
+        NotFound: nothing to resume, or no such source.
+        InvalidRequest, UnsupportedModel: the configuration makes no sense.
+        Diverged, StorageRefused: see :meth:`Training.run`.
+    """
+    deadline = math.inf if minutes is None else clock() + 60 * minutes
+    folder = RunFolder(runs / config.name)
+    with folder.held():
+        shards = prepare(config.data, config.tokenizer, runs / ".prepared", progress=progress)
+        changed = _open(folder, config, shards, mode)
+        training = _build(config, shards, folder, torch.device(device), told, clock)
+        saved = latest(folder)
+        if saved is not None:
+            folder.cut_after(step_of(saved))
+            training.load(read_checkpoint(saved))
+        manifest = _manifest(config, shards, training, folder, command)
+        _note(folder, manifest, "running", training.step)
+        status: Status = "done"
+        try:
+            if saved is None:
+                training.tell({"kind": "event", "event": "started"})
+            elif training.step < training.steps:
+                more = {"changed": changed} if changed else {}
+                training.tell({"kind": "event", "event": "resumed"} | more)
+            if saved is None or training.step < training.steps:
+                status = training.run(stop=stop, deadline=deadline)
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                diverged = isinstance(error, Diverged)
+                _note(folder, manifest, "diverged" if diverged else "failed", training.step)
+            raise
+        try:
+            dtype = DTYPES[config.export.dtype]
+            export_model(training.decoder, shards.tokenizer, dtype, folder.model)
+            _note(folder, manifest, status, training.step)
+        except OSError as error:
+            raise StorageRefused(
+                f"the model could not be written: {error}",
+                field="export",
+                given=str(folder.model),
+                remedy="Make room; the same command then writes it",
+            ) from error
+    measured = [line for line in folder.metrics.read() if line["kind"] == "evaluation"]
+    return Outcome(
+        status=status,
+        step=training.step,
+        steps=training.steps,
+        folder=folder.path,
+        model=folder.model,
+        evaluation=measured[-1] if measured else None,
+    )
+
+
+def _open(
+    folder: RunFolder, config: TrainConfig, shards: Shards, mode: Mode
+) -> dict[str, list[Any]]:
+    """Make the folder ready for the mode; the settings that differ from the run's so far."""
+    if mode == "fresh" and folder.path.exists():
+        folder.set_aside()
+    if mode == "resume" and latest(folder) is None:
+        raise NotFound("there is no checkpoint to go on from", field="run", given=str(folder.path))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if not folder.exists:
+        return {}
+    return check_same_run(
+        folder.manifest(), asdict(config), shards.digest, may_change=mode == "resume"
+    )
+
+
+def _build(
+    config: TrainConfig,
+    shards: Shards,
+    folder: RunFolder,
+    device: torch.device,
+    told: Told,
+    clock: Callable[[], float],
+) -> Training:
+    """Everything as it is before the first step."""
+    data, settings = config.data, config.train
+    shape = shape_of(
+        config.model, length=data.length, vocab_size=shards.vocab_size, end=shards.end_token
+    )
+    stream = PackedStream(
+        shards,
+        length=data.length,
+        batch=settings.batch,
+        seed=config.seed,
+        separate_documents=data.separate_documents,
+    )
+    steps = settings.steps
+    if steps is None:
+        assert settings.epochs is not None
+        rows = settings.epochs * stream.tokens_per_epoch / data.length
+        steps = max(1, round(rows / settings.batch))
+    decoder = Decoder(shape, device=device)
+    initialize(decoder, config.init, config.seed)
+    return Training(
+        config,
+        decoder,
+        stream,
+        folder,
+        steps=steps,
+        continued=_continuing(config, decoder, shards),
+        told=told,
+        clock=clock,
+    )
+
+
+def _continuing(
+    config: TrainConfig, decoder: Decoder, shards: Shards
+) -> Callable[[int], list[tuple[str, str]]] | None:
+    """The function that continues the configuration's prompts at a step."""
+    settings = config.evaluation
+    if not settings.prompts:
+        return None
+    tokenizer = load_tokenizer(shards.tokenizer)
+
+    def continued(step: int) -> list[tuple[str, str]]:
+        texts = []
+        for number, prompt in enumerate(settings.prompts):
+            tokens = continue_tokens(
+                decoder,
+                [shards.end_token, *tokenizer.encode(prompt, add_special_tokens=False)],
+                settings.sample_tokens,
+                temperature=settings.temperature,
+                seed=config.seed + 1000 * step + number,
+                ends=(shards.end_token,),
+                dtype=DTYPES[config.train.precision],
+            )
+            texts.append((prompt, tokenizer.decode(tokens)))
+        return texts
+
+    return continued
+
+
+def _manifest(
+    config: TrainConfig,
+    shards: Shards,
+    training: Training,
+    folder: RunFolder,
+    command: str | None,
+) -> dict[str, Any]:
+    device = training.decoder.embed.device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "name": config.name,
+        "created": folder.manifest()["created"] if folder.exists else time.time(),
+        "steps": training.steps,
+        "parameters": sum(p.numel() for p in training.decoder.parameters()),
+        "config": asdict(config),
+        "data": {"digest": shards.digest, "tokens": shards.tokens, "bytes": shards.bytes},
+        "device": f"{device.type}: {gpu}",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "command": command,
+    }
+
+
+def _note(folder: RunFolder, manifest: Mapping[str, Any], status: str, step: int) -> None:
+    folder.write_manifest({**manifest, "status": status, "step": step})
