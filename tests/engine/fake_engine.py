@@ -1,8 +1,9 @@
 """A scheduler with a model that only remembers: what stands in each cell of the cache.
 
 The cell of token i of a sequence holds the whole prefix that its keys would depend on, so a wrong
-or stale block shows as a wrong prefix. Drawn tokens depend on (sequence, position) alone, as seeded
-sampling does; they become known to the scheduler ``lag`` steps late.
+or stale block shows as a wrong prefix; so does a wrong state of recurrent layers. Drawn tokens
+depend on (sequence, position) alone, as seeded sampling does; they become known to the scheduler
+``lag`` steps late.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class FakeEngine:
         self.lag = lag
         self.plans: deque[Plan] = deque()
         self.cells: dict[int, tuple[object, ...]] = {}
+        self.states: dict[int, object] = {}  # of recurrent layers, by slot
         self.live: dict[str, list[Sequence]] = {}
         self.ended: list[Sequence] = []
         self.computed: dict[Sequence, int] = {}
@@ -142,6 +144,9 @@ class FakeEngine:
     def _launch(self, plan: Plan) -> None:
         size = self.limits.block_size
         prefixes = {}
+        for seq in plan.admitted:
+            self.states[seq.row + 1] = hash(seq.namespace)
+        self._copy_states(plan.restored)
         for span in plan.spans:
             seq = span.seq
             tokens = list(seq.tokens)
@@ -158,6 +163,10 @@ class FakeEngine:
                 assert span.purpose is Purpose.PREFILL
             prefix = hash(seq.namespace)
             prefixes[seq] = [prefix := hash((prefix, token)) for token in tokens]
+            if self.limits.recurrent:
+                before = prefixes[seq][span.start - 1] if span.start else hash(seq.namespace)
+                assert self.states[seq.row + 1] == before, "another prefix's state"
+                self.states[seq.row + 1] = prefixes[seq][span.stop - 1]
             for i in range(span.start, span.stop):
                 cell = seq.blocks[i // size] * size + i % size
                 assert cell >= size, "scratch block used"
@@ -169,6 +178,13 @@ class FakeEngine:
             for i in range(span.stop):
                 cell = span.seq.blocks[i // size] * size + i % size
                 assert self.cells[cell] == prefixes[span.seq][i], "wrong or stale cache content"
+        self._copy_states(plan.saved)
+
+    def _copy_states(self, pairs: list[tuple[int, int]]) -> None:
+        targets = [target for _, target in pairs]
+        assert len(set(targets)) == len(targets), "a slot is written twice"
+        assert all(0 < target < self.limits.n_state_slots for target in targets)
+        self.states |= {target: self.states[source] for source, target in pairs}
 
     def _fold(self, plan: Plan) -> None:
         for span in plan.spans:
@@ -224,6 +240,9 @@ class FakeEngine:
         scheduler = self.scheduler
         assert not scheduler.has_work
         assert scheduler.blocks_used == 0
+        if scheduler.snapshots is not None:
+            named = len(scheduler.snapshots._known) + len(scheduler.snapshots._fresh)
+            assert scheduler.snapshots.n_used == named, "a slot is lost"
         assert sorted(scheduler._free_rows) == list(range(self.limits.max_running))
         assert scheduler._adapter_users == {}
         assert scheduler._live == {}

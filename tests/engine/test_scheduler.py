@@ -359,8 +359,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         max_adapters=st.sampled_from([None, 1, 2]),
         lag=st.integers(0, 2),
+        n_snapshots=st.sampled_from([None, None, 0, 1, 3, 9]),
+        snapshot_tokens=st.integers(1, 7),
     )
-    def start(self, n_blocks, max_running, extra, prefix_cache, max_adapters, lag) -> None:
+    def start(
+        self,
+        n_blocks,
+        max_running,
+        extra,
+        prefix_cache,
+        max_adapters,
+        lag,
+        n_snapshots,
+        snapshot_tokens,
+    ) -> None:
         limits = limits_of(
             n_blocks=n_blocks,
             block_size=3,
@@ -369,6 +381,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_length=40,
             prefix_cache=prefix_cache,
             max_adapters=max_adapters,
+            recurrent=n_snapshots is not None,
+            n_snapshots=n_snapshots or 0,
+            snapshot_tokens=snapshot_tokens,
         )
         self.engine = FakeEngine(limits, lag)
         self.n_added = 0

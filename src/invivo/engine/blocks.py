@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 
+from invivo.engine.snapshots import StateSnapshots
 from invivo.engine.types import Request
 
 Namespace = tuple[tuple[object, ...], ...]
@@ -39,10 +40,16 @@ class PrefixIndex:
     preceding block's entry, or the namespace for a first block. Numbers are never reused and the
     dictionary compares whole keys, so equal hashes of different prefixes cannot be confused: a hit
     is the same namespace and the same tokens from the first one on.
+
+    Args:
+        snapshots: recurrent states kept under the same numbers; they go with their block.
     """
 
-    def __init__(self, n_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, n_blocks: int, block_size: int, snapshots: StateSnapshots | None = None
+    ) -> None:
         self.block_size = block_size
+        self._snapshots = snapshots
         self._entries: dict[tuple[object, tuple[int, ...]], tuple[int, int]] = {}
         self._key_of: list[tuple[object, tuple[int, ...]] | None] = [None] * n_blocks
         self._next_number = 1
@@ -60,18 +67,20 @@ class PrefixIndex:
         namespace: Namespace,
         limit: int,
         mark: tuple[int, object] | None = None,
-    ) -> tuple[list[int], object]:
+    ) -> tuple[list[int], list[object]]:
         """Blocks that hold the longest known prefix of ``tokens[:limit]``, whole blocks only.
 
         Args:
             mark: (block, key): from this block on the content depends on this as well.
 
         Returns:
-            The blocks in order, and the parent under which the next block continues.
+            The blocks in order, and the parents under which what follows after 0, 1, 2, ... of
+            them continues.
         """
         size = self.block_size
         parent: object = namespace
         blocks: list[int] = []
+        parents = [parent]
         for start in range(0, limit - size + 1, size):
             above = marked(parent, len(blocks), mark)
             entry = self._entries.get((above, tuple(tokens[start : start + size])))
@@ -79,7 +88,8 @@ class PrefixIndex:
                 break
             block, parent = entry
             blocks.append(block)
-        return blocks, parent
+            parents.append(parent)
+        return blocks, parents
 
     def insert(self, parent: object, tokens: tuple[int, ...], block: int) -> object:
         """Make ``block`` findable as the continuation of ``parent`` by ``tokens``.
@@ -103,12 +113,16 @@ class PrefixIndex:
         """The block's content is about to be overwritten."""
         key = self._key_of[block]
         if key is not None:
-            del self._entries[key]
+            _, number = self._entries.pop(key)
             self._key_of[block] = None
+            if self._snapshots is not None:
+                self._snapshots.forget(number)
 
     def clear(self) -> None:
         """Forget every block."""
         self._entries.clear()
+        if self._snapshots is not None:
+            self._snapshots.clear()
         self._key_of = [None] * len(self._key_of)
 
 

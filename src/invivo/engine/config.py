@@ -21,6 +21,10 @@ class EngineConfig:
         max_model_len: longest prompt + output; None = the model's.
         max_waiting: sequences that may queue before requests are refused.
         prefix_cache: whether prompts with the same beginning share its computation.
+        snapshot_bytes: of ``kv_bytes``, what copies of recurrent layers' states may take, from
+            which prompts with the same beginning go on; 0 keeps none. None = a quarter of what
+            the states of running sequences leave; all of it where no layer keeps keys and values.
+        snapshot_tokens: tokens that such a copy must spare a prompt beyond the one before it.
         max_adapters: different adapters at once in the device tables; more may be loaded.
         max_lora_rank: largest rank taken.
         memory_fraction: share of a GPU's memory to use.
@@ -44,6 +48,8 @@ class EngineConfig:
     max_model_len: int | None = None
     max_waiting: int = 1024
     prefix_cache: bool = True
+    snapshot_bytes: int | None = None
+    snapshot_tokens: int = 64
     max_adapters: int = 8
     max_lora_rank: int = 64
     memory_fraction: float = 0.9
@@ -64,6 +70,7 @@ class EngineConfig:
             ("max_lora_rank", 1),
             ("max_jobs", 1),
             ("max_capture_bytes", 1),
+            ("snapshot_tokens", 1),
         ):
             _check_whole(name, getattr(self, name), least)
         for name, least in (
@@ -71,6 +78,7 @@ class EngineConfig:
             ("max_running", 1),
             ("kv_bytes", 1),
             ("max_model_len", 2),
+            ("snapshot_bytes", 0),
         ):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), least)

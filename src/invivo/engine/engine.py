@@ -114,6 +114,8 @@ class Engine:
             kv_bytes=c.kv_bytes,
             memory_fraction=c.memory_fraction,
             max_training=c.max_jobs,
+            snapshot_bytes=c.snapshot_bytes,
+            snapshot_tokens=c.snapshot_tokens,
         )
         self.scheduler = Scheduler(limits)
         self.adapters = AdapterStore(

@@ -1,8 +1,9 @@
-"""How many blocks of keys and values fit: from free memory, after weights and a warm-up peak."""
+"""How many blocks and states fit: from free memory, after weights and a warm-up peak."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,10 +14,24 @@ from invivo.models.cache import allocate_kv_cache, bytes_per_block, bytes_per_sl
 from invivo.models.decoder import Decoder
 
 CPU_LIMIT = 2 << 30
+SNAPSHOTS_A_SEQUENCE = 4  # of recurrent states, for each sequence that may run
 GPU_SPARE = 512 << 20  # graphs, adapters' tables and the allocator's waste
 
 
-def kv_blocks(
+@dataclass(frozen=True, slots=True)
+class CacheSizes:
+    """What the cache has room for.
+
+    Attributes:
+        n_blocks: physical blocks, the scratch block included.
+        n_snapshots: copies of recurrent states beside those of running sequences.
+    """
+
+    n_blocks: int
+    n_snapshots: int = 0
+
+
+def cache_sizes(
     decoder: Decoder,
     *,
     block_size: int,
@@ -26,11 +41,12 @@ def kv_blocks(
     kv_bytes: int | None,
     memory_fraction: float,
     max_rows: int,
-) -> int:
-    """Physical blocks of the cache, the scratch block included, beside the states of recurrent
-    layers for ``max_rows`` sequences.
+    snapshot_bytes: int | None = None,
+) -> CacheSizes:
+    """Blocks and snapshots beside the states of recurrent layers for ``max_rows`` sequences.
 
-    Never more than ``max_running`` sequences of ``max_length`` tokens can use.
+    Never more blocks than ``max_running`` sequences of ``max_length`` tokens can use, and never
+    more snapshots than a few for each of them.
     """
     weight = next(decoder.parameters())
     if kv_bytes is None:
@@ -41,11 +57,19 @@ def kv_blocks(
         else:
             kv_bytes = min(CPU_LIMIT, free_memory() // 4)
     per_block = bytes_per_block(decoder.config, block_size=block_size, dtype=weight.dtype)
+    per_slot = bytes_per_slot(decoder.config, dtype=weight.dtype)
     useful = max_running * -(-max_length // block_size)
+    room = max(0, kv_bytes - (1 + max_rows) * per_slot)
+    n_snapshots = 0
+    if per_slot:
+        if snapshot_bytes is None:
+            snapshot_bytes = room // 4 if per_block else room
+        most = SNAPSHOTS_A_SEQUENCE * max_running
+        n_snapshots = min(min(snapshot_bytes, room) // per_slot, most)
+        room -= n_snapshots * per_slot
     if per_block == 0:  # no layer has keys and values
-        return useful + 1
-    states = (1 + max_rows) * bytes_per_slot(decoder.config, dtype=weight.dtype)
-    return min(max(0, kv_bytes - states) // per_block, useful) + 1
+        return CacheSizes(useful + 1, n_snapshots)
+    return CacheSizes(min(room // per_block, useful) + 1, n_snapshots)
 
 
 def room_to_pack(decoder: Decoder) -> bool:
@@ -107,9 +131,11 @@ def limits_of(
     kv_bytes: int | None,
     memory_fraction: float,
     max_training: int = 0,
+    snapshot_bytes: int | None = None,
+    snapshot_tokens: int = 64,
 ) -> Limits:
     """The scheduler's budgets for this decoder on its device."""
-    n_blocks = kv_blocks(
+    sizes = cache_sizes(
         decoder,
         block_size=block_size,
         max_batch_tokens=max_batch_tokens,
@@ -118,9 +144,10 @@ def limits_of(
         kv_bytes=kv_bytes,
         memory_fraction=memory_fraction,
         max_rows=max_running + max_training,
+        snapshot_bytes=snapshot_bytes if prefix_cache else 0,
     )
     return Limits(
-        n_blocks=n_blocks,
+        n_blocks=sizes.n_blocks,
         block_size=block_size,
         max_batch_tokens=max_batch_tokens,
         max_running=max_running,
@@ -128,4 +155,6 @@ def limits_of(
         prefix_cache=prefix_cache,
         max_training=max_training,
         recurrent=bool(decoder.config.recurrent),
+        n_snapshots=sizes.n_snapshots,
+        snapshot_tokens=snapshot_tokens,
     )

@@ -19,6 +19,11 @@ Why every sequence of the best priority ends:
 Training sequences hold memory of the same pool, in rows of their own, and are the first victims:
 whatever a request lacks is taken from them before any request waits or is preempted.
 
+Models with recurrent layers share a prefix where a snapshot of their states lies at its end
+(:mod:`invivo.engine.snapshots`). One is left where an equal prompt could take over most, where a
+prompt parts from one seen before, and every ``snapshot_tokens`` where an iteration ends anyway; of
+a sequence's own output only the newest is kept. A prompt is cut for the first two.
+
 The n continuations of a request need no rule of their own. The first takes the token budget until
 its prompt is computed; only then the others are admitted, and find the prompt's blocks in the
 prefix index.
@@ -32,6 +37,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 from invivo.engine.blocks import BlockPool, PrefixIndex, marked, prefix_namespace
+from invivo.engine.snapshots import StateSnapshots
 from invivo.engine.types import Plan, Purpose, Sequence, Span, Status
 from invivo.errors import InvalidRequest
 
@@ -50,8 +56,10 @@ class Limits:
         max_training: training sequences that hold memory at the same time, in rows of their own
             behind those of the running ones.
         prefix_cache: whether prefixes are shared between sequences.
-        recurrent: the model has layers that carry a state. Blocks alone then hold no prefix, so
-            none is shared.
+        recurrent: the model has layers that carry a state. Blocks alone then hold no prefix: one
+            is shared where there is a snapshot of the states.
+        n_snapshots: snapshots of recurrent states that are kept.
+        snapshot_tokens: tokens that a snapshot must spare beyond the one before.
     """
 
     n_blocks: int
@@ -63,11 +71,21 @@ class Limits:
     max_training: int = 0
     prefix_cache: bool = True
     recurrent: bool = False
+    n_snapshots: int = 0
+    snapshot_tokens: int = 64
+
+    @property
+    def first_snapshot(self) -> int:
+        """The first slot of states behind the scratch slot 0 and one for every row."""
+        return 1 + self.max_running + self.max_training
 
     @property
     def n_state_slots(self) -> int:
-        """One for every row, after the scratch slot 0."""
-        return 1 + self.max_running + self.max_training if self.recurrent else 1
+        return self.first_snapshot + self.n_snapshots if self.recurrent else 1
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return self.prefix_cache and (not self.recurrent or self.n_snapshots > 0)
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens <= self.max_running:
@@ -105,7 +123,10 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.index = PrefixIndex(limits.n_blocks, limits.block_size)
+        self.snapshots: StateSnapshots | None = None
+        if limits.recurrent and limits.shares_prefixes:
+            self.snapshots = StateSnapshots(limits.first_snapshot, limits.n_snapshots)
+        self.index = PrefixIndex(limits.n_blocks, limits.block_size, self.snapshots)
         self.pool = BlockPool(limits.n_blocks, self.index)
         # The last token of a sequence is never fed back, so it needs no place in the cache.
         self.max_length = min(limits.max_length, self.pool.n_total * limits.block_size + 1)
@@ -172,6 +193,8 @@ class Scheduler:
             None when nothing can run: idle, or everything waits for a token still in flight.
         """
         plan = Plan(spans=[])
+        if self.snapshots is not None:
+            self.snapshots.settle()
         prefills = self._plan_decodes(plan)
         budget = self.limits.max_batch_tokens - len(plan.spans)
         chunks, budget = self._plan_prefills(plan, prefills, budget)
@@ -235,6 +258,7 @@ class Scheduler:
         self.pool.forget_all()
         for seq in self.running:
             seq.prefix_parent = None  # its own blocks are good, but the chain is gone
+            self._drop_unnamed(seq)
         for span in plan.spans:
             if span.samples:
                 span.seq.n_pending -= 1
@@ -319,7 +343,7 @@ class Scheduler:
 
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:
         """Spans of one token for all that lack one; returns those that lack more, in order."""
-        block_size = self.limits.block_size
+        block_size, snapshots = self.limits.block_size, self.snapshots
         spans = plan.spans
         prefills: list[Sequence] = []
         # Preemption takes from the end of the list: the sequence at hand or one behind it, never
@@ -344,6 +368,8 @@ class Scheduler:
                 spans.append(Span(seq, start, start + 1, purpose, True))
             else:
                 spans.append(Span(seq, start, start + 1, Purpose.SCORE, False))
+            if snapshots is not None and (start + 1) % block_size == 0:
+                self._leave_snapshot(plan, seq)
         return prefills
 
     def _plan_prefills(
@@ -418,11 +444,17 @@ class Scheduler:
         size = self.limits.block_size
         n_tokens = len(seq.tokens)
         shared: list[int] = []
-        parent: object = None
+        parents: list[object] = [None]
         readable = 0
-        if self.limits.prefix_cache and not self.limits.recurrent:
+        if self.limits.shares_prefixes:
             readable = _readable(seq)
-            shared, parent = self.index.match(seq.tokens, seq.namespace, readable, self._mark(seq))
+            shared, parents = self.index.match(seq.tokens, seq.namespace, readable, self._mark(seq))
+            if self.snapshots is not None:
+                n_seen = len(shared)
+                n_shared, seq.snapshot = self.snapshots.longest(parents)
+                shared, parents = shared[:n_shared], parents[: n_shared + 1]
+                seq.snapshot_at = n_shared * size
+                seq.snapshot_cuts = self._cuts(seq, n_seen * size, readable // size * size)
         n_new = -(-n_tokens // size) - len(shared)
         n_revived = sum(1 for block in shared if pool.is_free(block))
         # Some blocks stay free for the decodes that run: without, a newcomer is preempted at once.
@@ -437,7 +469,7 @@ class Scheduler:
         n_growth = -(-(seq.limit - 1) // size) - len(shared)
         seq.blocks = shared + pool.allocate(n_new, after=shared[-1] if shared else 0, room=n_growth)
         seq.n_computed = len(shared) * size
-        seq.n_indexed, seq.prefix_parent = len(shared), parent
+        seq.n_indexed, seq.prefix_parent = len(shared), parents[-1]
         if readable and seq.n_preempted == 0:
             seq.n_cached = seq.n_computed
             self.prefix_queries += seq.n_prompt
@@ -452,6 +484,9 @@ class Scheduler:
         if seq.adapter_slot:
             self._adapter_users[seq.adapter_slot] = self._adapter_users.get(seq.adapter_slot, 0) + 1
         plan.admitted.append(seq)
+        if seq.snapshot >= 0:
+            plan.restored.append((seq.snapshot, seq.row + 1))
+            seq.snapshot = -1
 
     def _stop_running(self, seq: Sequence) -> None:
         """Take row, blocks and adapter place from a running sequence."""
@@ -459,6 +494,7 @@ class Scheduler:
         self.pool.release(seq.blocks)
         seq.blocks = []
         seq.n_indexed, seq.prefix_parent = 0, None
+        self._drop_unnamed(seq)
         self._free_rows.append(seq.row)
         seq.row = -1
         if seq.adapter_slot:
@@ -471,6 +507,8 @@ class Scheduler:
         start = seq.n_computed
         n_tokens = len(seq.tokens)
         stop = min(n_tokens, start + budget)
+        if self.snapshots is not None:
+            stop = self._cut(seq, start, stop)
         if seq.request.kind == "generate":
             samples = stop == n_tokens
             # After a preemption everything but the last output token may come from the cache.
@@ -482,6 +520,8 @@ class Scheduler:
         (plan.spans if stop - start == 1 else chunks).append(span)
         seq.n_computed = stop
         self._index_blocks(seq)
+        if self.snapshots is not None and stop % self.limits.block_size == 0:
+            self._leave_snapshot(plan, seq)
         return stop - start
 
     def _grow(self, seq: Sequence, plan: Plan) -> bool:
@@ -536,6 +576,73 @@ class Scheduler:
                 seq.blocks[seq.n_indexed],
             )
             seq.n_indexed += 1
+            if seq.unnamed and seq.unnamed[0][0] == seq.n_indexed * size:
+                self._name_snapshot(seq, seq.unnamed.pop(0)[1])
+
+    # Snapshots of recurrent states.
+
+    def _cuts(self, seq: Sequence, *ends: int) -> tuple[int, ...]:
+        """Those of ``ends`` (tokens) that spare enough beyond the snapshot before."""
+        cuts: list[int] = []
+        before = seq.snapshot_at
+        for end in sorted(ends):
+            if end - before >= self.limits.snapshot_tokens:
+                cuts.append(end)
+                before = end
+        return tuple(cuts)
+
+    def _cut(self, seq: Sequence, start: int, stop: int) -> int:
+        """Where a chunk [start, stop) ends, so that a snapshot can be left behind."""
+        for cut in seq.snapshot_cuts:
+            if start < cut <= stop:
+                return cut
+        aligned = stop - stop % self.limits.block_size
+        if stop < len(seq.tokens) and aligned > start and self._is_worth(seq, aligned):
+            return aligned
+        return stop
+
+    def _is_worth(self, seq: Sequence, at: int) -> bool:
+        """Whether somebody could find a snapshot after ``at`` tokens, and be spared enough."""
+        if seq.prefix_parent is None:
+            return False
+        if seq.changes is None and seq.shareable is not None and at > seq.shareable:
+            return False
+        return at in seq.snapshot_cuts or at - seq.snapshot_at >= self.limits.snapshot_tokens
+
+    def _leave_snapshot(self, plan: Plan, seq: Sequence) -> None:
+        """Have the states copied that this plan leaves behind, if that is worth it."""
+        snapshots, at = self.snapshots, seq.n_computed
+        assert snapshots is not None
+        if not self._is_worth(seq, at):
+            return
+        named = seq.n_indexed * self.limits.block_size == at
+        if named and snapshots.has(seq.prefix_parent):
+            seq.snapshot_at = at
+            return
+        slot = snapshots.take()
+        if slot is None:
+            return
+        plan.saved.append((seq.row + 1, slot))
+        seq.snapshot_at = at
+        if named:
+            self._name_snapshot(seq, slot)
+        else:
+            seq.unnamed.append((at, slot))
+
+    def _name_snapshot(self, seq: Sequence, slot: int) -> None:
+        """The snapshot in ``slot`` is that after the blocks of ``seq`` that are indexed."""
+        snapshots, number = self.snapshots, seq.prefix_parent
+        assert snapshots is not None
+        new = snapshots.name(number, slot)
+        if new and seq.n_indexed * self.limits.block_size > seq.n_prompt:
+            snapshots.forget(seq.last_written)
+            seq.last_written = number
+
+    def _drop_unnamed(self, seq: Sequence) -> None:
+        if self.snapshots is not None:
+            for _, slot in seq.unnamed:
+                self.snapshots.give_back(slot)
+            seq.unnamed.clear()
 
 
 def _readable(seq: Sequence) -> int:

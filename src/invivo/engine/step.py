@@ -120,6 +120,7 @@ class Stepper:
         started, begun = time.perf_counter(), self._mark()
         cache, plan = self._cache, batch.plan
         cache.clear_states([seq.row + 1 for seq in (*plan.admitted, *plan.held)])
+        cache.copy_states(plan.restored)
         # A step that fails with training on board is repeated without. Keys are then written again,
         # but states would move on twice.
         slots = [span.seq.row + 1 for span in plan.spans]
@@ -129,6 +130,7 @@ class Stepper:
         except Exception:
             cache.put_states(slots, states)
             raise
+        cache.copy_states(plan.saved)
         tokens = torch.empty(0, dtype=torch.int64)
         logprobs, logprob_rows = None, []
         if logits is not None:

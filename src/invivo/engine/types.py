@@ -200,7 +200,6 @@ class Sequence:
             planning the next step and folding that one).
         blocks: physical cache blocks, in order.
         row: slot of the running sequence in persistent per-sequence tables, -1 when not running.
-        state_slot: slot of recurrent state (reserved), -1 = none.
         adapter_slot, adapter_version: device slot and version of the adapter, 0 = base model.
         position_offset: added to the positions that rotary embeddings see (LongRoPE models).
         needs_host_token: the next step needs the last token's value on the host (grammar), so the
@@ -216,6 +215,11 @@ class Sequence:
         recomputed_from: from this token on nothing comes from the prefix cache; None: no such.
         n_indexed, prefix_parent: leading blocks that the prefix index knows, and the key under
             which the next one continues that chain.
+        snapshot: slot of the recurrent state with which it starts, -1 = nothing.
+        snapshot_at: tokens before the last snapshot that it started from or left behind.
+        snapshot_cuts: ends of blocks at which its prompt is cut, to leave one behind.
+        unnamed: (tokens, slot) of snapshots that it left where the last token was not yet known.
+        last_written: number of the newest snapshot amid its own output.
         n_cached: prompt tokens found in the prefix cache when first admitted.
         n_preempted: how often the sequence lost its memory and was recomputed.
     """
@@ -229,7 +233,6 @@ class Sequence:
     n_pending: int = 0
     blocks: list[int] = field(default_factory=list)
     row: int = -1
-    state_slot: int = -1
     adapter_slot: int = 0
     adapter_version: int = 0
     position_offset: int = 0
@@ -243,6 +246,11 @@ class Sequence:
     rank: tuple[int, float, int] = (0, 0.0, 0)
     n_indexed: int = 0
     prefix_parent: object = None
+    snapshot: int = -1
+    snapshot_at: int = 0
+    snapshot_cuts: tuple[int, ...] = ()
+    unnamed: list[tuple[int, int]] = field(default_factory=list)
+    last_written: object = None
     status: Status = Status.WAITING
     n_cached: int = 0
     n_preempted: int = 0
@@ -300,6 +308,8 @@ class Plan:
         held: training sequences that got memory with this plan: their micro-step begins, anew if
             it was under way.
         reclaimed: training sequences whose memory inference took back.
+        restored: (from, to) slots of recurrent states copied before the flat batch.
+        saved: (from, to) slots of those copied after it.
         closing: jobs whose optimizer step is ended before the flat batch.
     """
 
@@ -310,6 +320,8 @@ class Plan:
     preempted: list[Sequence] = field(default_factory=list)
     held: list[Sequence] = field(default_factory=list)
     reclaimed: list[Sequence] = field(default_factory=list)
+    restored: list[tuple[int, int]] = field(default_factory=list)
+    saved: list[tuple[int, int]] = field(default_factory=list)
     closing: list[str] = field(default_factory=list)
     n_tokens: int = 0
     n_decode: int = 0  # leading spans of one token

@@ -57,13 +57,14 @@ class KVCache:
                 memory[:, slots] = 0.0
 
     def copy_states(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy states from the first to the second slot of each pair, all at once."""
-        if not pairs:
-            return
-        sources, targets = ([pair[i] for pair in pairs] for i in (0, 1))
+        """Copy states from the first to the second slot of each pair; no slot is both.
+
+        One by one: there are few, and a list of indices would have to be sent to the device.
+        """
         for memory in (self.states, self.tails):
             if memory is not None:
-                memory[:, targets] = memory[:, sources]
+                for source, target in pairs:
+                    memory[:, target].copy_(memory[:, source])
 
     def states_at(self, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A copy of what these slots hold, for :meth:`put_states`; None without states."""
