@@ -16,6 +16,9 @@ def why_not_carried(request: Request, config: ModelConfig) -> str | None:
     assert request.intervention is not None
     if config.recurrent:
         return "the model has recurrent layers"
+    if request.intervention.resolved.program.numerics == "exact":
+        # Matrix products choose their tiles by the number of rows in the batch.
+        return 'its numerics are "exact", and rows of one batch round together'
     rows = request.intervention.resolved.rows
     seen: set[int] = set()
     for row in rows:
