@@ -92,7 +92,8 @@ class Training:
         self._read_at = 0.0
         self._read_tokens = 0
         self._slowest = 0.0  # seconds of a round: a step with what followed it
-        self._slowest_save = 0.0
+        n_bytes = sum(3 * p.numel() * p.element_size() for p in self._parameters.values())
+        self._slowest_save = 1 + n_bytes / 200e6  # until one has been measured
 
     # Going on
 
