@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.training.small_run import GLA, LLAMA, curve, small
+from tests.waiting import PATIENCE, wait_for
 
 import invivo
 from invivo.errors import Conflict, Diverged, InvalidRequest, NotFound, StorageRefused
@@ -25,8 +27,6 @@ from invivo.training.config import TrainConfig
 from invivo.training.forward import dense_forward
 from invivo.training.run import Outcome, train
 from invivo.training.run_folder import RunFolder
-from tests.training.small_run import GLA, LLAMA, curve, small, written
-from tests.waiting import PATIENCE, wait_for
 
 WORKER = Path(__file__).with_name("train_worker.py")
 
@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_is_never_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "dense_loss", poisoned)
-        with pytest.raises(Diverged, match="the loss is nan at step 7.*rows 24") as error:
+        with pytest.raises(Diverged, match=r"the loss is nan at step 7.*rows 24") as error:
             train(config, runs=tmp_path / "runs")
     assert "step-00000005 is the last good checkpoint" in str(error.value)
     folder = RunFolder(tmp_path / "runs" / "small")
@@ -325,9 +325,7 @@ def test_samples_are_the_same_every_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", [LLAMA, GLA])
-def test_the_engine_says_what_the_training_pass_finds_likeliest(
-    tmp_path: Path, model: str
-) -> None:
+def test_the_engine_says_what_the_training_pass_finds_likeliest(tmp_path: Path, model: str) -> None:
     config = small(tmp_path, "train.steps=40", "data.length=64", model=model)
     outcome = train(config, runs=tmp_path)
     loaded = load_model(str(outcome.model))
