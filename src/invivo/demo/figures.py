@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import re
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from invivo.demo.report import Findings, kept
-from invivo.errors import MissingDependency
+from invivo.html_page import INK, drawn, panels
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#010203"  # stands for the page's text colour
 COLOURS = {
     "decode": "#12a594",
     "prefill": "#6a7ff0",
@@ -40,35 +37,15 @@ def figures(findings: Findings) -> dict[str, str]:
     Raises:
         MissingDependency: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingDependency(
-            "figures need matplotlib", remedy="pip install 'invivo[study]'"
-        ) from error
-    style: Any = {
-        "text.color": INK,
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 11,
+    return {
+        draw.__name__: drawn(partial(draw, findings), draw.__name__)
+        for draw in (loss, tokens, latency)
     }
-    made = {}
-    for draw in (loss, tokens, latency):
-        style["svg.hashsalt"] = draw.__name__
-        with matplotlib.rc_context(style):
-            made[draw.__name__] = _svg(draw(findings))
-    return made
 
 
 def loss(findings: Findings) -> Figure:
     """Of every step, smoothed, and of what is held out."""
-    figure, (axes,) = _panels(1, (9, 3.6))
+    figure, (axes,) = panels(1, (9, 3.6))
     job = findings.learning.job
     assert job is not None
     points = [(i + 1, value) for i, value in enumerate(job.losses) if value is not None]
@@ -96,7 +73,7 @@ def loss(findings: Findings) -> Figure:
 
 def tokens(findings: Findings) -> Figure:
     """By purpose and second, stacked, over the whole demo."""
-    figure, (axes,) = _panels(1, (9, 3.6))
+    figure, (axes,) = panels(1, (9, 3.6))
     seconds = np.asarray(findings.tokens["seconds"], dtype=float)
     n = len(seconds) // STEP * STEP
     start = seconds[0] if len(seconds) else 0.0
@@ -130,12 +107,12 @@ def tokens(findings: Findings) -> Figure:
 
 def latency(findings: Findings) -> Figure:
     """Which share of the streams waited no longer than so long, both phases, and the objective."""
-    figure, panels = _panels(2, (9, 3.4))
+    figure, both = panels(2, (9, 3.4))
     names = (
         ("ttft", "time to the first token (s)", 1.0),
         ("tpot", "time per later token (ms)", 1e3),
     )
-    for axes, (name, label, unit) in zip(panels, names, strict=True):
+    for axes, (name, label, unit) in zip(both, names, strict=True):
         for colour, phase in zip(PHASES, findings.phases, strict=True):
             values = np.sort(getattr(kept(phase, findings.slo), name)) * unit
             share = np.arange(1, len(values) + 1) / max(1, len(values))
@@ -147,15 +124,8 @@ def latency(findings: Findings) -> Figure:
         axes.set(xlabel=label, ylabel="streams (%)", ylim=(0, 103))
         axes.set_xlim(left=0)
         axes.grid(alpha=0.15, color=INK)
-    panels[1].legend(frameon=False, loc="lower right")
+    both[1].legend(frameon=False, loc="lower right")
     return figure
-
-
-def _panels(n: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, n)))
 
 
 def _smoothed(values: tuple[float, ...], memory: float = 0.85) -> list[float]:
@@ -165,12 +135,3 @@ def _smoothed(values: tuple[float, ...], memory: float = 0.85) -> list[float]:
         total, weight = memory * total + value, memory * weight + 1
         out.append(total / weight)
     return out
-
-
-def _svg(figure: Figure) -> str:
-    """Without the XML head, so that it can stand within a page."""
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    text = drawn.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from rich.table import Table
@@ -20,6 +19,8 @@ from invivo.demo.report import (
     purpose_table,
     throughput_table,
 )
+from invivo.html_page import facts, heading, paragraph, section, table
+from invivo.html_page import page as html_page
 
 
 def write_report(findings: Findings, path: Path) -> Path:
@@ -35,7 +36,6 @@ def write_report(findings: Findings, path: Path) -> Path:
 
 def page(findings: Findings) -> str:
     drawn = figures(findings)
-    style = (files("invivo.demo") / "report.css").read_text(encoding="utf-8")
     learning, slo = findings.learning, findings.slo
     model = findings.model
     alone, tuned = findings.phases
@@ -45,7 +45,7 @@ def page(findings: Findings) -> str:
     )
     first, last = learning.held_out[0][1], learning.held_out[-1][1]
     share = kept(tuned, slo).share
-    facts = (
+    numbers = (
         (f"{first:.2f} → {last:.2f}", "loss on dialogues that were held out"),
         (f"{tuned.rate('train'):.0f} tokens/s", "learned beside the requests"),
         ("–" if share is None else f"{share:.0%}", "of the streams kept the objective meanwhile"),
@@ -61,22 +61,23 @@ def page(findings: Findings) -> str:
         f"every {slo['tpot_ms']:g} ms. Training takes what that leaves over."
     )
     parts = [
-        f"<h1>Serving and learning at once</h1><p>{escape(intro)}</p>",
-        '<div class="facts">'
-        + "".join(f"<div><b>{escape(a)}</b>{escape(b)}</div>" for a, b in facts)
-        + "</div>",
-        _section("Before and after", _answers(learning.before, learning.after)),
-        _section(
+        heading("Serving and learning at once", intro),
+        facts(numbers),
+        section("Before and after", _answers(learning.before, learning.after)),
+        section(
             "Learning",
             drawn["loss"],
             _html(learning_table(findings)),
-            f'<p class="muted">LoRA, {escape(settings)}. Held-out loss is what the same server '
-            "says when it scores the answers.</p>",
+            paragraph(
+                f"LoRA, {settings}. Held-out loss is what the same server says when it scores "
+                "the answers.",
+                muted=True,
+            ),
         ),
-        _section("What the engine did", drawn["tokens"], _html(throughput_table([alone, tuned]))),
-        _section(
+        section("What the engine did", drawn["tokens"], _html(throughput_table([alone, tuned]))),
+        section(
             "What the clients saw",
-            f'<p class="muted">{escape(objective)}</p>',
+            paragraph(objective, muted=True),
             drawn["latency"],
             *(
                 _html(t)
@@ -84,17 +85,7 @@ def page(findings: Findings) -> str:
             ),
         ),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>invivo: serving and learning at once</title><style>{style}</style></head>\n"
-        f"<body>\n{chr(10).join(parts)}\n</body></html>\n"
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    inside = "\n".join(f'<div class="wide">{part}</div>' for part in parts)
-    return f"<section><h2>{escape(title)}</h2>\n{inside}\n</section>"
+    return html_page("invivo: serving and learning at once", parts)
 
 
 def _answers(before: Sequence[str], after: Sequence[str]) -> str:
@@ -107,19 +98,16 @@ def _answers(before: Sequence[str], after: Sequence[str]) -> str:
     return f'<table class="answers">{head}<tbody>{rows}</tbody></table>'
 
 
-def _html(table: Table) -> str:
+def _html(shown: Table) -> str:
     """A table that is printed to the terminal too."""
-    head = _row("th", (column.header for column in table.columns))
-    cells = zip(*(list(column.cells) for column in table.columns), strict=True)
-    body = "".join(_row("td", row) for row in cells)
-    below = f'<p class="muted">{escape(str(table.caption))}</p>' if table.caption else ""
-    title = escape(str(table.title))
-    return (
-        f"<table><caption>{title}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
-        + below
+    cells = zip(*(list(column.cells) for column in shown.columns), strict=True)
+    return table(
+        str(shown.title),
+        [str(column.header) for column in shown.columns],
+        [[_text(cell) for cell in row] for row in cells],
+        note=str(shown.caption or ""),
     )
 
 
-def _row(tag: str, cells: Iterable[object]) -> str:
-    texts = (cell.plain if isinstance(cell, Text) else str(cell) for cell in cells)
-    return "<tr>" + "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts) + "</tr>"
+def _text(cell: object) -> str:
+    return cell.plain if isinstance(cell, Text) else str(cell)
