@@ -40,12 +40,27 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """Sizes of made-up recall rows; see :mod:`invivo.training.recall`.
+
+    Attributes:
+        pairs: numbers of pairs that a row may have.
+        keys, values: how many different ones there are.
+    """
+
+    pairs: tuple[int, ...] = (4, 8, 16, 32)
+    keys: int = 128
+    values: int = 128
+
+
+@dataclass(frozen=True, slots=True)
 class Data:
     """Texts and how they become rows.
 
     Attributes:
         sources: at least one; empty for ``recall``.
         kind: ``text``, or ``recall``: made-up rows of key-value pairs and questions about them.
+        recall: sizes of the latter.
         length: tokens of a row, which is what the model sees at once.
         valid_fraction: share of the documents that is held out, by a hash of their text, where
             a source does not say itself which are.
@@ -55,6 +70,7 @@ class Data:
 
     sources: tuple[Source, ...] = ()
     kind: Literal["text", "recall"] = "text"
+    recall: Recall = field(default_factory=Recall)
     length: int = 1024
     valid_fraction: float = 0.02
     separate_documents: bool = False

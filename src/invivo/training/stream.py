@@ -8,6 +8,7 @@ row, so that a position is one number and nothing grows with the corpus.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,19 +115,15 @@ class PackedStream:
 
     def rows(self, numbers: range) -> Batch:
         """These rows of the run, counted over epochs and processes."""
-        tokens = np.empty((len(numbers), self._length + 1), np.int64)
-        labels = np.empty((len(numbers), self._length), np.int64)
-        for i, number in enumerate(numbers):
+        places = []
+        for number in numbers:
             epoch, place = divmod(number, self.rows_per_epoch)
-            row = shuffled(place, self.rows_per_epoch, self._seed, epoch)
+            row = shuffled(place, self.rows_per_epoch, self._seed, epoch) * self._length
             begin = mixed(self._seed, epoch) % self.tokens_per_epoch
-            at = row * self._length
-            tokens[i] = self._shards.read(self._split, begin + at, self._length + 1)
-            labels[i] = tokens[i, 1:]
-            labels[i, max(0, self.tokens_per_epoch - at) :] = NO_LABEL
-        inputs = torch.from_numpy(tokens[:, :-1].copy())
-        starts = inputs == self._shards.opening if self._separate else None
-        return Batch(inputs, torch.from_numpy(labels), starts)
+            places.append((begin + row, self.tokens_per_epoch - row))
+        return read_rows(
+            self._shards, self._split, places, self._length, separate_documents=self._separate
+        )
 
     def state(self) -> dict[str, Any]:
         return {
@@ -152,6 +149,30 @@ class PackedStream:
                     remedy="Resume with the same data, seed and length, or start afresh",
                 )
         self._rows = int(state["rows"])
+
+
+def read_rows(
+    shards: Shards,
+    split: str,
+    places: Sequence[tuple[int, int]],
+    length: int,
+    *,
+    separate_documents: bool = False,
+) -> Batch:
+    """Rows of a ring.
+
+    Args:
+        places: of each row its first token, and how many of its tokens have a label.
+    """
+    tokens = np.empty((len(places), length + 1), np.int64)
+    for row, (start, _) in zip(tokens, places, strict=True):
+        row[:] = shards.read(split, start, length + 1)
+    labels = tokens[:, 1:].copy()
+    for row, (_, labelled) in zip(labels, places, strict=True):
+        row[max(0, labelled) :] = NO_LABEL
+    inputs = torch.from_numpy(tokens[:, :-1].copy())
+    starts = inputs == shards.opening if separate_documents else None
+    return Batch(inputs, torch.from_numpy(labels), starts)
 
 
 def mixed(*numbers: int) -> int:
