@@ -11,7 +11,7 @@ from tests.models.gla_models import SHAPES, memory_of, spans_layout, tiny_decode
 from tests.models.pages import logits_of
 from tests.tiny import FAMILIES, tiny_loaded
 
-from invivo.kernels import gla as gla_kernels
+from invivo.kernels.gla import gla_reference
 from invivo.models.decoder import Decoder
 from invivo.training import forward
 from invivo.training.forward import dense_forward
@@ -94,12 +94,11 @@ def test_gradients_of_chunks_are_those_of_the_recurrence(
     starts = document_starts() if separate else None
     by_chunks = gradients(decoder, tokens, starts)
 
-    def row_by_row(*tensors: torch.Tensor, tau: float, **options: object) -> object:
-        q, k, v, logits = tensors
-        options.pop("span_start_device")
-        return gla_kernels.gla_reference(q, k, v, gla_kernels.log_gates(logits, tau), **options)
+    def row_by_row(*tensors: torch.Tensor | float) -> torch.Tensor:
+        q, k, v, g, span_start, scale = tensors
+        return gla_reference(q, k, v, g, span_start=span_start.tolist(), scale=scale)[0]
 
-    monkeypatch.setattr(forward, "gla_from_logits", row_by_row)
+    monkeypatch.setattr(forward, "gla_chunked_op", row_by_row)
     for name, wanted in gradients(decoder, tokens, starts).items():
         torch.testing.assert_close(by_chunks[name], wanted, rtol=1e-8, atol=1e-10, msg=name)
 

@@ -160,44 +160,71 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(q, k, v, g, initial_state)
         ctx.span_start, ctx.scale = span_start, scale
-        chunks = _cut(span_start, q.device)
-        p = _parts(chunks, q, k, v, g, initial_state, scale)
-        o = (p.q * p.down) @ p.states
-        o += pairs(p.q, p.k, p.g) @ p.v
-        return chunks.scatter(o, v), p.final
+        return chunked_forward(q, k, v, g, initial_state, span_start, scale)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, d_o: torch.Tensor, d_final: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, g, initial_state = ctx.saved_tensors
-        chunks = _cut(ctx.span_start, q.device)
-        p = _parts(chunks, q, k, v, g, initial_state, ctx.scale)
-        d_o = chunks.gather(d_o, initial_state.dtype)
+        q, k, v, g, state = ctx.saved_tensors
+        grads = chunked_backward(d_o, d_final, q, k, v, g, state, ctx.span_start, ctx.scale)
+        return *grads, None, None
 
-        d_states = (p.q * p.down).transpose(-1, -2) @ d_o  # of its reads, then at each chunk's end
-        d_initial = d_final.clone()
-        for spans, at in reversed(chunks.steps):
-            leaving = d_initial[spans]
-            d_initial[spans] = torch.addcmul(d_states[at], p.through[at].unsqueeze(-1), leaving)
-            d_states[at] = leaving
 
-        later = torch.ones(d_o.shape[-2], d_o.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-        d_pairs = (d_o @ p.v.transpose(-1, -2)).masked_fill_(later, 0.0)
-        dq, dk = pairs_backward(d_pairs, p.q, p.k, p.g)
-        dq += p.down * (d_o @ p.states.transpose(-1, -2))
-        dk_state = p.after * (p.v @ d_states.transpose(-1, -2))
-        dk += dk_state
-        dv = pairs(p.q, p.k, p.g).transpose(-1, -2) @ d_o + (p.k * p.after) @ d_states
-        carry = p.through * (p.states * d_states).sum(-1) + (p.k * dk_state).sum(-2)
-        dg = (p.q * dq - p.k * dk).flip(-2).cumsum(-2).flip(-2) + carry.unsqueeze(-2)
-        return (
-            chunks.scatter(dq * ctx.scale, q),
-            chunks.scatter(dk, k),
-            chunks.scatter(dv, v),
-            chunks.scatter(dg, g),
-            d_initial,
-            None,
-            None,
-        )
+def chunked_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    initial_state: torch.Tensor,
+    span_start: tuple[int, ...],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`chunked` without autograd."""
+    chunks = _cut(span_start, q.device)
+    p = _parts(chunks, q, k, v, g, initial_state, scale)
+    o = (p.q * p.down) @ p.states
+    o += pairs(p.q, p.k, p.g) @ p.v
+    return chunks.scatter(o, v), p.final
+
+
+def chunked_backward(
+    d_o: torch.Tensor,
+    d_final: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    initial_state: torch.Tensor,
+    span_start: tuple[int, ...],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, g and the initial state."""
+    chunks = _cut(span_start, q.device)
+    p = _parts(chunks, q, k, v, g, initial_state, scale)
+    d_o = chunks.gather(d_o, initial_state.dtype)
+
+    d_states = (p.q * p.down).transpose(-1, -2) @ d_o  # of its reads, then at each chunk's end
+    d_initial = d_final.clone()
+    for spans, at in reversed(chunks.steps):
+        leaving = d_initial[spans]
+        d_initial[spans] = torch.addcmul(d_states[at], p.through[at].unsqueeze(-1), leaving)
+        d_states[at] = leaving
+
+    later = torch.ones(d_o.shape[-2], d_o.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+    d_pairs = (d_o @ p.v.transpose(-1, -2)).masked_fill_(later, 0.0)
+    dq, dk = pairs_backward(d_pairs, p.q, p.k, p.g)
+    dq += p.down * (d_o @ p.states.transpose(-1, -2))
+    dk_state = p.after * (p.v @ d_states.transpose(-1, -2))
+    dk += dk_state
+    dv = pairs(p.q, p.k, p.g).transpose(-1, -2) @ d_o + (p.k * p.after) @ d_states
+    carry = p.through * (p.states * d_states).sum(-1) + (p.k * dk_state).sum(-2)
+    dg = (p.q * dq - p.k * dk).flip(-2).cumsum(-2).flip(-2) + carry.unsqueeze(-2)
+    return (
+        chunks.scatter(dq * scale, q),
+        chunks.scatter(dk, k),
+        chunks.scatter(dv, v),
+        chunks.scatter(dg, g),
+        d_initial,
+    )

@@ -7,22 +7,24 @@ states' dtype where they are used: float32 parameters then get float32 gradients
 products.
 
 Gated linear attention begins every text, or every document of it, with a state of zeros and runs
-by chunks (:func:`invivo.kernels.gla.gla_from_logits`).
+by chunks, as one operator on every device.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from invivo.kernels.activation import activation, gated_activation_reference
-from invivo.kernels.gla import gla_from_logits
+from invivo.kernels.gla import log_gates
+from invivo.kernels.gla_chunked_op import gla_chunked_op
 from invivo.kernels.norm import layer_norm, rms_norm_reference
 from invivo.kernels.rotary import apply_rotary_reference, rotary_rows
-from invivo.models.config import LayerConfig
 from invivo.models.decoder import Decoder, Layer
 from invivo.models.feedforward.mlp import MLP
 from invivo.models.mixers.attention import Attention
@@ -34,6 +36,14 @@ Table = tuple[torch.Tensor, torch.Tensor]
 Recompute = Literal["none", "layer"]
 
 
+class RunLayer(Protocol):
+    """One layer over texts: x [B, T, d] -> [B, T, d], by its rows of the rotary tables."""
+
+    def __call__(
+        self, x: torch.Tensor, rope: Table | None, mask: torch.Tensor | None, texts: Texts
+    ) -> torch.Tensor: ...
+
+
 def dense_forward(
     decoder: Decoder,
     tokens: torch.Tensor,
@@ -41,6 +51,7 @@ def dense_forward(
     starts: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     recompute: Recompute = "none",
+    layers: Sequence[RunLayer] | None = None,
 ) -> torch.Tensor:
     """Normalised final states of texts that begin at position 0.
 
@@ -52,72 +63,64 @@ def dense_forward(
         dtype: of states and products; None: the parameters'.
         recompute: ``layer`` keeps only the layers' inputs for the backward pass, which computes
             each layer again.
+        layers: how each layer is run, where it is not plainly :func:`run_layer`.
 
     Returns:
         [B, T, d], what ``Decoder.forward`` returns for each text (or document) alone.
     """
     texts = lay_out(decoder.config, tokens.shape, tokens.device, starts)
-    x = embedded(decoder, tokens, texts, dtype)
-    ropes: dict[int | None, Table | None] = {}
-    for i, (layer, kind) in enumerate(zip(decoder.layers, decoder.config.layers, strict=True)):
-        assert isinstance(layer, Layer)
-        if kind.rope not in ropes:
-            ropes[kind.rope] = rope_rows(decoder, i, texts)
-        x = run_layer(layer, x, ropes[kind.rope], kind, texts, recompute)
-    return norm(decoder.final_norm, x)
-
-
-def embedded(
-    decoder: Decoder, tokens: torch.Tensor, texts: Texts, dtype: torch.dtype | None
-) -> torch.Tensor:
-    """The first residual stream [B, T, d]."""
     x = decoder.embedded(tokens.flatten(), texts.positions).to(dtype or decoder.embed.dtype)
-    return x.view(*tokens.shape, -1)
+    x = x.view(*tokens.shape, -1)
+    layers = plain_layers(decoder, recompute) if layers is None else layers
+    ropes: dict[int | None, Table | None] = {}
+    for i, (run, kind) in enumerate(zip(layers, decoder.config.layers, strict=True)):
+        if kind.rope not in ropes:
+            table = decoder.rope_of(i)
+            ropes[kind.rope] = None if table is None else rotary_rows(*table, texts.positions)
+        mask = texts.mask(kind.window) if kind.mixer == "attention" else None
+        x = run(x, ropes[kind.rope], mask, texts)
+    return _norm(decoder.final_norm, x)
 
 
-def rope_rows(decoder: Decoder, index: int, texts: Texts) -> Table | None:
-    """Cosines and sines of a layer at the texts' positions; None without rotary embedding."""
-    table = decoder.rope_of(index)
-    return None if table is None else rotary_rows(*table, texts.positions)
+def plain_layers(decoder: Decoder, recompute: Recompute = "none") -> list[RunLayer]:
+    """The decoder's layers as they are, or computed again in the backward pass."""
+    run: Callable[..., torch.Tensor] = run_layer
+    if recompute == "layer":
+        run = partial(twice, run_layer)
+    return [partial(run, cast(Layer, layer)) for layer in decoder.layers]
 
 
 def run_layer(
-    layer: Layer,
-    x: torch.Tensor,
-    rope: Table | None,
-    kind: LayerConfig,
-    texts: Texts,
-    recompute: Recompute = "none",
-) -> torch.Tensor:
-    """One layer over texts: [B, T, d] -> [B, T, d]."""
-    mask = texts.mask(kind.window) if kind.mixer == "attention" else None
-    if recompute == "none":
-        return _layer(layer, x, rope, mask, texts)
-    out: torch.Tensor = checkpoint(
-        _layer, layer, x, rope, mask, texts, use_reentrant=False, preserve_rng_state=False
-    )
-    return out
-
-
-def _layer(
     layer: Layer, x: torch.Tensor, rope: Table | None, mask: torch.Tensor | None, texts: Texts
 ) -> torch.Tensor:
-    h = x if layer.norm1 is None else norm(layer.norm1, x)
+    """One layer over texts: x [B, T, d] -> [B, T, d].
+
+    Args:
+        rope: rows of the cosines and sines at the texts' positions; None without.
+        mask: of this layer, see :meth:`~invivo.training.texts.Texts.mask`.
+    """
+    h = x if layer.norm1 is None else _norm(layer.norm1, x)
     if isinstance(layer.mixer, Attention):
         out = _attention(layer.mixer, h, rope, mask)
     else:
         out = _gated_linear_attention(layer.mixer, h, texts)
-    x = x + (out if layer.post1 is None else norm(layer.post1, out))
-    h = x if layer.norm2 is None else norm(layer.norm2, x)
+    x = x + (out if layer.post1 is None else _norm(layer.post1, out))
+    h = x if layer.norm2 is None else _norm(layer.norm2, x)
     out = _feedforward(layer, h)
-    return x + (out if layer.post2 is None else norm(layer.post2, out))
+    return x + (out if layer.post2 is None else _norm(layer.post2, out))
+
+
+def twice(run: Callable[..., torch.Tensor], *inputs: object) -> torch.Tensor:
+    """``run(*inputs)``, which keeps its inputs alone and is run again in the backward pass."""
+    out: torch.Tensor = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return out
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def norm(module: Norm, x: torch.Tensor) -> torch.Tensor:
+def _norm(module: Norm, x: torch.Tensor) -> torch.Tensor:
     """``module`` on the last dimension of x, in x's dtype."""
     weight = module.weight.to(x.dtype)
     if module.is_rms:
@@ -172,18 +175,29 @@ def _gated_linear_attention(
     q, k = (t.unflatten(1, (sizes.n_heads, sizes.head_k)) for t in (q, k))
     v = v.unflatten(1, (sizes.n_heads, sizes.head_v))
     logits = _linear(_linear(x, mixer.gate_a, None), mixer.gate_b, mixer.gate_b_bias)
-    z, _ = gla_from_logits(
-        q,
-        k,
-        v,
-        logits.view(q.shape),
-        span_start=texts.span_start,
-        span_start_device=texts.span_start_device,
-        tau=sizes.tau,
-    )
+    z = _heads(q, k, v, logits.view(q.shape), texts, sizes.tau)
     r = F.silu(_linear(x, mixer.r, None))
     normed = rms_norm_reference(z, mixer.norm.to(x.dtype), mixer.eps)
     return _linear(normed.view(r.shape) * r, mixer.o, None)
+
+
+def _heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logits: torch.Tensor,
+    texts: Texts,
+    tau: float,
+) -> torch.Tensor:
+    """What the heads read from their states: [R, H, V]."""
+    if q.is_cuda:
+        from invivo.kernels.triton_gla import ops
+
+        if ops.supports(q, v):
+            return ops.gla_triton(q, k, v, logits, span_start=texts.span_start_device, tau=tau)[0]
+    scale = q.shape[-1] ** -0.5
+    out: torch.Tensor = gla_chunked_op(q, k, v, log_gates(logits, tau), texts.span_start, scale)
+    return out
 
 
 def _short_conv(x: torch.Tensor, weight: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:

@@ -21,7 +21,7 @@ class Texts:
 
     Attributes:
         positions: [R] int64 rows of the position tables.
-        span_start: first row of each span, and R; on the host.
+        span_start: [S + 1] int64 first row of each span, and R; on the host.
         span_start_device: the same, int32, where the texts are.
         place: [B, T] int64 index of each token within its span; None: a text is one span.
         span_of: [B, T] int64, the same number for tokens of one span; None as ``place``.
@@ -31,7 +31,7 @@ class Texts:
     n_texts: int
     length: int
     positions: torch.Tensor
-    span_start: tuple[int, ...]
+    span_start: torch.Tensor
     span_start_device: torch.Tensor
     place: torch.Tensor | None
     span_of: torch.Tensor | None
@@ -76,19 +76,19 @@ def lay_out(
     """
     n_texts, length = shape
     if starts is None:
-        rows = range(0, n_texts * length + 1, length) if length else (0,)
+        span_start = length * torch.arange(n_texts + 1)
         offset = long_text_offset(config, length)
         positions = torch.arange(offset, offset + length, device=device).repeat(n_texts)
         return Texts(
-            n_texts, length, positions, tuple(rows), _numbers(tuple(rows), device), None, None
+            n_texts, length, positions, span_start, _int32_on(device, span_start), None, None
         )
     assert starts.shape == shape, f"starts {tuple(starts.shape)}"
     begins = starts.to("cpu", torch.bool, copy=True)
     begins[:, :1] = True
     first = begins.flatten().nonzero().flatten()
-    span_start = (*first.tolist(), n_texts * length)
-    lengths = torch.diff(torch.tensor(span_start))
-    span_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    span_start = torch.cat((first, torch.tensor([n_texts * length])))
+    lengths = span_start.diff()
+    span_of = torch.repeat_interleave(torch.arange(len(first)), lengths)
     place = torch.arange(n_texts * length) - first[span_of]
     offsets = torch.tensor([long_text_offset(config, n) for n in lengths.tolist()])
     return Texts(
@@ -96,11 +96,11 @@ def lay_out(
         length,
         (place + offsets[span_of]).to(device),
         span_start,
-        _numbers(span_start, device),
+        _int32_on(device, span_start),
         place.view(n_texts, length).to(device),
         span_of.view(n_texts, length).to(device),
     )
 
 
-def _numbers(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
+def _int32_on(device: torch.device, rows: torch.Tensor) -> torch.Tensor:
+    return rows.to(torch.int32).to(device, non_blocking=True)
