@@ -257,7 +257,7 @@ def _ratio(
     above: NDArray[np.float64], below: NDArray[np.float64]
 ) -> tuple[float, float | None, float | None]:
     """Sum by sum with its interval (the ratio estimator's standard error; Cochran 1977, ch. 6)."""
-    kept = below > 0
+    kept = (above != 0) | (below != 0)  # rows without any such token
     above, below = above[kept], below[kept]
     value = float(above.sum() / below.sum())
     n = len(above)
