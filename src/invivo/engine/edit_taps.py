@@ -38,6 +38,8 @@ class EditedSpan:
 class EditTaps:
     """Lets every span's run act on that span's rows, and on no others.
 
+    What a run's own operations raise stays with the run (:attr:`RunEdits.error`).
+
     Attention of the spans that have a mask or position numbers of their own, or whose scores or
     probabilities somebody looks at, is laid open span by span; all others keep their kernel.
 

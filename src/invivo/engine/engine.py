@@ -2,7 +2,8 @@
 
 One iteration: take in what has arrived, let the scheduler make a plan, launch it, and fold in the
 step before (on a GPU; on a CPU the same one): record drawn tokens, settle text, end what has ended.
-An exception in a step ends the requests of that plan with an error and nothing else.
+What a program's own operations raise ends its request alone; any other exception in a step ends the
+requests of that plan with an error and nothing else.
 """
 
 from __future__ import annotations
@@ -532,12 +533,14 @@ class Engine:
                 return (self._stepper.train(plan, riders) if riders.units else None), riders
             batch = self._builder.build(plan)
             work = self._work(plan, batch.sample_spans)
-            if riders is None:
-                return self._stepper.launch(batch, work), None
             try:
-                return self._stepper.launch(batch, work, riders), riders
+                launched: Launched | None = self._stepper.launch(batch, work, riders)
             except Exception as error:
-                return self._launch_without(riders, plan, error), riders
+                if riders is None:
+                    raise
+                launched = self._launch_without(riders, plan, error)
+            self._end_failed_programs(plan)
+            return launched, riders
         except Exception as error:
             if riders is not None:
                 self._finetuning.dropped(riders, None)
@@ -555,6 +558,35 @@ class Engine:
             launched = self._stepper.launch(batch, self._work(plan, batch.sample_spans))
         self._finetuning.dropped(riders, error)
         return launched
+
+    def _end_failed_programs(self, plan: Plan) -> None:
+        """End the requests whose own operations raised in this step; the others have gone on.
+
+        Who shares keys that such a run should have changed in this very step ends with it.
+        """
+        failed: dict[str, tuple[Job, Exception]] = {}
+        spoiled: dict[tuple[object, str], Exception] = {}
+        for span in plan.spans:
+            run = self._runs.get(span.seq)
+            if run is None or run.edits.error is None:
+                continue
+            failed[span.seq.request.id] = self._programs[span.seq.request.id], run.edits.error
+            if run.edits.spoiled:
+                self._stepper.clear_blocks(self.scheduler.spoil(span))
+                if span.seq.changes is not None:
+                    spoiled[span.seq.namespace, span.seq.changes] = run.edits.error
+        if not failed:
+            return
+        for span in plan.spans:
+            seq = span.seq
+            if seq in self._runs and seq.changes is not None:
+                shared = spoiled.get((seq.namespace, seq.changes))
+                if shared is not None:
+                    failed.setdefault(seq.request.id, (self._programs[seq.request.id], shared))
+        for job, error in failed.values():
+            if not isinstance(error, InvivoError):
+                log.warning("the program of request %s failed", job.request.id, exc_info=error)
+            self._end_job(job, _of_program(error))
 
     def _work(self, plan: Plan, sample_spans: list[int]) -> Work:
         """What the plan's sequences want beyond their forward pass."""
@@ -912,6 +944,21 @@ def _as_typed(error: Exception) -> InvivoError:
     if isinstance(error, InvivoError):
         return error
     typed = InvivoError(f"the engine could not run this request: {type(error).__name__}")
+    typed.__cause__ = error
+    return typed
+
+
+def _of_program(error: Exception) -> InvivoError:
+    """What a program's own operations raised, as its user sees it."""
+    if isinstance(error, InvivoError):
+        return error
+    large = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    typed = (TooLarge if large else InvalidRequest)(
+        "the program takes more memory than there is"
+        if large
+        else f"an operation of the program failed: {type(error).__name__}: {error}",
+        field="interventions",
+    )
     typed.__cause__ = error
     return typed
 

@@ -38,6 +38,9 @@ class RunEdits:
     Attributes:
         first_touched: first position whose keys may differ from a plain request's.
         first_kept: first position of a row that is kept.
+        error: what one of its own operations raised. From there on it changes and keeps nothing:
+            the batch goes on, and whoever launched it ends the request.
+        spoiled: whether that was a change, so that its keys are not those its program asks for.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class RunEdits:
         self.first_kept = min(
             (rows.positions[0] for held in self._kept.values() for rows in held), default=None
         )
+        self.error: Exception | None = None
+        self.spoiled = False
 
     def keys(self, window: range) -> Iterator[Key]:
         """The decoder's sites where something happens at the tokens of ``window``."""
@@ -104,6 +109,25 @@ class RunEdits:
         Returns:
             ``value`` itself where nothing has changed; it is never written to.
         """
+        if self.spoiled:
+            return value
+        try:
+            new = self._touched(site, layer, value, window)
+        except Exception as error:
+            self.error, self.spoiled = error, True
+            return value
+        if keep and self.error is None:
+            try:
+                for kept in self._kept.get((site, layer), ()):
+                    kept.add(new if kept.after else value, rows_of(kept.positions, window))
+            except Exception as error:
+                self.error = error
+        return new
+
+    def _touched(
+        self, site: str, layer: int, value: torch.Tensor, window: Sequence[int]
+    ) -> torch.Tensor:
+        """``value`` after the touches, itself where nothing has changed."""
         new = value
         if site == "attn.head.score":
             new = self._masked(new, window)
@@ -115,9 +139,6 @@ class RunEdits:
             new = value  # what has not changed is bit for bit the untouched pass
         if site == _ROUTER:
             self._routers[layer] = new
-        if keep:
-            for kept in self._kept.get((site, layer), ()):
-                kept.add(new if kept.after else value, rows_of(kept.positions, window))
         return new
 
     def numbers(self, n_keys: int) -> list[int]:

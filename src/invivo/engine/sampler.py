@@ -335,6 +335,9 @@ def _least_sorting(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     shares = wanted[:, 0].tolist()
     for i, row in enumerate(rows.numpy()):
         heavy = np.sort(row[row >= (1 - shares[i]) / len(row)])[::-1]  # much faster than torch's
+        if not len(heavy):  # a row that is not finite: whatever is drawn, the batch goes on
+            least[i] = 0.0
+            continue
         at = int(np.searchsorted(heavy.cumsum(dtype=np.float64), shares[i]))
         least[i] = float(heavy[min(at, len(heavy) - 1)])
     return least

@@ -233,6 +233,22 @@ class Scheduler:
         if not siblings:
             del self._live[seq.request.id]
 
+    def spoil(self, span: Span) -> list[int]:
+        """What ``span`` wrote is not what its sequence's changes ask for: nobody may find it.
+
+        Returns:
+            The blocks, from the first changed position on, that nobody will find any more.
+        """
+        seq = span.seq
+        if seq.shareable is None or not seq.blocks:
+            return []
+        first = max(span.start, seq.shareable) // self.limits.block_size
+        spoiled = seq.blocks[first:]
+        for block in spoiled:
+            self.index.forget(block)
+        seq.prefix_parent = None  # what follows is found by nobody either
+        return spoiled
+
     def abort(self, request_id: str) -> list[Sequence]:
         """Finish all live sequences of a request; returns them."""
         ended = list(self._live.get(request_id, ()))
