@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def hostile(width: int) -> dict[str, Callable[[], dict[str, Any]]]:
         {"at": "layers.0.resid.post", "do": "replace", "from": "b"},
         {"run": "b", "at": "layers.0.resid.post", "do": "replace", "from": "main"},
     ]
-    everything = [{"capture": "layers.*.attn.head.*.prob", "pos": "@all"}] * 200
+    everything = [{"capture": "layers.*.resid.post", "pos": "@all"}]
     return {
         "sweep of 10,000 rows": lambda: swept(100, 100),
         "sweep of 10^12 rows": lambda: swept(10**6, 10**6),
@@ -100,7 +101,13 @@ def hostile(width: int) -> dict[str, Callable[[], dict[str, Any]]]:
         "NaN in the program": lambda: step(do="scale", a=float("nan")),
         "68 MiB blob": lambda: step(do="add", v="blob:v") | {"blobs": {"v": large}},
         "a blob of somebody else": lambda: step(do="add", v="blob:sha256:" + "0" * 64),
-        "captures beyond the budget": lambda: {"program": {"out": everything}},
+        "captures beyond the budget": lambda: {
+            "program": {
+                "steps": [{"at": "layers.0.resid.post", "do": "scale", "a": "$a"}],
+                "sweep": {"a": "0..3999"},
+                "out": everything,
+            }
+        },
         "basis that is not orthonormal": lambda: step(do="project_out", basis=[[1.0] * width]),
         "an operation nobody knows": lambda: step(do="explode"),
     }
@@ -108,7 +115,7 @@ def hostile(width: int) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def carried() -> dict[str, dict[str, Any]]:
     """Programs that are carried out and must harm nobody."""
-    last = [{"capture": "logits", "pos": "@last", "reduce": "norm"}]
+    last = last_logit()
     huge = {"at": "layers.*.resid.post", "do": "scale", "a": 1e30}
     hidden = {"at": "input.mask", "do": "edge_block", "from": "@all", "to": "@all"}
     keys = {"at": "layers.*.attn.kvhead.*.k", "do": "scale", "a": 1e38}
@@ -119,23 +126,29 @@ def carried() -> dict[str, dict[str, Any]]:
     }
 
 
-def measured(lm: LM, what: str, make: Callable[[], dict[str, Any]], rounds: int) -> Row:
-    """Hand one program in ``rounds`` times while neighbours write."""
-    alone = lm.generate(NEIGHBOURS, temperature=0, max_tokens=32)
+def measured(
+    lm: LM, alone: list[str], what: str, make: Callable[[], dict[str, Any]], rounds: int
+) -> Row:
+    """Hand one program in ``rounds`` times while neighbours write; ``alone``: what they write."""
     times, error, same = [], "none: it was carried out", True
     with ThreadPoolExecutor(1) as pool:
         for _ in range(rounds):
             kwargs = make()
-            beside = pool.submit(lm.generate, NEIGHBOURS, temperature=0, max_tokens=32)
+            beside = pool.submit(written, lm)
             started = time.perf_counter()
             try:
                 lm.run(prompt=PROMPT, **kwargs)
             except InvivoError as refused:
                 times.append(1e3 * (time.perf_counter() - started))
                 error = type(refused).__name__
-            same &= [c.text for c in beside.result()] == [c.text for c in alone]
+            same &= beside.result() == alone
     median = statistics.median(times) if times else None
     return Row(what, error, median, max(times, default=None), same)
+
+
+def written(lm: LM) -> list[str]:
+    """What the neighbours write."""
+    return [c.text for c in lm.generate(NEIGHBOURS, temperature=0, max_tokens=8)]
 
 
 def main() -> None:
@@ -147,12 +160,13 @@ def main() -> None:
     args = parser.parse_args()
     with invivo.load(args.model) as lm:
         lm.run({"out": last_logit()}, PROMPT)  # what is made at the first use is made
+        alone = written(lm)
         rows = [
-            measured(lm, what, make, args.rounds)
+            measured(lm, alone, what, make, args.rounds)
             for what, make in hostile(lm.info().hidden_size).items()
         ]
         for what, program in carried().items():
-            rows.append(measured(lm, what, lambda p=program: {"program": p}, 1))
+            rows.append(measured(lm, alone, what, partial(dict, program=program), 1))
     print(f"{'hostile program':32} {'error':18} {'median':>8} {'worst':>8}  neighbours")
     for row in rows:
         shown = ["-" if t is None else f"{t:.1f}" for t in (row.median_ms, row.worst_ms)]
@@ -176,6 +190,7 @@ def main() -> None:
 
 
 def last_logit() -> list[dict[str, Any]]:
+    """One number of the last token."""
     return [{"capture": "logits", "pos": "@last", "reduce": "norm"}]
 
 

@@ -278,6 +278,8 @@ class Programs:
                     field=field,
                     given=list(tensor.shape),
                 )
+            if not bool(torch.isfinite(tensor).all()):
+                raise InvalidRequest("the tensor has NaN or infinite numbers", field=field)
             weight = self._model.decoder.embed
             found[name] = tensor.to(device=weight.device, dtype=weight.dtype)
         return found

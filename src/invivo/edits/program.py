@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,7 @@ class Bounds:
         values: numbers, texts and lists in it.
         steps, outputs, selectors, runs: entries.
         rows: rows of the sweep.
+        row_steps: rows times steps and outputs.
     """
 
     n_bytes: int = 1 << 20
@@ -63,6 +65,7 @@ class Bounds:
     selectors: int = 256
     runs: int = 64
     rows: int = 4096
+    row_steps: int = 100_000
 
 
 DEFAULT_BOUNDS = Bounds()
@@ -307,12 +310,21 @@ def parse_program(data: object, *, bounds: Bounds = DEFAULT_BOUNDS) -> Program:
         name: _read_parameter(value, f"params.{name}")
         for name, value in _named(fields.take("params", {}), "params", bounds.selectors)
     }
+    listed = read_list(fields.take("steps", []), "steps", most=bounds.steps)
+    wanted = read_list(fields.take("out", []), "out", most=bounds.outputs)
+    n_row_steps = math.prod(map(len, sweep.values())) * max(len(listed) + len(wanted), 1)
+    if n_row_steps > bounds.row_steps:
+        raise TooLarge(
+            f"rows times steps and outputs are at most {bounds.row_steps}",
+            field="sweep",
+            given=n_row_steps,
+        )
     steps: list[Step | Template] = []
-    for i, value in enumerate(read_list(fields.take("steps", []), "steps", most=bounds.steps)):
+    for i, value in enumerate(listed):
         step = _read_step(_bind(value, first), f"steps[{i}]")
         steps.append(Template(_plain(value)) if _has_variable(value, first) else step)
     outputs: list[Output | Template] = []
-    for i, value in enumerate(read_list(fields.take("out", []), "out", most=bounds.outputs)):
+    for i, value in enumerate(wanted):
         output = _read_output(_bind(value, first), f"out[{i}]")
         outputs.append(Template(_plain(value)) if _has_variable(value, first) else output)
     fields.done()

@@ -118,6 +118,7 @@ def resolve(
     for binding, bound in program.rows():
         rows.append(work.row(binding, bound))
         if len(rows) == 1:
+            work.check_all_rows()
             varying = _varying(program, rows[0])
             work.fixed = {n: plan for n, plan in rows[0].runs.items() if n not in varying}
     return ResolvedProgram(
@@ -239,6 +240,22 @@ class _Resolution:
         everything = [t.ref for t in inside] + [c.ref for c in captures]
         expanded = any(r.expanded for r in everything)
         return ResolvedRow(binding, plans, tuple(captures), tuple(measures), passes, expanded)
+
+    def check_all_rows(self) -> None:
+        """After the first row: where the others bring back as much, refuse now and not in the end.
+
+        Raises:
+            TooLarge: all rows together bring back too much.
+        """
+        out = self.program.out
+        alike = self.stable and not any(isinstance(output, Template) for output in out)
+        if alike and self.n_bytes * self.program.n_rows > self.bounds.capture_bytes:
+            raise TooLarge(
+                f"captures take at most {self.bounds.capture_bytes} bytes",
+                field="out",
+                given=self.n_bytes * self.program.n_rows,
+                remedy="Capture fewer sites or positions, or reduce them",
+            )
 
     def _order(self, site: SiteRef) -> tuple[int, int]:
         return forward_order(site.site, site.layer, self.config.n_layers)
