@@ -27,6 +27,7 @@ from invivo.cli import (
     score,
     serve,
     simulate,
+    train,
 )
 from invivo.cli.output import examples, fail
 from invivo.errors import InvalidRequest, InvivoError
@@ -54,6 +55,7 @@ app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
+app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("simulate", epilog=simulate.EXAMPLES)(simulate.simulate)

@@ -97,10 +97,11 @@ def train(
         _note(folder, manifest, "running", training.step)
         status: Status = "done"
         try:
+            sizes = {"steps": training.steps, "parameters": manifest["parameters"]}
             if saved is None:
-                training.tell({"kind": "event", "event": "started"})
+                training.tell({"kind": "event", "event": "started"} | sizes)
             elif training.step < training.steps:
-                more = {"changed": changed} if changed else {}
+                more = sizes | ({"changed": changed} if changed else {})
                 training.tell({"kind": "event", "event": "resumed"} | more)
             if saved is None or training.step < training.steps:
                 status = training.run(stop=stop, deadline=deadline)
