@@ -21,7 +21,7 @@ from tests.training.texts import tiny_shards
 
 from invivo.errors import InvalidRequest
 from invivo.models.load import random_model
-from invivo.training.evaluate import by_position, decoder_nats, held_out
+from invivo.training.evaluate import Nats, by_position, decoder_nats, held_out
 from invivo.training.shards import Shards
 from invivo.training.stream import Batch
 
@@ -31,8 +31,8 @@ def shards(vocab_size: int = 300) -> Shards:
     return tiny_shards(Path(tempfile.mkdtemp()), n_books=16, vocab_size=vocab_size)
 
 
-def uniform(vocab_size: int) -> object:
-    return lambda b: (b.labels >= 0) * math.log(vocab_size)
+def uniform(vocab_size: int) -> Nats:
+    return lambda b: (b.labels >= 0).double() * math.log(vocab_size)
 
 
 def varied(batch: Batch) -> torch.Tensor:
@@ -45,7 +45,7 @@ def varied(batch: Batch) -> torch.Tensor:
 def test_a_uniform_model_costs_the_logarithm_of_its_vocabulary(length: int, batch: int) -> None:
     data = shards()
     v, n, text = data.vocab_size, data.tokens["valid"], data.bytes["valid"]
-    found = held_out(uniform(v), data, length=length, batch=batch)  # type: ignore[arg-type]
+    found = held_out(uniform(v), data, length=length, batch=batch)
     assert (found.tokens, found.bytes) == (n, text)
     assert found.bits_per_byte == pytest.approx(math.log2(v) * n / text, rel=1e-12)
     assert found.loss == pytest.approx(math.log(v), rel=1e-12)
