@@ -25,6 +25,7 @@ from invivo.training import checkpoint, loop
 from invivo.training.checkpoint import checkpoints
 from invivo.training.config import TrainConfig
 from invivo.training.forward import dense_forward
+from invivo.training.loss_model import LossModel
 from invivo.training.run import Outcome, train
 from invivo.training.run_folder import RunFolder
 
@@ -47,35 +48,28 @@ def whole_curve(config: TrainConfig, folder: Path) -> list[tuple[Any, ...]]:
 # Going on
 
 
-@pytest.mark.parametrize(
-    ("model", "where", "left"),
-    [(LLAMA, "step:8", ["step-00000005"]), (GLA, "checkpoint:10", ["step-00000005"])],
-)
-def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    tmp_path: Path, model: str, where: str, left: list[str]
-) -> None:
-    config, path = small(tmp_path, model=model), tmp_path / "small.toml"
-    runs, run = tmp_path / "runs", tmp_path / "runs" / "small"
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """Killed while its second checkpoint was being written, and in the middle of a line."""
+    config, runs = small(tmp_path, model=GLA), tmp_path / "runs"
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [sys.executable, str(WORKER), str(path), str(runs), where], env=environment
-    )
-    unfinished = run / "checkpoints" / ".step-00000010.unfinished" / "state.json"
+    command = [sys.executable, str(WORKER), str(tmp_path / "small.toml"), str(runs), "10"]
+    process = subprocess.Popen(command, env=environment)
+    folder = RunFolder(runs / "small")
+    unfinished = folder.checkpoints / ".step-00000010.unfinished" / "state.json"
 
     def reached() -> bool:
         assert process.poll() is None, "the worker ended by itself"
-        if where == "checkpoint:10":
-            return unfinished.exists()
-        return any(line["step"] == 8 for line in RunFolder(run).metrics.read())
+        return unfinished.exists()
 
     try:
         wait_for(reached)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(PATIENCE)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "st')  # what a kill in the middle of a line would leave
-    assert [p.name for p in checkpoints(run / "checkpoints")] == left
+    assert [line["step"] for line in folder.metrics.read()][-1] == 10
+    with folder.metrics.path.open("a") as file:
+        file.write('{"kind": "step", "st')
+    assert [p.name for p in checkpoints(folder.checkpoints)] == ["step-00000005"]
 
     outcome = train(config, runs=runs)
     assert (outcome.status, outcome.step) == ("done", 12)
@@ -240,14 +234,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_is_never_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:
     config = small(tmp_path, f"train.log_every={log_every}")
-    given, calls = loop.dense_loss, itertools.count(1)
+    given, calls = LossModel.forward, itertools.count(1)
 
-    def poisoned(*args: Any, **kwargs: Any) -> Any:
-        loss, count = given(*args, **kwargs)
+    def poisoned(*args: Any) -> Any:
+        loss, count = given(*args)
         return (loss * math.nan if next(calls) == 7 else loss), count
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "dense_loss", poisoned)
+        patch.setattr(LossModel, "forward", poisoned)
         with pytest.raises(Diverged, match=r"the loss is nan at step 7.*rows 24") as error:
             train(config, runs=tmp_path / "runs")
     assert "step-00000005 is the last good checkpoint" in str(error.value)
@@ -264,13 +258,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_is_never_kept(
 def test_gradients_that_overflow_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = loop.dense_loss
+    given = LossModel.forward
 
-    def steep(*args: Any, **kwargs: Any) -> Any:
-        loss, count = given(*args, **kwargs)
+    def steep(*args: Any) -> Any:
+        loss, count = given(*args)
         return loss.detach() + (loss - loss.detach()) * 1e38, count
 
-    monkeypatch.setattr(loop, "dense_loss", steep)
+    monkeypatch.setattr(LossModel, "forward", steep)
     with pytest.raises(Diverged, match=r"gradients is (inf|nan) at step 1.*Nothing"):
         train(small(tmp_path), runs=tmp_path)
 
@@ -285,6 +279,34 @@ def test_rows_longer_than_the_positions_are_refused(tmp_path: Path) -> None:
 
 
 # What is computed
+
+
+def test_held_out_text_is_measured_on_the_way_and_at_the_end(tmp_path: Path) -> None:
+    config = small(tmp_path, evaluation="every = 5\nwindows = 2")
+    outcome = train(config, runs=tmp_path)
+    found = [line for line in lines_of(outcome) if line["kind"] == "evaluation"]
+    assert [(x["step"], x["split"]) for x in found] == [(5, "valid"), (10, "valid"), (12, "valid")]
+    assert [x["rows"] for x in found[:2]] == [2, 2]
+    assert found[2]["rows"] > 2
+    assert outcome.evaluation == found[2]
+    assert 0 < found[2]["bits_per_byte"] < found[0]["bits_per_byte"]
+
+
+def test_recall_is_learned_and_measured(tmp_path: Path) -> None:
+    overrides = (
+        "data.sources=[]",
+        "data.kind=recall",
+        "data.recall={pairs=[1, 2], keys=4, values=2}",
+        "train.steps=3",
+    )
+    outcome = train(small(tmp_path, *overrides), runs=tmp_path)
+    assert outcome.evaluation is not None
+    assert 0 <= outcome.evaluation["accuracy"] <= 1
+    assert {score["pairs"] for score in outcome.evaluation["scores"]} == {1, 2}
+    assert not (outcome.model / "tokenizer.json").exists()
+    with pytest.raises(Conflict) as error:
+        train(small(tmp_path, *overrides, "data.recall.values=3"), runs=tmp_path)
+    assert error.value.field == "data.recall.values"
 
 
 def test_micro_batches_are_one_batch(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def _command(config: Path, sets: list[str] | None, runs: Path, device: str | Non
 
 def _tell(outcome: Outcome, again: str) -> None:
     if outcome.evaluation is not None:
-        note(f"held-out text: {_held_out(outcome.evaluation)}")
+        note(f"held out: {_held_out(outcome.evaluation)}")
     if outcome.status == "done":
         sys.stdout.write(f"{outcome.model}\n")
         note(f"try it: invivo generate -m {outcome.model} 'Once upon a time'")
@@ -121,6 +121,8 @@ def _tell(outcome: Outcome, again: str) -> None:
 
 
 def _held_out(numbers: Mapping[str, Any]) -> str:
+    if "accuracy" in numbers:
+        return f"{numbers['accuracy']:.1%} of the questions right"
     text = f"{numbers['bits_per_byte']:.4f} bits a byte"
     if numbers.get("low") is not None:
         text += f" ({numbers['low']:.4f} to {numbers['high']:.4f})"
@@ -194,7 +196,7 @@ class _Shown:
         if kind == "step":
             self._step(line)
         elif kind == "evaluation":
-            self._say(f"step {line['step']}: held-out text {_held_out(line)}")
+            self._say(f"step {line['step']}: held out: {_held_out(line)}")
         elif kind == "sample":
             self._say(f"  {line['prompt']} | {line['text']}")
         elif line["event"] == "started":

@@ -326,6 +326,7 @@ def check(config: TrainConfig) -> None:
     )
     one = (loop.steps is None) != (loop.epochs is None)
     _need(one, "train.steps", loop.steps, "give either train.steps or train.epochs")
+    _need(text or loop.steps is not None, "train.epochs", loop.epochs, "recall rows have no end")
     _need(loop.steps is None or loop.steps >= 1, "train.steps", loop.steps, "must be at least 1")
     _need(loop.epochs is None or loop.epochs > 0, "train.epochs", loop.epochs, "must be positive")
     for field_, value in (

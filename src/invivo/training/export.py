@@ -12,11 +12,13 @@ from invivo.models.load import LoadedModel
 from invivo.models.save import save_model
 
 
-def export_model(decoder: Decoder, tokenizer: Path, dtype: torch.dtype, target: Path) -> Path:
+def export_model(
+    decoder: Decoder, tokenizer: Path | None, dtype: torch.dtype, target: Path
+) -> Path:
     """Write config, weights in ``dtype`` and the tokenizer's files, in the place of ``target``.
 
     Args:
-        tokenizer: folder with tokenizer.json.
+        tokenizer: folder with tokenizer.json; None: the model has none.
 
     Raises:
         OSError: the disk is full or refuses; what was at ``target`` stays.
@@ -25,8 +27,9 @@ def export_model(decoder: Decoder, tokenizer: Path, dtype: torch.dtype, target: 
     parameters = dict(decoder.named_parameters())
     for name, parameter in copy.named_parameters():
         parameter.data.copy_(parameters[name].detach())
-    # Whatever else the loader reads from a model's folder has no part in saving it.
-    model = LoadedModel(target.name, tokenizer, copy.config, copy, tokenizer=None, fingerprint="")
+    model: LoadedModel | Decoder = copy
+    if tokenizer is not None:  # what else a loaded model has takes no part in saving it
+        model = LoadedModel("", tokenizer, copy.config, copy, tokenizer=None, fingerprint="")
     draft = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(draft, ignore_errors=True)
     try:

@@ -17,13 +17,15 @@ from invivo.errors import Diverged, StorageRefused
 from invivo.models.decoder import Decoder
 from invivo.training.checkpoint import Checkpoint, checkpoints, step_of, write_checkpoint
 from invivo.training.config import TrainConfig
-from invivo.training.loss import dense_loss
+from invivo.training.loss_model import LossModel
 from invivo.training.optimizer import load_moments, make_optimizer, moments, set_rate
 from invivo.training.run_folder import RunFolder
 from invivo.training.schedule import rate_at
 from invivo.training.stream import NO_LABEL, Stream
 
 Told = Callable[[Mapping[str, Any]], None]
+Measure = Callable[[int | None], Mapping[str, Any] | None]
+Continued = Callable[[int], list[tuple[str, str]]]
 Status = Literal["done", "time", "interrupted"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,8 +53,7 @@ class Training:
         decoder: float32 parameters, filled; they are trained in place.
         stream: each ``next`` gives the rows of a whole optimizer step.
         steps: of the whole run.
-        evaluate: measures held-out text, on so many rows (None: on all); its numbers go into the
-            metrics.
+        measure: of held-out rows, so many of them (None: all); its numbers go into the metrics.
         continued: gives (prompt, text) pairs at a step.
         told: gets every line of the metrics and samples as it is written.
         clock: seconds.
@@ -71,18 +72,23 @@ class Training:
         folder: RunFolder,
         *,
         steps: int,
-        evaluate: Callable[[int | None], Mapping[str, Any]] | None = None,
-        continued: Callable[[int], list[tuple[str, str]]] | None = None,
+        measure: Measure = lambda rows: None,
+        continued: Continued | None = None,
         told: Told = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._stream, self._folder = config, stream, folder
         self.decoder = decoder
         self.steps = steps
-        self._evaluate, self._continued, self._told = evaluate, continued, told
+        self._measure, self._continued, self._told = measure, continued, told
         self._clock = clock
         self._device = decoder.embed.device
-        decoder.requires_grad_(True)
+        self._model = LossModel(
+            decoder,
+            dtype=DTYPES[config.train.precision],
+            recompute=config.train.recompute,
+            compile=config.train.compile,
+        )
         self._parameters: dict[str, nn.Parameter] = dict(decoder.named_parameters())
         self._optimizer = make_optimizer(self._parameters, config.optimizer)
         self.step = 0
@@ -164,18 +170,14 @@ class Training:
         position = self._stream.state()
         batch = self._stream.next()
         count = int((batch.labels != NO_LABEL).sum())
-        dtype = DTYPES[settings.precision]
         rows = settings.micro_batch or len(batch.tokens)
         total = torch.zeros((), device=self._device)
         for first in range(0, len(batch.tokens), rows):
             part = slice(first, first + rows)
-            loss, _ = dense_loss(
-                self.decoder,
+            loss, _ = self._model(
                 batch.tokens[part].to(self._device, non_blocking=True),
                 batch.labels[part].to(self._device, non_blocking=True),
-                starts=None if batch.starts is None else batch.starts[part],
-                dtype=dtype,
-                recompute=settings.recompute,
+                None if batch.starts is None else batch.starts[part],
             )
             loss = loss / max(1, count)
             loss.backward()
@@ -247,8 +249,9 @@ class Training:
     def _look(self, rows: int | None) -> None:
         """Evaluate on ``rows`` of held-out text (None: all), and continue the prompts."""
         self._read()
-        if self._evaluate is not None:
-            self.tell({"kind": "evaluation"} | dict(self._evaluate(rows)))
+        found = self._measure(rows)
+        if found is not None:
+            self.tell({"kind": "evaluation", **found})
         for prompt, text in self._continued(self.step) if self._continued is not None else ():
             line = {"step": self.step, "prompt": prompt, "text": text}
             self._folder.samples.add(line)

@@ -20,14 +20,13 @@ from invivo.training.checkpoint import read_checkpoint, step_of
 from invivo.training.config import TrainConfig
 from invivo.training.export import export_model
 from invivo.training.init import initialize
-from invivo.training.loop import DTYPES, Status, Told, Training, latest
-from invivo.training.prepare import Progress, prepare
+from invivo.training.loop import DTYPES, Continued, Status, Told, Training, latest
+from invivo.training.material import Material, open_material
+from invivo.training.prepare import Progress
 from invivo.training.run_folder import RunFolder
 from invivo.training.same_run import check_same_run
 from invivo.training.sample import continue_tokens
 from invivo.training.shape import shape_of
-from invivo.training.shards import Shards
-from invivo.training.stream import PackedStream
 
 Mode = Literal["auto", "resume", "fresh"]
 
@@ -86,14 +85,14 @@ def train(
     deadline = math.inf if minutes is None else clock() + 60 * minutes
     folder = RunFolder(runs / config.name)
     with folder.held():
-        shards = prepare(config.data, config.tokenizer, runs / ".prepared", progress=progress)
-        changed = _open(folder, config, shards, mode)
-        training = _build(config, shards, folder, torch.device(device), told, clock)
+        material = open_material(config, runs / ".prepared", progress)
+        changed = _open(folder, config, material, mode)
+        training = _build(config, material, folder, torch.device(device), told, clock)
         saved = latest(folder)
         if saved is not None:
             folder.cut_after(step_of(saved))
             training.load(read_checkpoint(saved))
-        manifest = _manifest(config, shards, training, folder, command)
+        manifest = _manifest(config, material, training, folder, command)
         _note(folder, manifest, "running", training.step)
         status: Status = "done"
         try:
@@ -112,7 +111,7 @@ def train(
             raise
         try:
             dtype = DTYPES[config.export.dtype]
-            export_model(training.decoder, shards.tokenizer, dtype, folder.model)
+            export_model(training.decoder, material.tokenizer, dtype, folder.model)
             _note(folder, manifest, status, training.step)
         except OSError as error:
             raise StorageRefused(
@@ -133,7 +132,7 @@ def train(
 
 
 def _open(
-    folder: RunFolder, config: TrainConfig, shards: Shards, mode: Mode
+    folder: RunFolder, config: TrainConfig, material: Material, mode: Mode
 ) -> dict[str, list[Any]]:
     """Make the folder ready for the mode; the settings that differ from the run's so far."""
     if mode == "fresh" and folder.path.exists():
@@ -144,68 +143,62 @@ def _open(
     if not folder.exists:
         return {}
     return check_same_run(
-        folder.manifest(), asdict(config), shards.digest, may_change=mode == "resume"
+        folder.manifest(), asdict(config), material.digest, may_change=mode == "resume"
     )
 
 
 def _build(
     config: TrainConfig,
-    shards: Shards,
+    material: Material,
     folder: RunFolder,
     device: torch.device,
     told: Told,
     clock: Callable[[], float],
 ) -> Training:
     """Everything as it is before the first step."""
-    data, settings = config.data, config.train
+    length, settings = config.data.length, config.train
     shape = shape_of(
-        config.model, length=data.length, vocab_size=shards.vocab_size, end=shards.end_token
+        config.model, length=length, vocab_size=material.vocab_size, end=material.end_token
     )
-    stream = PackedStream(
-        shards,
-        length=data.length,
-        batch=settings.batch,
-        seed=config.seed,
-        separate_documents=data.separate_documents,
-    )
+    decoder = Decoder(shape, device=device)
+    initialize(decoder, config.init, config.seed)
     steps = settings.steps
     if steps is None:
         assert settings.epochs is not None
-        rows = settings.epochs * stream.tokens_per_epoch / data.length
+        assert material.tokens_per_epoch is not None
+        rows = settings.epochs * material.tokens_per_epoch / length
         steps = max(1, round(rows / settings.batch))
-    decoder = Decoder(shape, device=device)
-    initialize(decoder, config.init, config.seed)
+    dtype = DTYPES[settings.precision]
     return Training(
         config,
         decoder,
-        stream,
+        material.stream(),
         folder,
         steps=steps,
-        continued=_continuing(config, decoder, shards),
+        measure=lambda rows: material.measure(decoder, rows, dtype),
+        continued=_continuing(config, decoder, material),
         told=told,
         clock=clock,
     )
 
 
-def _continuing(
-    config: TrainConfig, decoder: Decoder, shards: Shards
-) -> Callable[[int], list[tuple[str, str]]] | None:
-    """The function that continues the configuration's prompts at a step."""
+def _continuing(config: TrainConfig, decoder: Decoder, material: Material) -> Continued | None:
+    """What continues the configuration's prompts."""
     settings = config.evaluation
-    if not settings.prompts:
+    if not settings.prompts or material.tokenizer is None:
         return None
-    tokenizer = load_tokenizer(shards.tokenizer)
+    tokenizer, end = load_tokenizer(material.tokenizer), material.end_token
 
     def continued(step: int) -> list[tuple[str, str]]:
         texts = []
         for number, prompt in enumerate(settings.prompts):
             tokens = continue_tokens(
                 decoder,
-                [shards.end_token, *tokenizer.encode(prompt, add_special_tokens=False)],
+                [end, *tokenizer.encode(prompt, add_special_tokens=False)],
                 settings.sample_tokens,
                 temperature=settings.temperature,
                 seed=config.seed + 1000 * step + number,
-                ends=(shards.end_token,),
+                ends=(end,),
                 dtype=DTYPES[config.train.precision],
             )
             texts.append((prompt, tokenizer.decode(tokens)))
@@ -216,7 +209,7 @@ def _continuing(
 
 def _manifest(
     config: TrainConfig,
-    shards: Shards,
+    material: Material,
     training: Training,
     folder: RunFolder,
     command: str | None,
@@ -229,7 +222,7 @@ def _manifest(
         "steps": training.steps,
         "parameters": sum(p.numel() for p in training.decoder.parameters()),
         "config": asdict(config),
-        "data": {"digest": shards.digest, "tokens": shards.tokens, "bytes": shards.bytes},
+        "data": {"digest": material.digest} | material.counts,
         "device": f"{device.type}: {gpu}",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
