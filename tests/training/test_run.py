@@ -303,7 +303,7 @@ def test_recall_is_learned_and_measured(tmp_path: Path) -> None:
     assert outcome.evaluation is not None
     assert 0 <= outcome.evaluation["accuracy"] <= 1
     assert {score["pairs"] for score in outcome.evaluation["scores"]} == {1, 2}
-    assert not (outcome.model / "tokenizer.json").exists()
+    assert load_model(str(outcome.model)).tokenizer.encode("k1 v2") == [1, 6]
     with pytest.raises(Conflict) as error:
         train(small(tmp_path, *overrides, "data.recall.values=3"), runs=tmp_path)
     assert error.value.field == "data.recall.values"

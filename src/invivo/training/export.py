@@ -12,13 +12,11 @@ from invivo.models.load import LoadedModel
 from invivo.models.save import save_model
 
 
-def export_model(
-    decoder: Decoder, tokenizer: Path | None, dtype: torch.dtype, target: Path
-) -> Path:
+def export_model(decoder: Decoder, tokenizer: Path, dtype: torch.dtype, target: Path) -> Path:
     """Write config, weights in ``dtype`` and the tokenizer's files, in the place of ``target``.
 
     Args:
-        tokenizer: folder with tokenizer.json; None: the model has none.
+        tokenizer: folder with tokenizer.json.
 
     Raises:
         OSError: the disk is full or refuses; what was at ``target`` stays.
@@ -27,9 +25,8 @@ def export_model(
     parameters = dict(decoder.named_parameters())
     for name, parameter in copy.named_parameters():
         parameter.data.copy_(parameters[name].detach())
-    model: LoadedModel | Decoder = copy
-    if tokenizer is not None:  # what else a loaded model has takes no part in saving it
-        model = LoadedModel("", tokenizer, copy.config, copy, tokenizer=None, fingerprint="")
+    # What else a loaded model has takes no part in saving it.
+    model = LoadedModel("", tokenizer, copy.config, copy, tokenizer=None, fingerprint="")
     draft = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(draft, ignore_errors=True)
     try:

@@ -24,7 +24,7 @@ from invivo.training.schedule import rate_at
 from invivo.training.stream import NO_LABEL, Stream
 
 Told = Callable[[Mapping[str, Any]], None]
-Measure = Callable[[int | None], Mapping[str, Any] | None]
+Evaluate = Callable[[int | None], Mapping[str, Any]]
 Continued = Callable[[int], list[tuple[str, str]]]
 Status = Literal["done", "time", "interrupted"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,7 +53,7 @@ class Training:
         decoder: float32 parameters, filled; they are trained in place.
         stream: each ``next`` gives the rows of a whole optimizer step.
         steps: of the whole run.
-        measure: of held-out rows, so many of them (None: all); its numbers go into the metrics.
+        evaluate: numbers from so many held-out rows (None: all), which go into the metrics.
         continued: gives (prompt, text) pairs at a step.
         told: gets every line of the metrics and samples as it is written.
         clock: seconds.
@@ -72,7 +72,7 @@ class Training:
         folder: RunFolder,
         *,
         steps: int,
-        measure: Measure = lambda rows: None,
+        evaluate: Evaluate = lambda rows: {},
         continued: Continued | None = None,
         told: Told = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
@@ -80,7 +80,7 @@ class Training:
         self._config, self._stream, self._folder = config, stream, folder
         self.decoder = decoder
         self.steps = steps
-        self._measure, self._continued, self._told = measure, continued, told
+        self._evaluate, self._continued, self._told = evaluate, continued, told
         self._clock = clock
         self._device = decoder.embed.device
         self._model = LossModel(
@@ -249,8 +249,8 @@ class Training:
     def _look(self, rows: int | None) -> None:
         """Evaluate on ``rows`` of held-out text (None: all), and continue the prompts."""
         self._read()
-        found = self._measure(rows)
-        if found is not None:
+        found = self._evaluate(rows)
+        if found:
             self.tell({"kind": "evaluation", **found})
         for prompt, text in self._continued(self.step) if self._continued is not None else ():
             line = {"step": self.step, "prompt": prompt, "text": text}

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +86,8 @@ def train(
     deadline = math.inf if minutes is None else clock() + 60 * minutes
     folder = RunFolder(runs / config.name)
     with folder.held():
-        material = open_material(config, runs / ".prepared", progress)
+        prepared = runs / ".prepared"
+        material = open_material(config.data, config.tokenizer, prepared, progress=progress)
         changed = _open(folder, config, material, mode)
         training = _build(config, material, folder, torch.device(device), told, clock)
         saved = latest(folder)
@@ -168,14 +170,19 @@ def _build(
         assert material.tokens_per_epoch is not None
         rows = settings.epochs * material.tokens_per_epoch / length
         steps = max(1, round(rows / settings.batch))
-    dtype = DTYPES[settings.precision]
+    evaluate = partial(
+        material.evaluate,
+        decoder,
+        batch=settings.micro_batch or min(8, settings.batch),
+        dtype=DTYPES[settings.precision],
+    )
     return Training(
         config,
         decoder,
-        material.stream(),
+        material.stream(batch=settings.batch, seed=config.seed),
         folder,
         steps=steps,
-        measure=lambda rows: material.measure(decoder, rows, dtype),
+        evaluate=evaluate,
         continued=_continuing(config, decoder, material),
         told=told,
         clock=clock,
@@ -185,7 +192,7 @@ def _build(
 def _continuing(config: TrainConfig, decoder: Decoder, material: Material) -> Continued | None:
     """What continues the configuration's prompts."""
     settings = config.evaluation
-    if not settings.prompts or material.tokenizer is None:
+    if not settings.prompts:
         return None
     tokenizer, end = load_tokenizer(material.tokenizer), material.end_token
 
@@ -222,7 +229,11 @@ def _manifest(
         "steps": training.steps,
         "parameters": sum(p.numel() for p in training.decoder.parameters()),
         "config": asdict(config),
-        "data": {"digest": material.digest} | material.counts,
+        "data": {
+            "digest": material.digest,
+            "tokens": material.tokens,
+            "bytes": material.bytes,
+        },
         "device": f"{device.type}: {gpu}",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
