@@ -169,7 +169,7 @@ def test_wrong_words_are_refused(entry: str) -> None:
 def test_every_operation_has_a_method() -> None:
     named = {name for name in dir(Place) if not name.startswith("_")} | {"set_tokens"}
     lacking = set(OPERATIONS) - named
-    assert lacking == {"set_positions", "state_reset", "state_replace"}
+    assert lacking == {"set_positions"}
 
 
 def test_methods_write_what_they_are_called() -> None:

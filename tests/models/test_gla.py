@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,19 @@ from invivo.models.gla_config import gla_1b3, gla_340m
 from invivo.models.hub_config import config_from_hf, config_to_hf
 from invivo.models.load import read_json, read_weights
 from invivo.models.save import save_model
-from invivo.models.sites import sites_of, why_lacking
+from invivo.models.sites import KeyShare, sites_of, why_lacking
 from invivo.models.tensor_names import tensor_parts
 
 TOKENS = torch.randint(0, 67, (37,), generator=torch.Generator().manual_seed(3))
 
 
 class Seen:
-    """Keeps what it sees and puts ``instead`` in its place."""
+    """Keeps what it sees of one sequence and puts ``instead`` in its place."""
 
     def __init__(self, instead: dict[tuple[str, int], torch.Tensor] | None = None) -> None:
         self.values: dict[tuple[str, int], torch.Tensor] = {}
         self.instead = instead or {}
+        self.rows: Sequence[int] = range(len(TOKENS))
 
     def wants(self, site: str, layer: int) -> bool:
         return site != "attn.lse"
@@ -37,6 +39,22 @@ class Seen:
     def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
         self.values[site, layer] = value.clone()
         return self.instead.get((site, layer), value)
+
+    def open_states(self, layer: int) -> list[int]:
+        return [0]
+
+    def state_rows(self, span: int, layer: int) -> Sequence[int]:
+        return self.rows
+
+    def at_state(
+        self, span: int, row: int, site: str, layer: int, value: torch.Tensor
+    ) -> torch.Tensor:
+        before = self.values.get((site, layer), value[None][:0])
+        self.values[site, layer] = torch.cat((before, value[None]))
+        return value
+
+    def key_shares(self, span: int, layer: int) -> list[KeyShare]:
+        return []
 
 
 def whole(decoder: Decoder, tokens: torch.Tensor, taps: Seen | None = None) -> torch.Tensor:
@@ -132,6 +150,7 @@ def test_sites_satisfy_the_recurrence(shape: str) -> None:
             seen[f"gla.head.{name}", layer] for name in ("q", "k", "v", "gate", "state", "z")
         )
         before = torch.cat((torch.zeros_like(state[:1]), state[:-1]))
+        assert torch.equal(before, seen["gla.head.memory", layer])
         written = gate[..., None] * before + k[..., None] * v[..., None, :]
         assert torch.allclose(state, written, rtol=0, atol=1e-12)
         read = torch.einsum("thk,thkv->thv", q * q.shape[-1] ** -0.5, state)
@@ -142,18 +161,59 @@ def test_sites_satisfy_the_recurrence(shape: str) -> None:
     assert found == {name for name, _ in seen} | {"logits"}
 
 
-def test_a_state_set_to_nothing_in_every_layer_cuts_the_prompt() -> None:
+@pytest.mark.parametrize("rows", [[20], [3, 20, 21, 36], list(range(37))])
+def test_a_memory_emptied_in_every_layer_cuts_the_prompt(rows: list[int]) -> None:
     class Reset(Seen):
-        def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
-            if site != "gla.head.state":
-                return value
-            value = value.clone()
-            value[19] = 0.0
-            return value
+        def at_state(
+            self, span: int, row: int, site: str, layer: int, value: torch.Tensor
+        ) -> torch.Tensor:
+            return torch.zeros_like(value) if (site, row) == ("gla.head.memory", 20) else value
 
-    decoder = tiny_decoder()
-    cut = whole(decoder, TOKENS, Reset())
+    decoder, taps = tiny_decoder(), Reset()
+    taps.rows = rows
+    cut = whole(decoder, TOKENS, taps)
     assert torch.allclose(cut[20:], whole(decoder, TOKENS[20:]), rtol=0, atol=1e-10)
+    assert torch.allclose(cut[:20], whole(decoder, TOKENS[:20]), rtol=0, atol=1e-10)
+
+
+def test_spans_laid_open_leave_the_others_their_bits_and_the_states_what_they_are() -> None:
+    """One of three spans is looked into; where nothing is changed not even it rounds otherwise."""
+    decoder, spans = tiny_decoder("hybrid"), [(0, 1, 1), (0, 6, 2), (0, 9, 3)]
+    tokens = torch.cat((TOKENS[:1], TOKENS[:6], TOKENS[:9]))
+
+    class Middle(Seen):
+        factor = 1.0
+
+        def wants(self, site: str, layer: int) -> bool:
+            return False
+
+        def open_states(self, layer: int) -> list[int]:
+            return [1]
+
+        def state_rows(self, span: int, layer: int) -> Sequence[int]:
+            return [2, 5]
+
+        def at_state(
+            self, span: int, row: int, site: str, layer: int, value: torch.Tensor
+        ) -> torch.Tensor:
+            return value if self.factor == 1.0 else value * self.factor
+
+    def run(taps: Seen | None) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = memory_of(decoder.config)
+        assert cache.states is not None
+        with torch.inference_mode():
+            return decoder(tokens, spans_layout(spans), cache, taps=taps), cache.states
+
+    (plain, plain_states), changing = run(None), Middle()
+    looked, states = run(Middle())
+    assert torch.equal(looked, plain)
+    assert torch.equal(states, plain_states)
+    changing.factor = 0.5
+    changed, states = run(changing)
+    others = [0, *range(7, 16)]
+    assert torch.equal(changed[others], plain[others])
+    assert torch.equal(states[:, [1, 3]], plain_states[:, [1, 3]])
+    assert not torch.allclose(states[:, 2], plain_states[:, 2])
 
 
 def test_a_key_of_nothing_and_an_open_gate_leave_the_state() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from invivo.edits.blobs import Blobs
 from invivo.edits.resolved import Touch
 from invivo.edits.site_names import BLOCKS, SiteRef
 from invivo.edits.values import Blob, Param, Value
+from invivo.models.sites import KeyShare
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,13 @@ class Context:
 
 
 def _index(value: torch.Tensor, rows: Sequence[int], ref: SiteRef) -> tuple[torch.Tensor, ...]:
-    """Indices that pick [rows, heads if there are any, numbers] of ``value``."""
+    """Indices that pick [rows, heads if there are any, numbers] of ``value``; of a state
+    [rows, heads, keys, values]."""
     wanted: list[Sequence[int]] = [rows]
     if ref.heads:
         wanted.append(ref.heads)
+    while len(wanted) < value.dim() - 1:  # the keys of a state
+        wanted.append(range(value.shape[len(wanted)]))
     if len(wanted) < value.dim():
         wanted.append(ref.components or range(value.shape[-1]))
     assert len(wanted) == value.dim()
@@ -167,16 +171,19 @@ def _noise(touch: Touch, rows: Sequence[int], value: torch.Tensor) -> torch.Tens
     """Noise for the part that a touch names, the same whatever else it names."""
     ref = touch.ref
     one_a_head = ref.heads is not None and value.dim() == 2
-    width = 1 if one_a_head else value.shape[-1]
+    inner = value.shape[2:] if ref.heads else value.shape[1:]
+    width = 1 if one_a_head else inner.numel()
     heads: Sequence[int] = ref.heads or (0,)
     drawn = torch.stack(
         [torch.stack([noise_of(touch.args["seed"], ref, p, h, width) for h in heads]) for p in rows]
     )
     if one_a_head:
         return drawn[..., 0]
+    drawn = drawn.unflatten(-1, inner)
     if ref.components is not None:
         drawn = drawn[..., list(ref.components)]
-    return drawn if ref.heads else drawn[:, 0]
+    picked: torch.Tensor = drawn if ref.heads else drawn[:, 0]
+    return picked
 
 
 def noise_of(seed: int, ref: SiteRef, position: int, head: int, width: int) -> torch.Tensor:
@@ -196,6 +203,8 @@ def tapped_at(touch: Touch) -> list[tuple[str, int]]:
     if site in BLOCKS:
         outs = {"block": ("attn.out", "mlp.out"), "attn": ("attn.out",), "mlp": ("mlp.out",)}
         return [(out, layer) for out in outs[site]]
+    if site == "gla.edge":
+        return [(site, layer)]
     if site == "attn.edge":
         before = do != "edge_scale" and touch.args["renormalise"]
         return [("attn.head.score" if before else "attn.head.prob", layer)]
@@ -270,6 +279,34 @@ def change_edges(
     # Rows without an edge that changed keep every bit; rows with nothing left mix nothing.
     rescaled = torch.where(total == 0, changed, changed / total)
     return torch.where(pairs.any(-1, keepdim=True) & (changed != value).any(), rescaled, changed)
+
+
+# Shares of keys in the states of recurrent layers.
+
+
+def key_share(
+    touch: Touch,
+    context: Context,
+    window: Sequence[int],
+    n_heads: int,
+    before: torch.Tensor | None,
+    leave: Callable[[torch.Tensor], None],
+) -> KeyShare:
+    """What an edge operation on ``gla.edge`` asks of the rows of ``window`` (ascending tokens)."""
+    assert touch.keys is not None
+    first = window[0]
+    keys = {p - first for p in touch.keys.below(window[-1] + 1) if p >= first}
+    if touch.do == "edge_only":
+        keys = set(range(len(window))) - keys
+    factor = context.tensor(touch.args["a"]) if touch.do == "edge_scale" else context.tensor(0.0)
+    return KeyShare(
+        keys=sorted(keys),
+        queries=[p - first for p in touch.positions.below(window[-1] + 1) if p >= first],
+        heads=touch.ref.heads or range(n_heads),
+        factor=factor,
+        before=before,
+        leave=leave,
+    )
 
 
 # Mixtures of experts.

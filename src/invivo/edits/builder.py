@@ -315,6 +315,14 @@ class Place:
         names = list(except_) if isinstance(except_, tuple | list) else except_
         return self.do("freeze", to=to, except_=names)
 
+    def state_reset(self) -> Builder:
+        """The tokens find an empty memory; the site is a head's ``state``."""
+        return self.do("state_reset")
+
+    def state_replace(self, source: str | torch.Tensor, **how: Any) -> Builder:
+        """The tokens find the memory that the source's tokens found."""
+        return self.do("state_replace", from_=_source(source, how))
+
     def skip(self) -> Builder:
         return self.do("skip")
 

@@ -23,6 +23,8 @@ def expand_key_heads(decoder: Decoder) -> Decoder:
     q_rows, kv_rows = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, Layer)
+        if i in config.recurrent:  # its heads share nothing
+            continue
         for name in ("qkv", "qkv_bias", "k_norm"):
             key = f"layers.{i}.mixer.{name}"
             if key not in weights:

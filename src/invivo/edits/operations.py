@@ -10,9 +10,9 @@ from invivo.models.sites import SITES
 # Groups of sites, by the names that a resolved site has.
 _ROWS = frozenset(s.name for s in SITES if s.name not in ("attn.head.score", "attn.head.prob"))
 _KEYS = frozenset({"attn.head.score", "attn.head.prob"})
-_EDGE = frozenset({"attn.edge"})
+_EDGE = frozenset({"attn.edge", "gla.edge"})
 _EXPERT = frozenset({"moe.expert.on"})
-_STATE = frozenset({"gla.head.state"})
+_STATE = frozenset({"gla.head.state", "gla.head.memory"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Operation:
     Attributes:
         sites: names of the sites it may touch.
         kernel: what it becomes: "affine" (x = a x + b v), "gather" (x = another row), "lowrank"
-            (within a subspace), "edge" (lists for the masked attention), "expert", "input" (the
-            request's tokens, positions and mask), "block" (layers left out).
+            (within a subspace), "edge" (lists for the masked attention, or keys of a state),
+            "expert", "input" (the request's tokens, positions and mask), "block" (layers left out).
         positions: whether it takes ``pos``.
     """
 
@@ -264,8 +264,14 @@ _TABLE = (
         "blocks start at the same position and do not see each other (set-based prompting)",
         positions=False,
     ),
-    Operation("state_reset", "state", _STATE, (), "recurrent memory is emptied"),
-    Operation("state_replace", "state", _STATE, (_FROM,), "recurrent memory is the source's"),
+    Operation("state_reset", "affine", _STATE, (), "the token finds an empty memory"),
+    Operation(
+        "state_replace",
+        "gather",
+        _STATE,
+        (_FROM,),
+        "the token finds the memory that the source's token found",
+    ),
 )
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _TABLE}

@@ -6,16 +6,18 @@ they are known. In float64 this is the oracle that the compiled path is tested a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from invivo.edits.apply import (
     Context,
+    Rows,
     apply_switch,
     change_rows,
     copies_of,
+    key_share,
     read_part,
     tapped_at,
 )
@@ -38,6 +40,7 @@ from invivo.models.bypass import Bypass
 from invivo.models.cache import allocate_kv_cache
 from invivo.models.decoder import Decoder
 from invivo.models.rope import long_text_offset
+from invivo.models.sites import KeyShare
 
 Key = tuple[str, int]
 _SCORE, _PROB = "attn.head.score", "attn.head.prob"
@@ -205,6 +208,7 @@ class Interpreter:
             for touch in reader.touches:
                 read += [s.ref for s in touch.sources if s.run == plan.name and s.ref is not None]
         self.kept = {(ref.site, ref.layer) for ref in read}
+        self.n_rows = len(plan.prompt.ids)
         windowed = [i for i, layer in enumerate(self.config.layers) if layer.window is not None]
         # Windows count position numbers; the decoder's count indices.
         self.recount = set(windowed) if plan.input.numbers else set()
@@ -228,6 +232,57 @@ class Interpreter:
             new = value  # what has not changed is bit for bit the untouched pass
         self.after[key] = self.before[key] if new is value else new
         return new
+
+    # Recurrent layers: row by row always, so that all runs round alike.
+
+    def open_states(self, layer: int) -> Sequence[int]:
+        return (0,)
+
+    def state_rows(self, span: int, layer: int) -> Sequence[int]:
+        return range(self.n_rows)
+
+    def at_state(
+        self, span: int, row: int, site: str, layer: int, value: torch.Tensor
+    ) -> torch.Tensor:
+        key = (site, layer)
+        seen = new = value.unsqueeze(0)
+        for touch in self.touches.get(key, ()):
+            at = touch.positions.below(row + 1)
+            if at and at[-1] == row:
+                new = self._at_row(touch, new, Rows([0], [row], len(at) - 1))
+        if torch.equal(new, seen):
+            new = seen
+        if key in self.kept:
+            for kept, one in ((self.before, seen), (self.after, new)):
+                kept[key] = torch.cat((kept[key], one)) if key in kept else one
+        return value if new is seen else new[0]
+
+    def _at_row(self, touch: Touch, value: torch.Tensor, rows: Rows) -> torch.Tensor:
+        sources: list[torch.Tensor] = []
+        for source in touch.sources:
+            if source.run is None:
+                continue
+            assert source.ref is not None
+            wanted = source.positions if source.pooled else source.positions[rows.piece]
+            key = (source.ref.site, source.ref.layer)
+            here = source.run == self.plan.name
+            known = (self if here else self.done[source.run]).after.get(key)
+            if here and key == (touch.ref.site, touch.ref.layer):
+                # Of its own rows this one stands where the steps so far have brought it.
+                past = value[:0] if known is None else known[: rows.positions[0]]
+                known = torch.cat((past, value))
+            assert known is not None
+            part = read_part(known, wanted, source.ref)
+            sources.append(part.mean(0, keepdim=True) if source.pooled else part)
+        return change_rows(touch, touch.ref, value, sources, self.context, rows)
+
+    def key_shares(self, span: int, layer: int) -> list[KeyShare]:
+        gla = self.config.gla
+        assert gla is not None
+        return [
+            key_share(touch, self.context, range(self.n_rows), gla.n_heads, None, lambda _: None)
+            for touch in self.touches.get(("gla.edge", layer), ())
+        ]
 
     def _apply(self, touch: Touch, site: str, value: torch.Tensor) -> torch.Tensor:
         rows = touch.positions.below(value.shape[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,12 +41,13 @@ from invivo.edits.run_input import build_input
 from invivo.edits.selectors import Positions, Resolver, Selector, pair
 from invivo.edits.site_names import (
     BLOCKS,
+    EDGES,
     INPUTS,
     SitePattern,
     SiteRef,
     format_ref,
     forward_order,
-    last_size,
+    head_sizes,
     parse_site,
     resolve_site,
 )
@@ -59,7 +60,16 @@ Encode = Callable[[str], Sequence[int]]
 _ALL = Selector("all")
 _LAST = Selector("index", (-1,))
 _KEY_SITES = ("attn.head.score", "attn.head.prob")
-_UNREADABLE = INPUTS | BLOCKS | {"attn.edge", "moe.expert.on"}
+_UNREADABLE = INPUTS | BLOCKS | EDGES | {"moe.expert.on"}
+_MEMORY, _STATE = "gla.head.memory", "gla.head.state"
+# What some operations have become once their sources are known.
+_BECOMES = {
+    "freeze": "replace",
+    "mean": "replace",
+    "resample": "replace",
+    "state_reset": "zero",
+    "state_replace": "replace",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +226,7 @@ class _Resolution:
         inside = [t for t in touches if t.kernel != "input"]
         inside.sort(key=lambda t: order(t.ref))
         self._check_stops(inside, stops)
+        _check_shares(inside)
         read = {c.run for c in captures} | {m.run for m in measures}
         read |= {m.other for m in measures if m.other is not None}
         runs, passes = order_runs(inside, {MAIN, *read}, order)
@@ -325,13 +336,20 @@ class _Resolution:
                 refs = _without(refs, self._refs(excluded, f"{path}.except", step.expand))
             if not refs:
                 raise InvalidRequest("nothing is left to freeze", field=f"{path}.except")
+        elif do in ("state_reset", "state_replace"):
+            refs = [replace(ref, site=_MEMORY) for ref in refs]
+        elif do == "edge_scale" and args["renormalise"] and refs[0].site == "gla.edge":
+            raise InvalidRequest(
+                "what keys leave in a state are no probabilities: there is no sum to scale back to",
+                field=f"{path}.renormalise",
+            )
         kernel = "input" if refs[0].site in INPUTS else operation.kernel
         touches = []
         for site in refs:
             sources = self._sources(step, site, positions, args, path)
             self._check_values(step, site, positions, args, path)
             values = {k: v for k, v in args.items() if k in _VALUES or k in _FLAGS}
-            name = "replace" if do in ("freeze", "mean", "resample") else do
+            name = _BECOMES.get(do, do)
             touches.append(
                 Touch(number, step.run, site, name, kernel, positions, values, sources, keys)
             )
@@ -420,7 +438,10 @@ class _Resolution:
         if pooled:
             selector = source.pos or step.pos or _ALL
             found = resolver.resolve(selector, f"{path}.pos")
-            return SourceRef(source.run, None, read, tuple(found.indices()), True)
+            places = tuple(found.indices())
+            if source.run == step.run:
+                _check_past(site, read, [max(places)] * len(positions), positions, path)
+            return SourceRef(source.run, None, read, places, True)
         if how is None and source.pos is not None:
             how = "selector"
         if how in ("selector", "one"):
@@ -429,6 +450,8 @@ class _Resolution:
         elif source.pos is not None:
             raise InvalidRequest(f"map {how} takes no positions of its own", field=f"{path}.pos")
         paired = pair(positions, selected, how, here, there, path)
+        if source.run == step.run:
+            _check_past(site, read, paired, positions, path)
         return SourceRef(source.run, None, read, paired)
 
     def _shape(self, site: SiteRef, positions: Positions, run: str) -> tuple[int, ...]:
@@ -591,7 +614,7 @@ class _Resolution:
 
     def _check_width(self, site: SiteRef, path: str, what: str) -> None:
         whole = site.components is None and site.site not in _KEY_SITES
-        if not whole or last_size(self.config, site.site) != self.config.d_model:
+        if not whole or head_sizes(self.config, site.site) != (self.config.d_model,):
             raise InvalidRequest(
                 f"{what} reads values of width {self.config.d_model}",
                 field=f"{path}.capture",
@@ -689,6 +712,41 @@ def _prompts_of_runs(
             raise InvalidRequest("the prompt of this run is missing", field=f"runs.{at}")
         found[name] = prompts[at]
     return found
+
+
+def _check_past(
+    site: SiteRef, read: SiteRef, places: Sequence[int], positions: Positions, path: str
+) -> None:
+    """Raises InvalidRequest where a run reads a recurrent layer's states before they are there."""
+    recurrent = site.site in (_MEMORY, _STATE) and site.layer == read.layer
+    if recurrent and any(
+        there > here for there, here in zip(places, positions.indices(), strict=False)
+    ):
+        raise InvalidRequest(
+            "a run cannot read the states of its own later tokens",
+            field=path,
+            given=format_ref(read),
+            remedy='Add a run with "same": "main" and read it there',
+        )
+
+
+def _check_shares(touches: Sequence[Touch]) -> None:
+    """Raises InvalidRequest where a share of a state is asked for whose state is changed too."""
+    states = {
+        (t.run, t.ref.layer): t.step
+        for t in touches
+        if t.ref.site in (_MEMORY, _STATE) and t.positions.ranges
+    }
+    for touch in touches:
+        step = states.get((touch.run, touch.ref.layer))
+        if touch.ref.site == "gla.edge" and step is not None:
+            raise InvalidRequest(
+                f"steps[{step}] changes the state of layer {touch.ref.layer}: what a key has left "
+                "in it is not known any more",
+                field=f"steps[{touch.step}].at",
+                given=format_ref(touch.ref),
+                remedy="Set the key itself to zero: gla.head.h.k",
+            )
 
 
 def _without(refs: list[SiteRef], excluded: list[SiteRef]) -> list[SiteRef]:

@@ -28,10 +28,10 @@ _INDEXED = ("head", "kvhead", "expert")
 INPUTS = frozenset({"input.tokens", "input.position", "input.mask"})
 BLOCKS = frozenset({"block", "attn", "mlp"})
 _HEAD_KV = frozenset({"attn.head.k", "attn.head.v", "attn.head.k.rot"})
-_PSEUDO = BLOCKS | _HEAD_KV | {"attn.edge", "attn.head.edge", "moe.expert.on"}
-_GLA = frozenset({f"gla.head.{part}" for part in ("q", "k", "v", "gate", "state", "z")}) | {
-    "gla.edge"
-}
+# Edges of all heads, by those of one.
+_HEAD_EDGES = {"attn.head.edge": "attn.edge", "gla.head.edge": "gla.edge"}
+EDGES = frozenset(_HEAD_EDGES.values())
+_PSEUDO = BLOCKS | _HEAD_KV | EDGES | _HEAD_EDGES.keys() | {"moe.expert.on"}
 _LONGEST = 300
 _MOST_RANGES = 4096
 _MOST = 10**6
@@ -62,10 +62,10 @@ class SiteRef:
     """One site of one layer of a model (-1: outside layers).
 
     Attributes:
-        site: a name of :mod:`invivo.models.sites`, "attn.edge", "moe.expert.on", one of
+        site: a name of :mod:`invivo.models.sites`, "moe.expert.on", one of :data:`EDGES`,
             :data:`INPUTS` or :data:`BLOCKS`.
         heads: heads, key heads or experts, in order; None where the site has none, () for none
-            in particular (attn.edge of all heads).
+            in particular (edges of all heads).
         components: numbers of the last dimension; None for all.
         expanded: the heads are query heads, whose shared keys or values are copied first.
     """
@@ -111,8 +111,6 @@ def parse_site(text: str, path: str) -> SitePattern:
     name = ".".join(rest) or "block"
     if name == "moe.expert":
         name = "moe.expert.on"
-    if name in _GLA:
-        return SitePattern(name, layers, heads, components, alias)
     if name not in _PSEUDO and (name not in _SHAPES or name in _OUTSIDE):
         raise _unknown(text, path)
     return SitePattern(name, layers, heads, components, alias)
@@ -207,8 +205,8 @@ def format_ref(ref: SiteRef) -> str:
     name = ref.site
     if ref.expanded:
         name = name.replace("kvhead", "head")
-    elif name == "attn.edge" and ref.heads:
-        name = "attn.head.edge"
+    elif name in EDGES and ref.heads:
+        name = name.replace(".edge", ".head.edge")
     components = ranges(ref.components) if ref.components is not None else ()
     return format_site(
         SitePattern(
@@ -220,24 +218,32 @@ def format_ref(ref: SiteRef) -> str:
     )
 
 
+def head_sizes(config: ModelConfig, site: str, *, n_keys: int = 0) -> tuple[int, ...]:
+    """Shape of ``site`` for one row, and one head where it is cut into heads (keys: ``n_keys``)."""
+    letters = _SHAPES[site]
+    sizes = tuple(_size(config, site, letter, n_keys) for letter in letters)
+    return sizes[1:] if len(letters) > 1 else sizes
+
+
 def last_size(config: ModelConfig, site: str, *, n_keys: int = 0) -> int:
     """Numbers in the last dimension of ``site`` (keys: ``n_keys``)."""
-    return _size(config, _SHAPES[site][-1], n_keys)
+    return head_sizes(config, site, n_keys=n_keys)[-1]
 
 
 def head_count(config: ModelConfig, site: str) -> int | None:
     """Heads, key heads or experts that ``site`` is cut into; None if it is not."""
-    if site == "attn.edge":
-        return config.n_heads
     if site == "moe.expert.on":
         return config.moe.n_experts if config.moe else 0
     if site == "moe.expert.weight":
-        return _size(config, "E", 0)
-    shape = _SHAPES.get(site, ["d"])
-    return _size(config, shape[0], 0) if len(shape) == 2 else None
+        return _size(config, site, "E", 0)
+    shape = ["H", ""] if site in EDGES else _SHAPES.get(site, ["d"])
+    return _size(config, site, shape[0], 0) if len(shape) > 1 else None
 
 
-def _size(config: ModelConfig, letter: str, n_keys: int) -> int:
+def _size(config: ModelConfig, site: str, letter: str, n_keys: int) -> int:
+    if site.startswith("gla."):
+        assert config.gla is not None
+        return {"H": config.gla.n_heads, "K": config.gla.head_k, "V": config.gla.head_v}[letter]
     match letter:
         case "1":
             return 1
@@ -261,12 +267,14 @@ def _size(config: ModelConfig, letter: str, n_keys: int) -> int:
 
 def _why_not(config: ModelConfig, site: str, layer: int) -> str | None:
     """:func:`why_lacking`, for the names of this module too."""
-    if site in _GLA:
-        if layer < config.n_layers and config.layers[layer].mixer == "gla":
-            return "gated linear attention is not open to edits yet"
+    if site.startswith("gla.") and not config.recurrent:
         return f"{config.family} has no gated linear attention"
-    stands_for = {"moe.expert.on": "moe.router"}.get(site)
-    if site in BLOCKS or site == "attn.edge":
+    stands_for = {
+        "moe.expert.on": "moe.router",
+        "attn.edge": "attn.head.score",
+        "gla.edge": "gla.head.z",
+    }.get(site)
+    if site in BLOCKS:
         stands_for = "resid.pre"
     return why_lacking(config, stands_for or site, layer)
 
@@ -293,6 +301,9 @@ def resolve_site(
     expanded = False
     _check_alias(pattern, config, path)
     if site in INPUTS:
+        reason = _why_no_input(config, site)
+        if reason is not None:
+            raise InvalidRequest(reason, field=path, given=site)
         return [SiteRef(site, -1)]
     if site in _HEAD_KV:
         site = site.replace("head", "kvhead")
@@ -305,18 +316,17 @@ def resolve_site(
                 remedy='Edit kvhead, or copy them for this request with "expand": true',
             )
         expanded = shared
-    if site == "attn.head.edge":
-        site = "attn.edge"
+    site = _HEAD_EDGES.get(site, site)
     if site in _OUTSIDE:
         layers = [-1]
     else:
         layers = _layers_of(pattern, site, config, sets, path)
     chosen: tuple[int, ...] | None = None
     count = config.n_heads if expanded else head_count(config, site)
-    if count is not None and pattern.site != "attn.edge":
-        chosen = _indices(heads, count, sets, path, "heads or experts", pattern)
-    elif pattern.site == "attn.edge":
+    if pattern.site in EDGES:
         chosen = ()
+    elif count is not None:
+        chosen = _indices(heads, count, sets, path, "heads or experts", pattern)
     components: tuple[int, ...] | None = None
     if pattern.components:
         if site not in _SHAPES or _SHAPES[site][-1] in ("1", "K") or site == "moe.expert.weight":
@@ -327,6 +337,18 @@ def resolve_site(
             pattern.components, last_size(config, site), {}, path, "numbers", pattern
         )
     return [SiteRef(site, layer, chosen, components, expanded) for layer in layers]
+
+
+def _why_no_input(config: ModelConfig, site: str) -> str | None:
+    """Why this model's input cannot be changed there; None if it can."""
+    if site == "input.mask" and config.recurrent:
+        return (
+            f"layer {config.recurrent[0]} carries a state from token to token, in which no mask "
+            "can hide a token; see gla.edge"
+        )
+    if site == "input.position" and not (config.ropes or config.learned_positions):
+        return "this model has no positions"
+    return None
 
 
 def _check_alias(pattern: SitePattern, config: ModelConfig, path: str) -> None:
@@ -407,6 +429,7 @@ _RANK |= {
     "attn": _RANK["resid.pre"],
     "mlp": _RANK["resid.mid"],
     "attn.edge": _RANK["attn.head.score"],
+    "gla.edge": _RANK["gla.head.state"],
     "moe.expert.on": _RANK["moe.router"],
     "input.tokens": -3,
     "input.position": -2,

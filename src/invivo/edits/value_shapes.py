@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from invivo.edits.blobs import Blobs
 from invivo.edits.program import Parameter
-from invivo.edits.site_names import SiteRef, head_count, last_size
+from invivo.edits.site_names import SiteRef, head_count, head_sizes
 from invivo.edits.values import Blob, Param, Value
 from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig
@@ -17,20 +17,21 @@ def touched_shape(
 ) -> tuple[int, ...]:
     """Shape of the selected part of a site: [positions, heads if it has them, numbers].
 
-    Switches (attn.edge, moe.expert.on, blocks, inputs) have the positions alone.
+    States have keys and values for numbers. Switches (edges, moe.expert.on, blocks, inputs) have
+    the positions alone.
     """
     if site.site == "moe.expert.weight":
         assert site.heads is not None
         return n_positions, len(site.heads)
     try:
-        size = last_size(config, site.site, n_keys=n_keys)
+        *inner, size = head_sizes(config, site.site, n_keys=n_keys)
     except KeyError:
         return (n_positions,)
     width = size if site.components is None else len(site.components)
     if head_count(config, site.site) is None:
         return n_positions, width
     assert site.heads is not None
-    return n_positions, len(site.heads), width
+    return n_positions, len(site.heads), *inner, width
 
 
 def check_value(

@@ -13,8 +13,8 @@ The sites satisfy these identities (float64 tests hold them for every family):
 - the sum of ``attn.head.out`` over heads, plus the bias, is ``attn.out`` (``attn.proj`` where a
   norm follows the sub-layer);
 - ``attn.head.prob`` times the visible values is ``attn.head.z``;
-- ``gla.head.state`` is the gate times the state of the token before, plus key times value, and the
-  scaled query times it is ``gla.head.z``;
+- ``gla.head.memory`` is the state of the token before; ``gla.head.state`` is the gate times it,
+  plus key times value, and the scaled query times that is ``gla.head.z``;
 - ``mlp.neuron`` times the down matrix, plus the bias, is ``mlp.out`` (``mlp.proj``);
 - the sum over experts of ``moe.expert.weight`` times ``moe.expert.out``, plus ``moe.shared.out``,
   is ``mlp.out``;
@@ -23,7 +23,7 @@ The sites satisfy these identities (float64 tests hold them for every family):
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -70,6 +70,63 @@ class SplitTaps(Protocol):
         ``value`` must not be written to.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeyShare:
+    """Keys of one span that some of its queries see multiplied.
+
+    Attributes:
+        keys, queries: rows of the span, 0 = its first.
+        heads: which heads.
+        factor: a number as a tensor; 0 takes the keys out.
+        before: [H, K, V] state that the keys before the span have left, the chosen ones
+            multiplied; None: none was chosen, the memory is as it is.
+        leave: told that state after the span.
+    """
+
+    keys: Sequence[int]
+    queries: Sequence[int]
+    heads: Sequence[int]
+    factor: torch.Tensor
+    before: torch.Tensor | None
+    leave: Callable[[torch.Tensor], None]
+
+
+@runtime_checkable
+class StateTaps(Protocol):
+    """Taps that look at the recurrence of some spans; the others keep their kernel.
+
+    The sites "gla.head.memory" and "gla.head.state" are asked here alone, row by row in the order
+    of the tokens, because later rows go on from the answers. Where a sequence's state is kept and
+    nothing is changed, every bit is that of the untouched pass.
+    """
+
+    def open_states(self, layer: int) -> Collection[int]:
+        """Numbers of the spans whose recurrence is laid open in ``layer``."""
+        ...
+
+    def state_rows(self, span: int, layer: int) -> Sequence[int]:
+        """Rows of a span (0 = its first), ascending, whose memory or state is looked at."""
+        ...
+
+    def at_state(
+        self, span: int, row: int, site: str, layer: int, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Read the memory before a row or the state after it [H, K, V]; return what goes on.
+
+        ``value`` must not be written to; return itself to change nothing.
+        """
+        ...
+
+    def key_shares(self, span: int, layer: int) -> Sequence[KeyShare]:
+        """Keys that some queries of a span see more or less of."""
+        ...
+
+
+def state_taps(taps: object) -> StateTaps | None:
+    """``taps`` if they look at recurrences."""
+    return taps if isinstance(taps, StateTaps) else None
 
 
 def split_taps(taps: object) -> SplitTaps | None:
@@ -120,7 +177,8 @@ SITES: tuple[Site, ...] = (
     Site("gla.head.q", "H, K", "queries, before their scale"),
     Site("gla.head.k", "H, K", "keys"),
     Site("gla.head.v", "H, V", "values"),
-    Site("gla.head.gate", "H, K", "how much of each key channel of the state is kept, in (0, 1]"),
+    Site("gla.head.gate", "H, K", "how much of each key channel of the memory is kept, 0 to 1"),
+    Site("gla.head.memory", "H, K, V", "the state that the token finds: before its gate and write"),
     Site("gla.head.state", "H, K, V", "the state after the token's own write"),
     Site("gla.head.z", "H, V", "what one head reads from its state, before norm and output gate"),
     Site("attn.proj", "d", "the output matrix's result before the norm that follows it"),

@@ -20,8 +20,9 @@ from invivo.kernels.norm import rms_norm
 from invivo.kernels.paging import PagedLayout
 from invivo.models.bypass import Bypass
 from invivo.models.config import GLAConfig, ModelConfig
+from invivo.models.mixers.gla_open import read_openly, reweigh
 from invivo.models.mixers.short_conv import short_conv
-from invivo.models.sites import Taps, offer
+from invivo.models.sites import StateTaps, Taps, offer, state_taps
 
 
 class GatedLinearAttention(nn.Module):
@@ -99,8 +100,10 @@ class GatedLinearAttention(nn.Module):
             k = offer(taps, "gla.head.k", layer, k)
             v = offer(taps, "gla.head.v", layer, v)
             g = _gates_open(taps, layer, g)
-        if taps is not None and taps.wants("gla.head.state", layer):
-            z = _row_by_row(q, k, v, g, layout, memory[0], taps, layer)
+        open_taps = state_taps(taps)
+        spans = () if open_taps is None else open_taps.open_states(layer)
+        if open_taps is not None and spans:
+            z = _mix_split(q, k, v, g, layout, memory[0], open_taps, sorted(spans), layer)
         else:
             z = _mix(q, k, v, g, layout, memory[0])
         if taps is not None:
@@ -149,59 +152,46 @@ def _mix(
     return torch.cat(parts) if parts else torch.empty_like(v)
 
 
-def _row_by_row(
+def _mix_split(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor,
     layout: PagedLayout,
     states: torch.Tensor,
-    taps: Taps,
+    taps: StateTaps,
+    spans: list[int],
     layer: int,
 ) -> torch.Tensor:
-    """:func:`_mix` with the state after each row offered: [T, H, K, V].
-
-    They are offered once, as they are untouched. Where the answer differs, that state is what the
-    row reads and what the rows after it go on from.
-    """
-    wide = states.dtype
-    starts = _starts(layout)
-    slots = layout.state_slots
-    first = states.new_zeros(layout.n_spans, *states.shape[1:])
+    """:func:`_mix` with the recurrence of ``spans`` laid open."""
+    starts, slots = _starts(layout), layout.state_slots
+    memory = states.new_zeros(len(spans), *states.shape[1:])
     if slots is not None:
-        first = states.index_select(0, slots)
-    gates, writes = g.to(wide).exp(), k.to(wide).unsqueeze(-1) * v.to(wide).unsqueeze(-2)
-    after: list[torch.Tensor] = []
-    for s, (start, stop) in enumerate(pairwise(starts)):
-        state = first[s]
-        for t in range(start, stop):
-            state = gates[t].unsqueeze(-1) * state + writes[t]
-            after.append(state)
-    known = torch.stack(after)
-    answer = offer(taps, "gla.head.state", layer, known)
-    if answer is not known:
-        changed = (answer != known).flatten(1).any(1).tolist()
-        rows: list[torch.Tensor] = []
-        for s, (start, stop) in enumerate(pairwise(starts)):
-            state = first[s]
-            for t in range(start, stop):
-                state = answer[t] if changed[t] else gates[t].unsqueeze(-1) * state + writes[t]
-                rows.append(state)
-        known = torch.stack(rows)
-    if slots is not None:
-        last = torch.tensor([stop - 1 for stop in starts[1:]], device=q.device)
-        states.index_copy_(0, slots, known[last])
-    scaled = (q.to(wide) * q.shape[-1] ** -0.5).unsqueeze(-2)
-    return torch.matmul(scaled, known).squeeze(-2).to(v.dtype)
+        memory = states.index_select(0, slots[torch.tensor(spans, device=slots.device)])
+    z = _mix(q, k, v, g, layout, states)
+    parts = list(z.split([stop - start for start, stop in pairwise(starts)]))
+    for span, before in zip(spans, memory, strict=True):
+        rows = slice(starts[span], starts[span + 1])
+        here = q[rows], k[rows], v[rows], g[rows]
+        read, last, changed = read_openly(*here, before, taps, span, layer)
+        if changed or slots is None:
+            parts[span] = read
+            if slots is not None:
+                states.index_copy_(0, slots[span : span + 1], last.unsqueeze(0))
+        shares = taps.key_shares(span, layer)
+        if shares:
+            looked_at = taps.state_rows(span, layer)
+            parts[span] = reweigh(parts[span], *here, before, looked_at, shares)
+    return torch.cat(parts)
 
 
 def _gates_open(taps: Taps, layer: int, g: torch.Tensor) -> torch.Tensor:
-    """Offer the gates themselves, in (0, 1]; return their logarithms."""
+    """Offer the gates themselves; return the logarithms of the answers, cut to [0, 1]."""
     if not taps.wants("gla.head.gate", layer):
         return g
     gates = g.exp()
     answer = offer(taps, "gla.head.gate", layer, gates)
-    return g if answer is gates else answer.log()
+    return g if answer is gates else answer.clamp(0.0, 1.0).log()
 
 
 def _starts(layout: PagedLayout) -> list[int]:
