@@ -1,0 +1,159 @@
+"""Checkpoints that all processes write together, in the background (torch's DCP).
+
+The folder is that of :mod:`invivo.training.checkpoint`, with one safetensors file a process in
+place of ``state.safetensors``; the files say which part of each tensor they hold, so that any
+number of processes, one among them, can read it. Training goes on as soon as the tensors have
+been copied to the host; the folder gets its name once every process has written its file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from invivo.training.checkpoint import (
+    Checkpoint,
+    finish_checkpoint,
+    unfinished_checkpoint,
+    unreadable,
+)
+from invivo.training.parallel import PATIENCE, Ranks
+
+
+@dataclass(slots=True)
+class _Pending:
+    step: int
+    state: dict[str, Any]
+    written: Future[Any]
+
+
+class ShardedCheckpoints:
+    """The checkpoints of one run of several processes; all call the same methods in one order.
+
+    Args:
+        folder: of all checkpoints.
+        keep: how many stay.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int) -> None:
+        self._folder, self._ranks, self._keep = folder, ranks, keep
+        # Other messages between the hosts go on while a checkpoint is being written.
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._pending: _Pending | None = None
+
+    def begin(self, checkpoint: Checkpoint) -> Path | None:
+        """Copy the tensors and start to write them; what :meth:`finish` gave of the one before.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        before = self.finish()
+        target = unfinished_checkpoint(self._folder, checkpoint.step)
+        refused: OSError | None = None
+        if self._ranks.rank == 0:
+            try:
+                shutil.rmtree(target, ignore_errors=True)
+                target.mkdir(parents=True)
+            except OSError as error:
+                refused = error
+        self._agree(refused)
+        written = async_save(
+            dict(checkpoint.tensors),
+            storage_writer=HuggingFaceStorageWriter(str(target), save_distributed=True),
+            process_group=self._group,
+        )
+        assert isinstance(written, Future)
+        self._pending = _Pending(checkpoint.step, checkpoint.state, written)
+        return before
+
+    @property
+    def is_written(self) -> bool:
+        """Whether :meth:`finish` has something to do and this process would not wait for it."""
+        return self._pending is not None and self._pending.written.done()
+
+    def finish(self) -> Path | None:
+        """Wait for the checkpoint that was begun; its folder on the first process, if any.
+
+        Raises:
+            OSError: the disk is full or refuses, here or at another process; nothing is left of
+                it.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        final, refused = None, None
+        try:
+            pending.written.result()
+            if self._ranks.rank == 0:
+                final = finish_checkpoint(
+                    self._folder, pending.step, pending.state, keep=self._keep
+                )
+        except OSError as error:
+            refused = error
+        except CheckpointException as error:
+            refused = OSError("; ".join(f"process {r}: {e[0]}" for r, e in error.failures.items()))
+        finally:
+            if self._ranks.rank == 0:
+                unfinished = unfinished_checkpoint(self._folder, pending.step)
+                shutil.rmtree(unfinished, ignore_errors=True)
+        self._agree(refused)
+        return final
+
+    def _agree(self, refused: OSError | None) -> None:
+        """Raise on every process where one was refused.
+
+        Raises:
+            OSError: this process's, or that of another.
+        """
+        if self._ranks.total(torch.tensor(float(refused is not None))):
+            raise refused or OSError("another process could not write its part")
+
+
+def read_into(path: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> Checkpoint:
+    """A checkpoint of any number of processes, this process's parts of it read into ``tensors``.
+
+    Raises:
+        InvalidRequest: it cannot be read.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        load(
+            dict(tensors),
+            storage_reader=HuggingFaceStorageReader(str(path)),
+            process_group=ranks.host,
+        )
+        return Checkpoint(int(state["step"]), state, tensors)
+    except (OSError, ValueError, KeyError, TypeError, CheckpointException) as error:
+        raise unreadable(path, error) from error
+
+
+def read_whole(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint that several processes wrote, in this one."""
+    reader = HuggingFaceStorageReader(str(path))
+    described = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
+        for name, tensor in described.items()
+        if isinstance(tensor, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is one process
+        load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
