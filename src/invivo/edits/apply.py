@@ -147,8 +147,11 @@ def _changed(
             return source().expand_as(x)
         case "lerp":
             w, other = argument("w"), source()
-            # Written so that masked scores (-inf) stay what they are.
-            return torch.where(x == other, x, w * x + (1.0 - w) * other)
+            mixed = w * x + (1.0 - w) * other
+            # Written so that masked scores (-inf) stay what they are, and equals keep their bits;
+            # a gradient is that of the mixture even where both happen to be equal.
+            kept = x == other
+            return torch.where(kept & x.isinf() if mixed.requires_grad else kept, x, mixed)
         case "project_out":
             basis = argument("basis")
             return x - (x @ basis.T) @ basis

@@ -228,7 +228,7 @@ class Interpreter:
             new = self._masked(layer, new)
         for touch in self.touches.get(key, ()):
             new = self._apply(touch, site, new)
-        if torch.equal(new, value):
+        if not new.requires_grad and torch.equal(new, value):
             new = value  # what has not changed is bit for bit the untouched pass
         self.after[key] = self.before[key] if new is value else new
         return new

@@ -122,7 +122,9 @@ class Riders:
             if self.cache.states is not None:
                 assert job.sequence is not None
                 job.trainer.enters(job.sequence, span.start, span.seq.row + 1)
-            bypass = job.trainer.bypass.window(span.start, span.stop)
+            bypass = job.trainer.bypass_of(span.start, span.stop)
+            if bypass is None:
+                continue
             parts.append(Rows(first, first + span.stop - span.start, bypass))
             assert job.sequence is not None
             if job.trainer.records and not job.sequence.held_out:

@@ -57,6 +57,11 @@ class KeptRows:
         (rows,) = self._joined()
         return rows[torch.tensor(places, dtype=torch.int64, device=rows.device)]
 
+    def out_of_inference(self) -> None:
+        """Copies that autograd may keep, of rows that came by in inference mode."""
+        if self.known:
+            self._pieces = [tuple(t.clone() for t in self._joined())]
+
     def _joined(self) -> Part:
         if len(self._pieces) > 1:
             columns = zip(*self._pieces, strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from invivo.engine.edit_taps import EditedSpan, EditTaps
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.trained_hooks import TrainedHooks
 from invivo.kernels.attention_backward import gather_rows
@@ -17,6 +18,7 @@ from invivo.kernels.paging import PagedLayout
 from invivo.models.bypass import Bypass
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder
+from invivo.models.sites import offer
 
 Memory = tuple[torch.Tensor, torch.Tensor]
 States = tuple[torch.Tensor, torch.Tensor]
@@ -27,13 +29,15 @@ def rerun_backward(
     cache: KVCache,
     hooks: TrainedHooks,
     sequence: TrainSequence,
-    bypass: Bypass,
+    bypass: Bypass | None,
     rows: tuple[int, int],
     layers: tuple[int, int],
     start_from: torch.Tensor | None,
     entering: States | None = None,
 ) -> torch.Tensor | None:
     """Gradient by the residual stream before ``layers``; parameters gather theirs in ``.grad``.
+
+    The sequence's program, if it has one, acts here as it did in the forward windows.
 
     Args:
         bypass: differentiable, for these rows.
@@ -50,9 +54,12 @@ def rerun_backward(
     first, last = layers
     goes_on = first > hooks.bottom or hooks.last_hook is None
     with torch.enable_grad():
+        taps = _taps_of(sequence, decoder, start, stop)
         if start_from is None:
             tokens, positions = sequence.tokens[start:stop], sequence.positions(start, stop)
             x = decoder.embedded(tokens, positions, bypass)
+            if taps is not None:
+                x = offer(taps, "embed.out", -1, x)
         else:
             x = start_from.detach()
         if goes_on and not x.requires_grad:
@@ -71,13 +78,17 @@ def rerun_backward(
             memory.append(grown)
         layout = window_layout(sequence, start, stop, cache.block_size)
         pending, residual = decoder.run_layers(
-            x, layout, memory, first=first, last=last, bypass=bypass
+            x, layout, memory, first=first, last=last, bypass=bypass, taps=taps
         )
         if last == decoder.config.n_layers:
-            out = _final(decoder, pending, residual)
+            out = decoder.finished(pending, residual, taps)
         else:
             out = residual if pending is None else residual + pending
-        outputs, gradients = [out], [sequence.dx[start:stop]]
+        if sequence.edits is not None and sequence.edits.error is not None:
+            raise sequence.edits.error
+        outputs, gradients = [], []
+        if out.requires_grad:  # a program may act behind these rows alone
+            outputs, gradients = [out], [sequence.dx[start:stop]]
         for layer, grown in enumerate(memory, first):
             if layer in decoder.config.recurrent:
                 for new, total in zip(grown, sequence.sums.get(layer, ()), strict=False):
@@ -90,7 +101,8 @@ def rerun_backward(
                 if total is not None and own.requires_grad:
                     outputs.append(own)
                     gradients.append(total[start:stop].to(own.dtype))
-        torch.autograd.backward(outputs, gradients)
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
     for layer, leaves in enumerate(past, first):
         if layer in decoder.config.recurrent:
             if layer in sequence.sums:
@@ -100,7 +112,13 @@ def rerun_backward(
         for leaf, total in zip(leaves, sequence.sums.get(layer, (None, None)), strict=True):
             if total is not None and leaf.grad is not None:
                 total[:start] += leaf.grad
-    return x.grad
+    return x.grad if goes_on else None
+
+
+def _taps_of(sequence: TrainSequence, decoder: Decoder, start: int, stop: int) -> EditTaps | None:
+    if sequence.edits is None:
+        return None
+    return EditTaps(decoder.config, [EditedSpan(sequence.edits, 0, 0, range(start, stop))])
 
 
 @torch.no_grad()
@@ -108,7 +126,7 @@ def replay(
     decoder: Decoder,
     cache: KVCache,
     sequence: TrainSequence,
-    bypass: Bypass,
+    bypass: Bypass | None,
     rows: tuple[int, int],
     entering: States,
 ) -> States:
@@ -182,9 +200,3 @@ def _past(
         leaves.append(leaf)
         grown.append(torch.cat((leaf, room)).unflatten(0, (-1, cache.block_size)))
     return (leaves[0], leaves[1]), (grown[0], grown[1])
-
-
-def _final(decoder: Decoder, pending: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
-    if pending is None:
-        return decoder.final_norm.forward(residual)
-    return decoder.final_norm.add(pending, residual)[0]

@@ -135,7 +135,8 @@ class RunEdits:
             rows = rows_of(placed.at, window)
             if rows.index:
                 new = self._changed(placed.touch, site, new, rows)
-        if new is not value and value.is_cpu and torch.equal(new, value):
+        same = new is not value and value.is_cpu and not new.requires_grad
+        if same and torch.equal(new, value):
             new = value  # what has not changed is bit for bit the untouched pass
         if site == _ROUTER:
             self._routers[layer] = new

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from invivo.engine.run_edits import RunEdits
 from invivo.engine.tape import Tape
 from invivo.kernels.cross_entropy import IGNORED
 
@@ -42,6 +43,8 @@ class TrainSequence:
         blocks: physical blocks in the paged cache, enough for L tokens.
         weights: [L] factor of each row's loss; None = 1.
         position_offset: added to the index to give the position (LongRoPE).
+        edits: the program that it runs under.
+        numbers: [L] int64 position numbers in place of the indices.
         job: name that its backward units bear.
         forwarded: rows that have run forward.
         loss: [] sum so far, on the device.
@@ -68,6 +71,8 @@ class TrainSequence:
     position_offset: int = 0
     job: str = ""
     held_out: bool = False
+    edits: RunEdits | None = None
+    numbers: torch.Tensor | None = None
     forwarded: int = 0
     loss: torch.Tensor | None = None
     n_labels: torch.Tensor | None = None
@@ -100,4 +105,6 @@ class TrainSequence:
     def positions(self, start: int, stop: int) -> torch.Tensor:
         """[stop - start] int64."""
         offset = self.position_offset
+        if self.numbers is not None:
+            return self.numbers[start:stop] + offset
         return torch.arange(start + offset, stop + offset, device=self.tokens.device)

@@ -103,6 +103,19 @@ def trained_hooks(
     )
 
 
+def hooks_from(config: ModelConfig, bottom: int) -> TrainedHooks:
+    """Those of a program whose trained parameters act in layers ``bottom`` and up: reruns alone
+    follow them, which find by themselves what a gradient reaches."""
+    return TrainedHooks(
+        names={},
+        reads={},
+        carried=dict.fromkeys(range(bottom, config.n_layers), (True, True)),
+        bottom_queries=True,
+        bottom=bottom,
+        last_hook=ORDER[0],
+    )
+
+
 def _hook(config: ModelConfig, kind: str, place: str) -> str:
     if kind == "prefix":
         return f"attn.kvhead.{place}"

@@ -36,7 +36,7 @@ from invivo.engine.recording import Piece
 from invivo.engine.rerun import States, replay, rerun_backward
 from invivo.engine.tape import Tape, TapePlan, TapePlanner, layer_inputs
 from invivo.engine.train_sequence import TrainSequence
-from invivo.engine.trained_hooks import trained_hooks
+from invivo.engine.trained_hooks import TrainedHooks, trained_hooks
 from invivo.engine.types import BackwardUnit
 from invivo.errors import UnsupportedModel
 from invivo.kernels.cross_entropy import CrossEntropy, cross_entropy
@@ -64,6 +64,7 @@ class WindowTrainer:
         order: Order = "window",
         input_gradients: bool = False,
         tape_bytes: int | None = None,
+        hooks: TrainedHooks | None = None,
     ) -> None:
         """Plan what is kept.
 
@@ -75,6 +76,8 @@ class WindowTrainer:
             tape_bytes: most bytes that the tape of one sequence may take, the rest is run again
                 (a sequence whose tape cannot be so small is refused); None: whatever
                 spares a large product is kept.
+            hooks: what is trained is in the programs of the sequences, and there are no specs;
+                ``rerun`` in window order.
 
         Raises:
             InvalidRequest: see :func:`invivo.engine.trained_hooks.trained_hooks`.
@@ -93,9 +96,15 @@ class WindowTrainer:
         self.mode: Mode = mode
         self.order: Order = order
         self._cache = cache
-        self.bypass = TrainBypass(config, specs, parameters)
         trainables = [spec.trainable for spec in specs]
-        self._hooks = trained_hooks(config, trainables, input_gradients=input_gradients)
+        self.bypass: TrainBypass | None = None
+        if hooks is None:
+            self.bypass = TrainBypass(config, specs, parameters)
+            hooks = trained_hooks(config, trainables, input_gradients=input_gradients)
+        else:
+            assert not specs
+            assert (mode, order) == ("rerun", "window")
+        self._hooks = hooks
         self._input_gradients = input_gradients
         self._n_layers = config.n_layers
         dtype = decoder.embed.dtype
@@ -113,6 +122,10 @@ class WindowTrainer:
             self._backward = LayerBackward(decoder, cache, self._hooks)
         elif order == "layer":
             self._inputs = layer_inputs(config, self._hooks, dtype=dtype)
+
+    def bypass_of(self, start: int, stop: int) -> TrainBypass | None:
+        """What the rows [start, stop) of a sequence run with; None: the base model."""
+        return None if self.bypass is None else self.bypass.window(start, stop)
 
     # --- forward ------------------------------------------------------------------------------
     @property
@@ -289,8 +302,9 @@ class WindowTrainer:
         assert sequence.forwarded == sequence.length, "the backward begins after the last window"
         rows, layers = (unit.start, unit.stop), (unit.first_layer, unit.last_layer)
         self._make_sums(sequence, layers)
-        bypass = self.bypass.window(*rows)
+        bypass = self.bypass_of(*rows)
         if self._backward is not None:
+            assert bypass is not None
             dx = self._backward.run(sequence, bypass, rows, layers)
         else:
             if self.order == "window":  # nothing but the tokens to start from
@@ -317,7 +331,7 @@ class WindowTrainer:
         states = sequence.entering[kept]
         if kept == start:
             return states
-        bypass = self.bypass.window(kept, start)
+        bypass = self.bypass_of(kept, start)
         return replay(self.decoder, self._cache, sequence, bypass, (kept, start), states)
 
     def _advance(self, sequence: TrainSequence, unit: BackwardUnit) -> None:

@@ -273,6 +273,12 @@ class Decoder(nn.Module):
         pending, residual = self.run_layers(
             residual, layout, cache.layers, bypass=bypass, taps=taps
         )
+        return self.finished(pending, residual, taps)
+
+    def finished(
+        self, pending: torch.Tensor | None, residual: torch.Tensor, taps: Taps | None = None
+    ) -> torch.Tensor:
+        """The normalised final state of what the last layer gave: [T, d]."""
         if taps is None:
             return _join(pending, residual, self.final_norm)[0]
         last = [("resid.post", self.config.n_layers - 1)]
