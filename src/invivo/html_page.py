@@ -71,6 +71,15 @@ def table(
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" + below
 
 
+def texts(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of longer texts, whose lines are kept."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f'<table class="texts"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
 def listing(entries: Mapping[str, str]) -> str:
     """Names and what stands behind them, both as text of any length."""
     inside = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in entries.items())

@@ -24,6 +24,7 @@ from invivo.cli import (
     look,
     models,
     plan,
+    runs,
     score,
     serve,
     simulate,
@@ -56,6 +57,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.command("train", epilog=train.EXAMPLES)(train.train)
+app.add_typer(runs.app, name="runs")
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("simulate", epilog=simulate.EXAMPLES)(simulate.simulate)

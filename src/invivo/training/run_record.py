@@ -1,0 +1,75 @@
+"""What a training run wrote down, read back for reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from invivo.errors import NotFound
+from invivo.training.run_folder import RunFolder
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """
+    Attributes:
+        manifest: what the run is.
+        steps, evaluations, events: lines of the metrics by kind, in their order.
+        samples: texts that the model continued.
+        positions: evaluations by position in long rows, where there are some.
+    """
+
+    folder: Path
+    manifest: Line
+    steps: list[Line]
+    evaluations: list[Line]
+    events: list[Line]
+    positions: list[Line]
+    samples: list[Line]
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def last(self) -> Line | None:
+        """The last evaluation."""
+        return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def series(self) -> str:
+        """The same for runs that differ in name and seed alone."""
+        config = {k: v for k, v in self.manifest["config"].items() if k not in ("name", "seed")}
+        return json.dumps(config, sort_keys=True)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """
+    Raises:
+        NotFound: there is no run in the folder.
+        InvalidRequest: its manifest cannot be read.
+    """
+    run = RunFolder(folder)
+    if not run.exists:
+        raise NotFound(
+            "there is no training run here",
+            field="run",
+            given=str(folder),
+            remedy="Give a folder with a manifest.json, as `invivo train` writes it: runs/NAME",
+        )
+    kinds: dict[str, list[Line]] = {"step": [], "evaluation": [], "event": [], "positions": []}
+    for line in run.metrics.read():
+        kinds.setdefault(line["kind"], []).append(line)
+    return RunRecord(
+        folder=folder,
+        manifest=run.manifest(),
+        steps=kinds["step"],
+        evaluations=kinds["evaluation"],
+        events=kinds["event"],
+        positions=kinds["positions"],
+        samples=list(run.samples.read()),
+    )
