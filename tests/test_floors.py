@@ -11,6 +11,7 @@ import importlib, importlib.abc, pkgutil, sys
 ABSENT = {
     "fastapi", "starlette", "uvicorn", "pydantic", "sqlalchemy", "prometheus_client", "multipart",
     "typer", "rich", "gguf", "llguidance", "peft", "accelerate", "openai", "triton",
+    "matplotlib", "pyarrow", "scipy",
 }
 
 class Absent(importlib.abc.MetaPathFinder):
