@@ -459,6 +459,7 @@ class LM(ABC):
         self,
         data: Data,
         *,
+        validation: Data | None = None,
         name: str | None = None,
         metadata: Mapping[str, str] | None = None,
         **hyperparameters: Any,
@@ -469,6 +470,7 @@ class LM(ABC):
             data: a .jsonl or .txt file, a list of examples, or the id of an uploaded file. An
                 example is ``{"messages": [...]}``, ``{"prompt": ..., "completion": ...}`` or
                 ``{"text": ...}``.
+            validation: held-out examples, as ``data``: their loss is in ``info().validations``.
             name: of the adapter: ``generate(..., adapter=name)`` uses it when the job is done.
             metadata: kept with the job.
             hyperparameters: fields of :class:`invivo.lm_jobs.Hyperparameters`.
@@ -478,7 +480,14 @@ class LM(ABC):
             NotFound: there is no such file.
             Conflict: a job of this name has not ended.
         """
-        return start_job(self.fine_tuning, data, name=name, metadata=metadata, **hyperparameters)
+        return start_job(
+            self.fine_tuning,
+            data,
+            validation=validation,
+            name=name,
+            metadata=metadata,
+            **hyperparameters,
+        )
 
     def jobs(self) -> list[Job]:
         """All fine-tuning jobs, newest first."""
@@ -587,12 +596,18 @@ class LM(ABC):
         self,
         data: Data,
         *,
+        validation: Data | None = None,
         name: str | None = None,
         metadata: Mapping[str, str] | None = None,
         **hyperparameters: Any,
     ) -> Job:
         return await asyncio.to_thread(
-            self.finetune, data, name=name, metadata=metadata, **hyperparameters
+            self.finetune,
+            data,
+            validation=validation,
+            name=name,
+            metadata=metadata,
+            **hyperparameters,
         )
 
     async def ajobs(self) -> list[Job]:

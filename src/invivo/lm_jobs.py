@@ -26,7 +26,26 @@ ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled")
 SIZED: tuple[Method, ...] = ("lora", "adapter", "prefix", "soft_prompt")
 DEFAULT_SIZE = 16
 BAD_FILE = "invalid_training_file"  # error code of a job whose data cannot be learned
+BAD_VALIDATION = "invalid_validation_file"
+RESULTS = "fine-tune-results"  # purpose of a file with a job's metrics
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CHECKPOINT = re.compile(r"(.+):ckpt-step-(\d{1,12})")
+
+
+def checkpoint_name(name: str, step: int) -> str:
+    """The adapter that a checkpoint is served as."""
+    return f"{name}:ckpt-step-{step}"
+
+
+def is_checkpoint(adapter: str) -> bool:
+    """Whether an adapter's name is that of a checkpoint."""
+    return _CHECKPOINT.fullmatch(adapter) is not None
+
+
+def checkpoint_of(adapter: str) -> tuple[str, int] | None:
+    """Name and step behind :func:`checkpoint_name`; None for any other adapter."""
+    match = _CHECKPOINT.fullmatch(adapter)
+    return None if match is None else (match[1], int(match[2]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +77,9 @@ class Hyperparameters:
             cut into pieces of this many (None = at most 1024).
         truncate: cut longer examples off instead of refusing them.
         checkpoint_every: steps; None = a tenth of them, 50 at most; 0 = only at the end.
+        keep_checkpoints: the newest so many stay.
+        validate_every: steps after which the held-out data is run through; None = a tenth of them,
+            50 at most; 0 = only at the end.
         publish_every: steps after which the adapter is served as it then is; 0 = only at the end.
         share: weight of this job among those that run at the same time.
     """
@@ -84,6 +106,8 @@ class Hyperparameters:
     max_length: int | None = None
     truncate: bool = False
     checkpoint_every: int | None = None
+    keep_checkpoints: int = 3
+    validate_every: int | None = None
     publish_every: int = 0
     share: float = 1.0
 
@@ -107,6 +131,8 @@ class Hyperparameters:
             ("seed", 0, False),
             ("max_length", 2, True),
             ("checkpoint_every", 0, True),
+            ("keep_checkpoints", 1, False),
+            ("validate_every", 0, True),
             ("publish_every", 0, False),
         ):
             value = getattr(self, name)
@@ -126,6 +152,7 @@ class Hyperparameters:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Hyperparameters:
         """From keyword arguments or JSON; places and layers may be lists, or a text ("q,v").
+        ``n_epochs`` and ``batch_size`` may be "auto", which is as leaving them out.
 
         Raises:
             InvalidRequest: an unknown name, or a value of another kind or out of range.
@@ -140,6 +167,9 @@ class Hyperparameters:
                     remedy=f"Known: {', '.join(sorted(known))}",
                 )
         plain = dict(given)
+        for name in ("n_epochs", "batch_size"):
+            if plain.get(name) == "auto":
+                del plain[name]
         for name, of_item in (("on", str), ("layers", int)):
             value = plain.get(name)
             if isinstance(value, str):
@@ -175,6 +205,7 @@ class JobRequest:
 
     Attributes:
         training_file: id of an uploaded file.
+        validation_file: id of one whose examples are held out; None = none.
         name: of the adapter that comes of it; None = made up. An adapter of this name gets a new
             version.
         metadata: of the caller, kept and given back.
@@ -186,6 +217,7 @@ class JobRequest:
     name: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     owner: str = ""
+    validation_file: str | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None and not (
@@ -219,6 +251,20 @@ class FileInfo:
     owner: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What a look at the held-out data gave.
+
+    Attributes:
+        loss: per learned token; None where it was not finite.
+        accuracy: share of learned tokens that were the most probable.
+    """
+
+    step: int
+    loss: float | None
+    accuracy: float | None
+
+
 @dataclass(slots=True)
 class JobInfo:
     """How a job stands; times in Unix seconds.
@@ -230,6 +276,8 @@ class JobInfo:
         trained_tokens: of all examples learned so far.
         loss: of the last step, per learned token; None before the first or if it was not finite.
         losses: of every step; filled for a single job, empty in lists of jobs.
+        validations: looks at the held-out data, in order; filled like ``losses``.
+        result_files: ids of files with the metrics of every step, once it has ended.
         error: ``code``, ``message`` and ``param`` of what ended the job or paused it.
         fine_tuned_model: ``base:name`` once it has succeeded.
         estimated_finish, tokens_per_second: while it runs.
@@ -254,6 +302,9 @@ class JobInfo:
     tokens_per_second: float | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     owner: str = ""
+    validation_file: str | None = None
+    validations: list[Validation] = field(default_factory=list)
+    result_files: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,8 +312,9 @@ class JobEvent:
     """Something that happened to a job.
 
     Attributes:
-        type: "metrics" for optimizer steps (data: step, loss, learning_rate, gradient_norm,
-            trained_tokens), else "message".
+        type: "metrics" for optimizer steps (data: step, loss, accuracy, learning_rate,
+            gradient_norm, trained_tokens) and looks at held-out data (step, valid_loss,
+            valid_mean_token_accuracy), else "message".
     """
 
     id: str
@@ -279,8 +331,10 @@ class CheckpointInfo:
     """A checkpoint that is there, in the peft library's format and with what resuming needs.
 
     Attributes:
-        metrics: ``train_loss`` of its step (absent where it was not finite).
-        fine_tuned_model_checkpoint: name for it, ``base:name.step-N``; it is not served by itself.
+        metrics: of its step: ``train_loss``, ``train_mean_token_accuracy``, and where the held-out
+            data was looked at ``valid_loss`` and ``valid_mean_token_accuracy`` (absent where they
+            are not known or not finite).
+        fine_tuned_model_checkpoint: ``base:name:ckpt-step-N``, by which it can be asked for.
         path: folder on the machine that trains.
     """
 
@@ -305,6 +359,7 @@ class FineTuningBackend(Protocol):
     ) -> FileInfo: ...
     def files(self, owner: str | None = None) -> list[FileInfo]: ...
     def file(self, file_id: str) -> FileInfo: ...
+    def content(self, file_id: str) -> bytes: ...
     def delete_file(self, file_id: str) -> None: ...
     def create(self, request: JobRequest) -> JobInfo: ...
     def jobs(
@@ -376,6 +431,16 @@ class Job:
         """Those that are kept, newest first."""
         return self._backend.checkpoints(self.id)
 
+    def results(self) -> str:
+        """The metrics of every step as CSV (step, train_loss, train_accuracy, valid_loss,
+        valid_mean_token_accuracy), once it has ended; "" before.
+
+        Raises:
+            NotFound: the file has been deleted.
+        """
+        files = self.info().result_files
+        return self._backend.content(files[0]).decode("utf-8") if files else ""
+
     def cancel(self) -> JobInfo:
         """End it; what it has published stays.
 
@@ -404,6 +469,7 @@ def start_job(
     backend: FineTuningBackend,
     data: Data,
     *,
+    validation: Data | None = None,
     name: str | None = None,
     metadata: Mapping[str, str] | None = None,
     **hyperparameters: Any,
@@ -417,28 +483,40 @@ def start_job(
     """
     wanted = Hyperparameters.of(hyperparameters)
     JobRequest("", wanted, name)  # refuse a bad name before anything is uploaded
-    uploaded = None
-    if isinstance(data, str) and data.startswith("file-") and not Path(data).exists():
-        file_id = data
-    else:
-        uploaded = upload(backend, data)
-        file_id = uploaded.id
+    uploaded: list[str] = []
     info = None
+
+    def file_of(given: Data) -> str:
+        if isinstance(given, str) and given.startswith("file-") and not Path(given).exists():
+            return given
+        uploaded.append(upload(backend, given).id)
+        return uploaded[-1]
+
     try:
-        info = backend.create(JobRequest(file_id, wanted, name, dict(metadata or {})))
+        request = JobRequest(
+            file_of(data),
+            wanted,
+            name,
+            dict(metadata or {}),
+            validation_file=None if validation is None else file_of(validation),
+        )
+        info = backend.create(request)
         job = Job(info.id, backend)
         pause = 0.01
         while info.status == "validating_files":
             time.sleep(pause)
             pause = min(0.5, 1.5 * pause)
             info = backend.job(info.id)
-        if info.status == "failed" and info.error and info.error["code"] == BAD_FILE:
-            raise InvalidRequest(info.error["message"], field="data")
+        if info.status == "failed" and info.error:
+            field = {BAD_FILE: "data", BAD_VALIDATION: "validation"}.get(info.error["code"])
+            if field is not None:
+                raise InvalidRequest(info.error["message"], field=field)
     except Exception:
         if info is not None and info.status in ENDED:
             backend.delete(info.id)
-        if uploaded is not None and (info is None or info.status in ENDED):
-            backend.delete_file(uploaded.id)
+        if info is None or info.status in ENDED:
+            for file_id in uploaded:
+                backend.delete_file(file_id)
         raise
     return job
 

@@ -7,7 +7,14 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 from invivo.errors import InvivoError
-from invivo.lm_jobs import CheckpointInfo, FileInfo, JobEvent, JobInfo, JobRequest
+from invivo.lm_jobs import (
+    CheckpointInfo,
+    FileInfo,
+    JobEvent,
+    JobInfo,
+    JobRequest,
+    Validation,
+)
 from invivo.transport import Transport
 from invivo.wire import JsonBody
 
@@ -45,6 +52,10 @@ class RemoteJobs:
     def file(self, file_id: str) -> FileInfo:
         return _file_of(self._get(f"{FILES}/{quote(file_id, safe='')}"))
 
+    def content(self, file_id: str) -> bytes:
+        path = f"{FILES}/{quote(file_id, safe='')}/content"
+        return self._http.wait(self._http.fetch(path))
+
     def delete_file(self, file_id: str) -> None:
         self._http.wait(self._http.request("DELETE", f"{FILES}/{quote(file_id, safe='')}"))
 
@@ -53,6 +64,7 @@ class RemoteJobs:
         body: JsonBody = {
             "model": self._model,
             "training_file": request.training_file,
+            "validation_file": request.validation_file,
             "hyperparameters": request.hyperparameters.as_dict(),
             "suffix": request.name,
             "metadata": dict(request.metadata),
@@ -158,6 +170,9 @@ def _job_of(item: JsonBody) -> JobInfo:
         estimated_finish=item["estimated_finish"],
         tokens_per_second=item["tokens_per_second"],
         metadata=item["metadata"] or {},
+        validation_file=item["validation_file"],
+        validations=[Validation(**one) for one in item["validations"]],
+        result_files=item["result_files"],
     )
 
 
@@ -175,13 +190,17 @@ def _event_of(item: JsonBody, job_id: str) -> JobEvent:
 
 def _checkpoint_of(item: JsonBody) -> CheckpointInfo:
     metrics = item["metrics"]
-    loss = metrics["train_loss"]
+    wanted = ("train_", "valid_")  # the others are the same again
     return CheckpointInfo(
         id=item["id"],
         job_id=item["fine_tuning_job_id"],
         created_at=item["created_at"],
         step=item["step_number"],
-        metrics={} if loss is None else {"train_loss": loss},
+        metrics={
+            name: value
+            for name, value in metrics.items()
+            if value is not None and name.startswith(wanted)
+        },
         fine_tuned_model_checkpoint=item["fine_tuned_model_checkpoint"],
         path="",
     )

@@ -89,7 +89,7 @@ def test_a_finished_job_is_served_and_told_in_full(opened: Open, tmp_path: Path)
     metrics = [event for event in job.events(100) if event.type == "metrics"]
     assert [event.data["step"] for event in reversed(metrics)] == list(range(1, 9))
     assert metrics[0].data["trained_tokens"] == info.trained_tokens > 0
-    assert [c.step for c in job.checkpoints()] == [8, 7]
+    assert [c.step for c in job.checkpoints()] == [8, 7, 6]
     assert {path.name for path in (tmp_path / "state/adapters/poet").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",

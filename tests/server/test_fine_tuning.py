@@ -149,7 +149,7 @@ def test_events_and_checkpoints_come_in_pages(client: openai.OpenAI, http, talks
     assert [one.id for one in everything.data] == [one.id for one in events]
     assert not everything.has_more
     kept = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
-    assert [one.step_number for one in kept] == [12, 8]
+    assert [one.step_number for one in kept] == [12, 8, 4]
     assert kept[0].fine_tuning_job_id == job.id
     assert kept[0].fine_tuned_model_checkpoint.startswith("tiny:")
     assert kept[0].metrics.train_loss > 0
@@ -200,7 +200,7 @@ def test_pages_of_jobs_are_newest_first(client: openai.OpenAI, http, talks):
     [
         ({"training_file": "file-none"}, 404, "training_file"),
         ({"model": "other"}, 404, "model"),
-        ({"validation_file": "file-x"}, 400, "validation_file"),
+        ({"validation_file": "file-none"}, 404, "validation_file"),
         ({"suffix": "../up"}, 400, "suffix"),
         ({"colour": "red"}, 400, "colour"),
         ({"hyperparameters": {"colour": "red"}}, 400, "hyperparameters.colour"),
@@ -397,3 +397,76 @@ def test_the_remote_model_trains_as_one_in_this_process(server, lm, talks):
         with pytest.raises(InvalidRequest) as caught:
             remote.finetune(talks, r=10_000)
         assert caught.value.field == "r"
+
+
+def test_held_out_data_results_and_checkpoints_by_the_official_client(
+    client: openai.OpenAI, http, talks
+):
+    held = client.files.create(file=("held.jsonl", lines(TALKS[:2])), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=talks,
+        validation_file=held.id,
+        suffix="judged",
+        hyperparameters=QUICK | {"steps": 12, "checkpoint_every": 4, "validate_every": 4},  # type: ignore[arg-type]
+    )
+    assert job.validation_file == held.id
+    done = until(http, job.id, "succeeded")
+    assert [one["step"] for one in done["validations"]] == [4, 8, 12]
+    told = [
+        event.data
+        for event in client.fine_tuning.jobs.list_events(job.id, limit=100)
+        if event.type == "metrics" and "valid_loss" in event.data
+    ]
+    assert [one["step"] for one in told] == [12, 8, 4]
+    kept = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    assert kept[0].fine_tuned_model_checkpoint == "tiny:judged:ckpt-step-12"
+    metrics = kept[0].metrics
+    assert metrics.valid_loss == metrics.full_valid_loss == done["validations"][-1]["loss"]
+    assert 0 <= metrics.valid_mean_token_accuracy <= 1
+    for one in kept:
+        answer = client.completions.create(
+            model=one.fine_tuned_model_checkpoint, prompt="the cat", max_tokens=2
+        )
+        assert answer.model == one.fine_tuned_model_checkpoint
+    assert "tiny:judged:ckpt-step-4" in {one.id for one in client.models.list()}
+    [results] = client.fine_tuning.jobs.retrieve(job.id).result_files
+    table = client.files.content(results).text.splitlines()
+    assert table[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert len(table) == 13
+    assert client.files.retrieve(results).purpose == "fine-tune-results"
+    refusal(start(http, results), 400)
+
+
+def test_a_checkpoint_is_its_owners_until_it_has_been_asked_for(lm, tmp_path):
+    url = f"sqlite:///{tmp_path / 'keys.sqlite3'}"
+    store = KeyStore(url)
+    keys = {name: store.add(name, ["finetune", "generate"])[0] for name in ("ann", "bob")}
+    settings = Settings(port=0, require_keys=True, database=url, served_name="tiny")
+    with ServerThread(lm, settings) as thread:
+        people = {
+            name: openai.OpenAI(base_url=f"{thread.url}/v1", api_key=key, max_retries=0)
+            for name, key in keys.items()
+        }
+        ann, bob = people["ann"], people["bob"]
+        sent = ann.files.create(file=("t.jsonl", lines(TALKS)), purpose="fine-tune")
+        job = ann.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=sent.id,
+            suffix="secret",
+            hyperparameters=QUICK | {"steps": 2},  # type: ignore[arg-type]
+        )
+        wait_for(lambda: ann.fine_tuning.jobs.retrieve(job.id).status == "succeeded")
+        ask = {"model": "tiny:secret:ckpt-step-2", "prompt": "the", "max_tokens": 1}
+        with pytest.raises(openai.NotFoundError):
+            bob.completions.create(**ask)
+        other = bob.files.create(file=("t.jsonl", lines(TALKS)), purpose="fine-tune")
+        with pytest.raises(openai.NotFoundError) as caught:
+            bob.fine_tuning.jobs.create(
+                model="tiny", training_file=other.id, validation_file=sent.id
+            )
+        assert caught.value.param == "validation_file"
+        assert ann.completions.create(**ask).choices
+        for one in people.values():
+            one.close()
+    store.close()

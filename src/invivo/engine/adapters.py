@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from invivo.models.config import ModelConfig
 
 Source = str | Path | tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,127}")
+# A checkpoint of a job is NAME:ckpt-step-N.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,127}(:ckpt-step-\d{1,12})?")
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +72,10 @@ class AdapterStore:
     thread; what touches the device tables (``place``, ``release``, ``bypass``) only from the
     engine's.
 
+    Attributes:
+        finder: gives the folder of an adapter that is not loaded when it is first asked for, or
+            None; called from any thread.
+
     Args:
         config: the model they must fit.
         device, dtype: of the tables.
@@ -87,6 +92,7 @@ class AdapterStore:
         max_slots: int,
         max_rank: int,
     ) -> None:
+        self.finder: Callable[[str], Path | None] | None = None
         self._config = config
         self._device = torch.device(device)
         self._dtype = dtype
@@ -186,12 +192,14 @@ class AdapterStore:
 
     def n_virtual(self, name: str | None) -> int:
         """Tokens of the context that ``name`` takes for itself; 0 for no or an unknown adapter."""
+        self._find(name)
         with self._lock:
             adapter = self._named.get(name) if name is not None else None
             return 0 if adapter is None else adapter.n_virtual
 
     def hold(self, name: str) -> Adapter:
         """The current version of ``name``, kept until ``drop``; raises NotFound."""
+        self._find(name)
         with self._lock:
             adapter = self._named.get(name)
             if adapter is None:
@@ -237,6 +245,14 @@ class AdapterStore:
         return self._tables.bypass(index, virtual)
 
     # --- parts ------------------------------------------------------------------------------
+    def _find(self, name: str | None) -> None:
+        """Load ``name`` if it is not there and the finder knows it."""
+        if name is None or self.finder is None or name in self._named:
+            return
+        folder = self.finder(name)
+        if folder is not None:
+            self.load(name, folder)
+
     def _forget(self, adapter: Adapter) -> None:
         """Free the matrices of a version that nobody can ask for any more; its slot is taken
         over when the next adapter needs one."""

@@ -39,6 +39,10 @@ class TrainingData:
         self._order_of: tuple[int, NDArray[np.int64]] = nothing  # the engine's thread
         self._sums_of: tuple[int, NDArray[np.int64]] = nothing  # the thread that keeps the records
 
+    def __len__(self) -> int:
+        """Different examples."""
+        return len(self._examples)
+
     def next(self) -> Text | None:
         if self._n_texts is not None and self._at >= self._n_texts:
             return None

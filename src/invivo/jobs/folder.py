@@ -17,7 +17,16 @@ from typing import IO, BinaryIO, Self
 
 from invivo.errors import Conflict, InvalidRequest, Unavailable
 from invivo.jobs.store import JobStore
-from invivo.lm_jobs import ENDED, CheckpointInfo, FileInfo, JobEvent, JobInfo, JobRequest, JobStatus
+from invivo.lm_jobs import (
+    ENDED,
+    CheckpointInfo,
+    FileInfo,
+    JobEvent,
+    JobInfo,
+    JobRequest,
+    JobStatus,
+    checkpoint_of,
+)
 
 _CHUNK = 1 << 20
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -116,6 +125,10 @@ class JobFolder:
 
     def file(self, file_id: str) -> FileInfo:
         return self.store.file(file_id)
+
+    def content(self, file_id: str) -> bytes:
+        """What is in it."""
+        return self.file_path(file_id).read_bytes()
 
     def file_path(self, file_id: str) -> Path:
         """Where its content lies."""
@@ -224,6 +237,15 @@ class JobFolder:
 
     def adapter_folder(self, name: str) -> Path:
         return self.folder / "adapters" / name
+
+    def checkpoint_folder_of(self, adapter: str, owner: str | None = None) -> Path | None:
+        """Where the checkpoint lies that is served as ``adapter``; None if there is none.
+
+        Args:
+            owner: whose jobs are looked at; None = everyone's.
+        """
+        asked = checkpoint_of(adapter)
+        return None if asked is None else self.store.checkpoint_of(*asked, owner)
 
     def export(self, checkpoint: Path, name: str) -> Path:
         """Put a checkpoint's adapter in its place as a whole.

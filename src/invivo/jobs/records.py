@@ -38,12 +38,14 @@ class Problem:
 class InvalidData(InvalidRequest):
     """A file that cannot be learned, with the first problems found in it."""
 
-    def __init__(self, problems: list[Problem]) -> None:
+    def __init__(self, problems: list[Problem], field: str = "training_file") -> None:
+        """``field``: which of the job's files it is."""
         self.problems = problems
+        which = field.removesuffix("_file")
         more = " (and perhaps more)" if len(problems) >= MAX_PROBLEMS else ""
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         text = "\n".join(str(problem) for problem in problems)
-        super().__init__(f"{count} in the training data{more}:\n{text}", field="training_file")
+        super().__init__(f"{count} in the {which} data{more}:\n{text}", field=field)
 
 
 class BadLine(Exception):

@@ -9,6 +9,8 @@ order.
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
 import math
 import threading
@@ -16,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,18 +29,29 @@ from invivo.engine.checkpoint import step_of
 from invivo.engine.engine import Engine
 from invivo.engine.finetune import JobHandle
 from invivo.engine.job_spec import JobSpec
-from invivo.errors import Conflict, InvalidRequest, InvivoError, Overloaded
+from invivo.errors import (
+    Conflict,
+    InvalidRequest,
+    InvivoError,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 from invivo.jobs.data import TrainingData, steps_and_texts
 from invivo.jobs.examples import PIECE, ExampleReader, Interrupted, longest_example
 from invivo.jobs.folder import JobFolder, already_ended
 from invivo.jobs.records import InvalidData
 from invivo.lm_jobs import (
     BAD_FILE,
+    BAD_VALIDATION,
     ENDED,
+    RESULTS,
+    FileInfo,
     Hyperparameters,
     JobInfo,
     JobRequest,
     JobStatus,
+    checkpoint_name,
 )
 from invivo.models.load import LoadedModel
 from invivo.passing_thread import in_passing_thread
@@ -46,6 +59,14 @@ from invivo.passing_thread import in_passing_thread
 log = logging.getLogger(__name__)
 
 ANSWERS_WITHIN = 30.0  # seconds that a pause, resume or cancel waits for the engine
+# OpenAI's names in these files.
+RESULT_COLUMNS = (
+    "step",
+    "train_loss",
+    "train_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+)
 _RATE_OVER = 32  # steps over which tokens a second are counted
 
 
@@ -63,6 +84,7 @@ class Live:
     spec: JobSpec
     data: TrainingData
     n_texts: int
+    validation: TrainingData | None = None
     handle: JobHandle | None = None
     done: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_OVER))
     checkpoint: Path | None = None
@@ -113,6 +135,7 @@ class JobService(JobFolder):
         self._recorder = threading.Thread(target=self._record, name="invivo-record", daemon=True)
         self._recorder.start()
         self._load_adapters()
+        engine.adapters.finder = self.checkpoint_folder_of
         for info in self.store.unfinished():
             if info.status == "running":
                 self.store.set_job(info.id, status="queued")
@@ -129,6 +152,7 @@ class JobService(JobFolder):
             if self._closing:
                 return
             self._closing = True
+            self._engine.adapters.finder = None
             handles = [live.handle for live in self._live.values() if live.handle is not None]
         self._preparer.shutdown(wait=True, cancel_futures=True)
         for handle in handles:
@@ -153,13 +177,15 @@ class JobService(JobFolder):
         checked = checked_specs(self._model.config, spec.bypasses)
         self._check_size(asked, spec)
         longest_example(asked.max_length, self._can_train(spec))
-        file = self.store.file(request.training_file)
-        if file.status == "error":
-            raise InvalidRequest(
-                f"cannot be learned: {file.status_details}",
-                field="training_file",
-                given=file.filename,
-            )
+        file = self._usable(request.training_file, "training_file")
+        held_out: dict[str, Any] = {}
+        if request.validation_file is not None:
+            other = self._usable(request.validation_file, "validation_file")
+            held_out = {
+                "validation_file": other.id,
+                "validation_content": self.store.content_of(other.id),
+                "validation_filename": other.filename,
+            }
         shown = asked.as_dict() | {"on": list(checked[0].on), "r": asked.size or None}
         with self._lock:
             names = {info.name for info in self.store.unfinished()}
@@ -180,10 +206,30 @@ class JobService(JobFolder):
                 hyperparameters=shown,
                 metadata=dict(request.metadata),
                 owner=request.owner,
+                **held_out,
             )
         self.store.add_event(info.id, f"Created: the file {file.filename} is being validated")
         self._prepare_later(info.id)
         return info
+
+    def _usable(self, file_id: str, field: str) -> FileInfo:
+        """The file of examples that ``field`` names."""
+        try:
+            file = self.store.file(file_id)
+        except NotFound as error:
+            error.field = field
+            raise
+        problem = file.status_details if file.status == "error" else None
+        if file.purpose == RESULTS:
+            problem = "it holds the metrics of a job"
+        if problem is not None:
+            raise InvalidRequest(
+                f"cannot be learned: {problem}",
+                field=field,
+                given=file.filename,
+                remedy="Upload a file of examples",
+            )
+        return file
 
     def job(self, job_id: str) -> JobInfo:
         return self._with_rate(super().job(job_id))
@@ -281,7 +327,8 @@ class JobService(JobFolder):
             for problem in error.problems:
                 data = {"line": problem.line, "field": problem.field, "message": problem.message}
                 self.store.add_event(job_id, str(problem), level="error", data=data)
-            self._fail(job_id, BAD_FILE, error.message, "training_file")
+            code = BAD_VALIDATION if error.field == "validation_file" else BAD_FILE
+            self._fail(job_id, code, error.message, error.field)
         except InvivoError as error:
             self._fail(job_id, "invalid_request", str(error), error.field)
         except Exception as error:
@@ -307,6 +354,7 @@ class JobService(JobFolder):
         content, filename = self.store.data_of(job_id)
         piece = PIECE if asked.max_length is None else asked.max_length
         examples = reader.read(self.folder / "files" / content, filename, piece)
+        validation = self._held_out(job_id, reader, piece)
         n_steps, n_texts = steps_and_texts(
             len(examples), n_epochs=asked.n_epochs, steps=asked.steps, batch_size=asked.batch_size
         )
@@ -318,16 +366,22 @@ class JobService(JobFolder):
             spec,
             data,
             n_steps * asked.batch_size if n_texts is None else n_texts,
+            validation,
         )
         if info.status == "validating_files":
             tokens = len(examples.tokens)
             told = f"The file is valid: {len(examples)} examples, {tokens} tokens, {n_steps} steps"
             if examples.n_truncated:
                 told += f"; {examples.n_truncated} examples were cut off at {longest} tokens"
-            self.store.add_event(
-                job_id, told, data={"examples": len(examples), "tokens": tokens, "steps": n_steps}
-            )
-        chosen = info.hyperparameters | {"checkpoint_every": spec.checkpoint_every}
+            counts = {"examples": len(examples), "tokens": tokens, "steps": n_steps}
+            if validation is not None:
+                counts["held_out"] = len(validation)
+                told += f"; {len(validation)} examples are held out"
+            self.store.add_event(job_id, told, data=counts)
+        chosen = info.hyperparameters | {
+            "checkpoint_every": spec.checkpoint_every,
+            "validate_every": spec.validate_every,
+        }
         with self._lock:
             if self._closing or not self.store.set_job(
                 job_id,
@@ -339,6 +393,18 @@ class JobService(JobFolder):
                 return
             self._live[job_id] = live
             self._waiting.append(live)
+
+    def _held_out(self, job_id: str, reader: ExampleReader, piece: int) -> TrainingData | None:
+        """The examples of the job's validation file, in the order of the file."""
+        file = self.store.validation_of(job_id)
+        if file is None:
+            return None
+        content, filename = file
+        try:
+            examples = reader.read(self.folder / "files" / content, filename, piece)
+        except InvalidData as error:
+            raise InvalidData(error.problems, "validation_file") from None
+        return TrainingData(examples, seed=0, shuffle=False, n_texts=len(examples))
 
     def _start_waiting(self) -> None:
         """Hand jobs to the engine, first come first served, as long as it takes them."""
@@ -364,10 +430,16 @@ class JobService(JobFolder):
 
     def _handed_over(self, live: Live) -> JobHandle:
         folder = self.checkpoint_folder(live.job_id)
-        return self._engine.finetune(live.spec, live.data, partial(self._hear, live), folder)
+        return self._engine.finetune(
+            live.spec, live.data, partial(self._hear, live), folder, validation=live.validation
+        )
 
     def _spec(self, name: str, asked: Hyperparameters, n_steps: int) -> JobSpec:
-        every = asked.checkpoint_every
+        often = min(50, math.ceil(n_steps / 10))
+        save, validate = (
+            often if every is None else every
+            for every in (asked.checkpoint_every, asked.validate_every)
+        )
         return JobSpec(
             name=name,
             bypasses=(
@@ -393,7 +465,9 @@ class JobService(JobFolder):
             seed=asked.seed,
             share=asked.share,
             publish_every=asked.publish_every,
-            checkpoint_every=min(50, math.ceil(n_steps / 10)) if every is None else every,
+            checkpoint_every=save,
+            validate_every=validate,
+            keep=asked.keep_checkpoints,
         )
 
     def _names_in_use(self) -> set[str]:
@@ -467,6 +541,8 @@ class JobService(JobFolder):
             self._tell(live, event, begun)
         elif kind in ("step", "skipped"):
             self._step(live, event)
+        elif kind == "validation":
+            self._validated(live, event)
         elif kind == "published":
             served = f"{self._base_name}:{live.name}"
             self._tell(live, event, f"Served as {served}, version {event['version']}")
@@ -474,6 +550,7 @@ class JobService(JobFolder):
             live.checkpoint = Path(event["path"])
             step = step_of(live.checkpoint)
             self.store.add_checkpoint(job_id, step, live.checkpoint)
+            self._withdraw(checkpoint_name(live.name, step))
             self._tell(live, event | {"step": step}, f"Checkpoint of step {step}")
         elif kind == "checkpoint_failed":
             message = f"No checkpoint could be written: {event['error']}"
@@ -497,11 +574,11 @@ class JobService(JobFolder):
             self._ended(live, event)
 
     def _step(self, live: Live, event: dict[str, Any]) -> None:
-        step, loss = event["step"], event["loss"]
+        step, loss, accuracy = event["step"], event["loss"], event["accuracy"]
         tokens = live.tokens_after(step)
         with self._lock:
             live.done.append((event["time"], tokens))
-        self.store.step_done(live.job_id, step, loss, tokens)
+        self.store.step_done(live.job_id, step, loss, tokens, accuracy)
         skipped = event["event"] == "skipped"
         message = f"Step {step}/{live.spec.steps}: training loss={loss:.4f}"
         if skipped:
@@ -512,8 +589,39 @@ class JobService(JobFolder):
             level="warn" if skipped else "info",
             type="metrics",
             created=event["time"],
-            data=_told(event) | {"total_steps": live.spec.steps, "trained_tokens": tokens},
+            data=_told(event)
+            | {
+                "train_loss": loss,
+                "train_mean_token_accuracy": accuracy,
+                "total_steps": live.spec.steps,
+                "trained_tokens": tokens,
+            },
         )
+
+    def _validated(self, live: Live, event: dict[str, Any]) -> None:
+        step, loss, accuracy = event["step"], event["loss"], event["accuracy"]
+        self.store.validated(live.job_id, step, loss, accuracy)
+        self.store.add_event(
+            live.job_id,
+            f"Step {step}/{live.spec.steps}: validation loss={loss:.4f}",
+            type="metrics",
+            created=event["time"],
+            data={
+                "step": step,
+                "valid_loss": loss,
+                "valid_mean_token_accuracy": accuracy,
+                # OpenAI's names for the same over the whole file, which ours always is.
+                "full_valid_loss": loss,
+                "full_valid_mean_token_accuracy": accuracy,
+                "labels": event["labels"],
+                "total_steps": live.spec.steps,
+            },
+        )
+
+    def _withdraw(self, adapter: str) -> None:
+        """A checkpoint of an earlier job of this name is no longer what the name means."""
+        if any(one.name == adapter for one in self._engine.adapters.list()):
+            self._engine.adapters.unload(adapter)
 
     def _ended(self, live: Live, event: dict[str, Any]) -> None:
         job_id, kind = live.job_id, event["event"]
@@ -524,6 +632,7 @@ class JobService(JobFolder):
             why = "The engine was closed" if kind == "stopped" else "The engine has failed"
             self._tell(live, event, f"{why}: it goes on from its last checkpoint")
             return
+        self._write_results(job_id)
         if kind == "succeeded":
             self._export(live)
             self.store.set_job(
@@ -552,6 +661,23 @@ class JobService(JobFolder):
                 f"and lies in {live.checkpoint}",
                 level="warn",
             )
+
+    def _write_results(self, job_id: str) -> None:
+        """The metrics of every step as a file of the job's owner."""
+        info, steps = self.store.job(job_id), self.store.metrics(job_id)
+        if not steps:
+            return
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(RESULT_COLUMNS)
+        table.writerows(astuple(one) for one in steps)
+        source = io.BytesIO(text.getvalue().encode())
+        try:
+            file = self.add_file("step_metrics.csv", source, RESULTS, info.owner)
+        except Unavailable as error:
+            self.store.add_event(job_id, f"No result file: {error.message}", level="warn")
+            return
+        self.store.set_job(job_id, result_files=[file.id])
 
     def _later(self, action: Callable[[], None]) -> None:
         try:

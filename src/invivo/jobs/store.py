@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.exc import SQLAlchemyError
 
 from invivo.errors import Conflict, InvalidRequest, NotFound
-from invivo.lm_jobs import CheckpointInfo, FileInfo, JobEvent, JobInfo, JobStatus
+from invivo.lm_jobs import (
+    CheckpointInfo,
+    FileInfo,
+    JobEvent,
+    JobInfo,
+    JobStatus,
+    Validation,
+    checkpoint_name,
+)
 
 _metadata = sql.MetaData()
 _about = sql.Table(
@@ -62,6 +71,10 @@ _jobs = sql.Table(
     sql.Column("fine_tuned_model", sql.String),
     sql.Column("metadata", sql.JSON, nullable=False),
     sql.Column("owner", sql.String, nullable=False),
+    sql.Column("validation_file", sql.String),
+    sql.Column("validation_content", sql.String),
+    sql.Column("validation_filename", sql.String),
+    sql.Column("result_files", sql.JSON),
 )
 _losses = sql.Table(
     "losses",
@@ -69,6 +82,15 @@ _losses = sql.Table(
     sql.Column("job", sql.String, primary_key=True),
     sql.Column("step", sql.Integer, primary_key=True),
     sql.Column("loss", sql.Float),
+    sql.Column("accuracy", sql.Float),
+)
+_validations = sql.Table(
+    "validations",
+    _metadata,
+    sql.Column("job", sql.String, primary_key=True),
+    sql.Column("step", sql.Integer, primary_key=True),
+    sql.Column("loss", sql.Float),
+    sql.Column("accuracy", sql.Float),
 )
 _events = sql.Table(
     "events",
@@ -109,6 +131,7 @@ class JobStore:
             )
             sql.event.listen(self._engine, "connect", _settings)
             _metadata.create_all(self._engine)
+            _add_columns(self._engine)
         except (OSError, SQLAlchemyError) as error:
             reason = str(error).splitlines()[0]
             raise InvalidRequest(
@@ -163,8 +186,11 @@ class JobStore:
         users = sql.select(_jobs.c.id).where(_jobs.c.status.in_(UNFINISHED))
         with self._engine.begin() as connection:
             is_last = connection.execute(others.limit(1)).first() is None
-            named = _jobs.c.training_file == file_id
-            users = users.where(named | (_jobs.c.content == content) if is_last else named)
+            named = (_jobs.c.training_file == file_id) | (_jobs.c.validation_file == file_id)
+            if is_last:
+                held = (_jobs.c.content == content) | (_jobs.c.validation_content == content)
+                named |= held
+            users = users.where(named)
             user = connection.execute(users.limit(1)).scalar()
             if user is not None:
                 raise Conflict(
@@ -186,7 +212,7 @@ class JobStore:
     # --- jobs -------------------------------------------------------------------------------
     def add_job(self, **fields: Any) -> JobInfo:
         """``fields``: name, model, training_file, content, filename, hyperparameters, metadata,
-        owner."""
+        owner; validation_file, validation_content, validation_filename if any."""
         job_id = f"ftjob-{secrets.token_hex(12)}"
         row = {"id": job_id, "status": "validating_files", "created": time.time(), **fields}
         with self._engine.begin() as connection:
@@ -214,7 +240,20 @@ class JobStore:
         )
         with self._engine.connect() as connection:
             info.losses = [row.loss for row in connection.execute(query)]
+            query = (
+                _validations.select()
+                .where(_validations.c.job == job_id)
+                .order_by(_validations.c.step)
+            )
+            info.validations = [
+                Validation(row.step, row.loss, row.accuracy) for row in connection.execute(query)
+            ]
         return info
+
+    def metrics(self, job_id: str) -> list[StepMetrics]:
+        """Of every step, in order."""
+        with self._engine.connect() as connection:
+            return [StepMetrics(*row) for row in connection.execute(_metrics_of(job_id))]
 
     def curve(self, job_id: str, points: int) -> list[tuple[int, float | None]]:
         """(step, loss) of evenly spaced steps, the last one among them; at most ``points``."""
@@ -233,6 +272,11 @@ class JobStore:
         """Content and name of its training file."""
         row = self._job_row(job_id)
         return row.content, row.filename
+
+    def validation_of(self, job_id: str) -> tuple[str, str] | None:
+        """Content and name of its validation file."""
+        row = self._job_row(job_id)
+        return row.validation_content and (row.validation_content, row.validation_filename)
 
     def unfinished(self) -> list[JobInfo]:
         """Jobs that have not ended, oldest first."""
@@ -254,24 +298,31 @@ class JobStore:
         with self._engine.begin() as connection:
             return connection.execute(change).rowcount > 0
 
-    def step_done(self, job_id: str, step: int, loss: float | None, trained_tokens: int) -> None:
-        if loss is not None and not math.isfinite(loss):
-            loss = None
-        row = {"job": job_id, "step": step, "loss": loss}
+    def step_done(
+        self,
+        job_id: str,
+        step: int,
+        loss: float | None,
+        trained_tokens: int,
+        accuracy: float | None = None,
+    ) -> None:
+        loss = _finite(loss)
         change = {"step": step, "loss": loss, "trained_tokens": trained_tokens}
         with self._engine.begin() as connection:
-            new = upsert(_losses).values(**row)
-            connection.execute(
-                new.on_conflict_do_update(index_elements=["job", "step"], set_={"loss": loss})
-            )
+            connection.execute(_put(_losses, job_id, step, loss, accuracy))
             connection.execute(_jobs.update().where(_jobs.c.id == job_id).values(**change))
+
+    def validated(self, job_id: str, step: int, loss: float, accuracy: float) -> None:
+        """The held-out data was run through after ``step``."""
+        with self._engine.begin() as connection:
+            connection.execute(_put(_validations, job_id, step, _finite(loss), accuracy))
 
     def back_to(self, job_id: str, step: int, trained_tokens: int) -> None:
         """Forget the steps after ``step``: the job goes on from there."""
         with self._engine.begin() as connection:
-            connection.execute(
-                _losses.delete().where(_losses.c.job == job_id, _losses.c.step > step)
-            )
+            for table in (_losses, _validations):
+                later = (table.c.job == job_id) & (table.c.step > step)
+                connection.execute(table.delete().where(later))
             query = sql.select(_losses.c.loss).where(
                 _losses.c.job == job_id, _losses.c.step == step
             )
@@ -284,7 +335,7 @@ class JobStore:
 
     def forget_job(self, job_id: str) -> None:
         with self._engine.begin() as connection:
-            for table in (_losses, _events, _checkpoints):
+            for table in (_losses, _validations, _events, _checkpoints):
                 connection.execute(table.delete().where(table.c.job == job_id))
             connection.execute(_jobs.delete().where(_jobs.c.id == job_id))
 
@@ -349,24 +400,79 @@ class JobStore:
         if after is not None:
             query = query.where(_checkpoints.c.number < _number(after, "ftckpt-"))
         with self._engine.connect() as connection:
-            rows = connection.execute(query).all()
-        return _listed(rows, job)[:limit]
+            rows = [row for row in connection.execute(query) if Path(row.path).is_dir()][:limit]
+            steps = [row.step for row in rows]
+            known = connection.execute(_metrics_of(job_id).where(_losses.c.step.in_(steps)))
+            metrics = {found.step: found for found in (StepMetrics(*row) for row in known)}
+        return [
+            CheckpointInfo(
+                id=f"ftckpt-{row.number}",
+                job_id=row.job,
+                created_at=int(row.created),
+                step=row.step,
+                metrics=metrics[row.step].known() if row.step in metrics else {},
+                fine_tuned_model_checkpoint=f"{job.model}:{checkpoint_name(job.name, row.step)}",
+                path=row.path,
+            )
+            for row in rows
+        ]
 
-
-def _listed(rows: Iterable[sql.Row[Any]], job: JobInfo) -> list[CheckpointInfo]:
-    return [
-        CheckpointInfo(
-            id=f"ftckpt-{row.number}",
-            job_id=row.job,
-            created_at=int(row.created),
-            step=row.step,
-            metrics={} if row.loss is None else {"train_loss": row.loss},
-            fine_tuned_model_checkpoint=f"{job.model}:{job.name}.step-{row.step}",
-            path=row.path,
+    def checkpoint_of(self, name: str, step: int, owner: str | None) -> Path | None:
+        """The folder of a checkpoint by its adapter's name: that of the newest job that has it."""
+        query = (
+            sql.select(_checkpoints.c.path)
+            .join(_jobs, _jobs.c.id == _checkpoints.c.job)
+            .where(_jobs.c.name == name, _checkpoints.c.step == step)
+            .order_by(_jobs.c.number.desc())
         )
-        for row in rows
-        if Path(row.path).is_dir()
-    ]
+        if owner is not None:
+            query = query.where(_jobs.c.owner == owner)
+        with self._engine.connect() as connection:
+            found = (Path(path) for path in connection.execute(query).scalars())
+            return next((path for path in found if path.is_dir()), None)
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """Of one optimizer step; None where not known or not finite."""
+
+    step: int
+    train_loss: float | None
+    train_mean_token_accuracy: float | None
+    valid_loss: float | None
+    valid_mean_token_accuracy: float | None
+
+    def known(self) -> dict[str, float]:
+        """Those that are known, without the step."""
+        whole = asdict(self)
+        del whole["step"]
+        return {name: value for name, value in whole.items() if value is not None}
+
+
+def _metrics_of(job_id: str) -> sql.Select[Any]:
+    """Rows of :class:`StepMetrics`."""
+    at = (_validations.c.job == _losses.c.job) & (_validations.c.step == _losses.c.step)
+    return (
+        sql.select(
+            _losses.c.step,
+            _losses.c.loss,
+            _losses.c.accuracy,
+            _validations.c.loss,
+            _validations.c.accuracy,
+        )
+        .outerjoin(_validations, at)
+        .where(_losses.c.job == job_id)
+        .order_by(_losses.c.step)
+    )
+
+
+def _put(
+    table: sql.Table, job_id: str, step: int, loss: float | None, accuracy: float | None
+) -> sql.Executable:
+    """Write a step's loss; one that is there is replaced."""
+    values = {"loss": loss, "accuracy": accuracy}
+    new = upsert(table).values(job=job_id, step=step, **values)
+    return new.on_conflict_do_update(index_elements=["job", "step"], set_=values)
 
 
 def _file(row: sql.Row[Any]) -> FileInfo:
@@ -401,6 +507,8 @@ def _job(row: sql.Row[Any]) -> JobInfo:
         fine_tuned_model=row.fine_tuned_model,
         metadata=row.metadata,
         owner=row.owner,
+        validation_file=row.validation_file,
+        result_files=row.result_files or [],
     )
 
 
@@ -430,6 +538,19 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return value
+
+
+def _add_columns(engine: sql.Engine) -> None:
+    """Those that a file of an earlier version lacks; all of them may be empty."""
+    there = sql.inspect(engine)
+    for table in _metadata.sorted_tables:
+        known = {column["name"] for column in there.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in known:
+                kind = column.type.compile(engine.dialect)
+                change = f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"
+                with engine.begin() as connection:
+                    connection.execute(sql.text(change))
 
 
 def _settings(connection: Any, _record: object) -> None:

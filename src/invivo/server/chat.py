@@ -32,6 +32,7 @@ from invivo.server.carried import carried_by, program_answer, reserve_passes
 from invivo.server.context import request_id
 from invivo.server.documents import failures, streamed
 from invivo.server.messages import template_messages, template_tools
+from invivo.server.ownership import seen_by
 from invivo.server.sampling import finish_reason, now, sampling_of, token_logprobs, usage
 from invivo.server.schemas import ChatRequest, NamedToolChoice
 from invivo.server.services import Services, services_of
@@ -91,7 +92,7 @@ def _plan(body: ChatRequest, services: Services, principal: Principal) -> _Chat:
     sampling = sampling_of(body, body.response_format, tools.json_schema)
     if body.logprobs:
         sampling["logprobs"] = body.top_logprobs or 0
-    sampling["adapter"] = services.adapter_of(body.model)
+    sampling["adapter"] = services.adapter_of(body.model, seen_by(principal))
     sampling["salt"] = principal.salt(body.cache_salt)
     sampling.update(cast(Sampling, carried_by(body.interventions, body.blobs, principal)))
     return _Chat(

@@ -18,6 +18,7 @@ from invivo.server.auth import Principal, needs
 from invivo.server.carried import carried_by, program_answer, reserve_passes
 from invivo.server.context import request_id
 from invivo.server.documents import failures, streamed
+from invivo.server.ownership import seen_by
 from invivo.server.prompts import Prompts, prompts_of
 from invivo.server.sampling import finish_reason, finite, now, sampling_of, token_logprobs, usage
 from invivo.server.schemas import CompletionRequest
@@ -79,7 +80,7 @@ def _plan(body: CompletionRequest, services: Services, principal: Principal) -> 
         sampling["logprobs"] = body.logprobs
         if body.echo:
             sampling["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
-    sampling["adapter"] = services.adapter_of(body.model)
+    sampling["adapter"] = services.adapter_of(body.model, seen_by(principal))
     sampling["salt"] = principal.salt(body.cache_salt)
     sampling.update(cast(Sampling, carried_by(body.interventions, body.blobs, principal)))
     return _Run(

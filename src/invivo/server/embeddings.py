@@ -14,6 +14,7 @@ from invivo.server.admission import admit
 from invivo.server.answers import Embedding, EmbeddingList, Usage
 from invivo.server.auth import Principal, needs
 from invivo.server.documents import failures
+from invivo.server.ownership import seen_by
 from invivo.server.prompts import prompts_of
 from invivo.server.schemas import EmbeddingRequest
 from invivo.server.services import Services, services_of
@@ -47,7 +48,7 @@ async def create_embeddings(
 
 
 async def _embed(body: EmbeddingRequest, services: Services, principal: Principal) -> EmbeddingList:
-    adapter = services.adapter_of(body.model)
+    adapter = services.adapter_of(body.model, seen_by(principal))
     async with admit(services, principal) as ticket:
         prompts = await run_in_threadpool(prompts_of, services, body.input)
         await ticket.prompt(prompts.sizes)

@@ -8,7 +8,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 
 from invivo.errors import Conflict, InvalidRequest, InvivoError
-from invivo.lm_jobs import CheckpointInfo, Hyperparameters, JobInfo, JobRequest
+from invivo.lm_jobs import (
+    CheckpointInfo,
+    Hyperparameters,
+    JobInfo,
+    JobRequest,
+    checkpoint_name,
+)
 from invivo.lm_jobs import JobEvent as Event
 from invivo.server.auth import Principal, needs
 from invivo.server.documents import failures
@@ -24,6 +30,7 @@ from invivo.server.fine_tuning_answers import (
     JobList,
     JobMethod,
     Supervised,
+    Validation,
 )
 from invivo.server.fine_tuning_schemas import FineTuningRequest, HyperparametersBody
 from invivo.server.ownership import own_file, own_job, seen_by, stored_as
@@ -46,7 +53,7 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 def create_job(body: FineTuningRequest, request: Request, principal: Tuner) -> FineTuningJob:
     """Begins to learn from a file beside serving; errors in the file's lines name the lines."""
     services = services_of(request)
-    if services.adapter_of(body.model) is not None:
+    if services.adapter_of(body.model, seen_by(principal)) is not None:
         raise InvalidRequest(
             "an adapter cannot be trained further",
             field="model",
@@ -54,6 +61,8 @@ def create_job(body: FineTuningRequest, request: Request, principal: Tuner) -> F
             remedy=f"Train the base model, {services.model_name!r}",
         )
     own_file(services, principal, body.training_file, field="training_file")
+    if body.validation_file is not None:
+        own_file(services, principal, body.validation_file, field="validation_file")
     if body.suffix is not None:
         _check_name(services, principal, body.suffix)
     try:
@@ -139,7 +148,7 @@ def list_events(
 def list_checkpoints(
     job_id: str, request: Request, principal: Tuner, after: After = None, limit: Limit = 10
 ) -> CheckpointList:
-    """The checkpoints that are kept, newest first; they are not served by themselves."""
+    """The checkpoints that are kept, newest first, each served by its name."""
     services = services_of(request)
     info = own_job(services, principal, job_id)
     found = services.jobs.checkpoints(info.id, limit + 1, after)
@@ -176,6 +185,7 @@ def _asked(body: FineTuningRequest, owner: str) -> JobRequest:
         name=body.suffix,
         metadata=body.metadata or {},
         owner=owner,
+        validation_file=body.validation_file,
     )
 
 
@@ -223,8 +233,8 @@ def _job(services: Services, info: JobInfo) -> FineTuningJob:
         hyperparameters=shown,
         method=JobMethod(type="supervised", supervised=Supervised(hyperparameters=shown)),
         training_file=info.training_file,
-        validation_file=None,
-        result_files=[],
+        validation_file=info.validation_file,
+        result_files=info.result_files,
         trained_tokens=info.trained_tokens,
         error=None
         if error is None
@@ -239,6 +249,10 @@ def _job(services: Services, info: JobInfo) -> FineTuningJob:
         n_steps=info.n_steps,
         loss=info.loss,
         losses=info.losses,
+        validations=[
+            Validation(step=one.step, loss=one.loss, accuracy=one.accuracy)
+            for one in info.validations
+        ],
         tokens_per_second=info.tokens_per_second,
     )
 
@@ -255,15 +269,22 @@ def _event(event: Event) -> JobEvent:
     )
 
 
+def _full(metrics: dict[str, float]) -> dict[str, float]:
+    """Those over the whole validation file, which all are, by OpenAI's names for that."""
+    return {f"full_{name}": value for name, value in metrics.items() if name.startswith("valid_")}
+
+
 def _checkpoint(services: Services, job: JobInfo, checkpoint: CheckpointInfo) -> Checkpoint:
     return Checkpoint(
         id=checkpoint.id,
         object="fine_tuning.job.checkpoint",
         created_at=checkpoint.created_at,
         fine_tuning_job_id=job.id,
-        fine_tuned_model_checkpoint=f"{services.model_name}:{job.name}.step-{checkpoint.step}",
+        fine_tuned_model_checkpoint=(
+            f"{services.model_name}:{checkpoint_name(job.name, checkpoint.step)}"
+        ),
         step_number=checkpoint.step,
         metrics=CheckpointMetrics(
-            step=checkpoint.step, train_loss=checkpoint.metrics.get("train_loss")
+            step=checkpoint.step, **checkpoint.metrics, **_full(checkpoint.metrics)
         ),
     )

@@ -52,8 +52,17 @@ class JobMethod(Answer):
     supervised: Supervised
 
 
+class Validation(Answer):
+    """A look at the held-out data: loss per learned token, share of them guessed right."""
+
+    step: int
+    loss: float | None
+    accuracy: float | None
+
+
 class FineTuningJob(Answer):
-    """OpenAI's job; from ``name`` on what invivo adds.
+    """OpenAI's job; from ``name`` on what invivo adds. ``result_files`` has one CSV file with the
+    metrics of every step, once the job has ended.
 
     ``losses`` is the mean loss per learned token of every optimizer step; a step that was skipped
     because its loss or gradient was not finite has null.
@@ -69,7 +78,7 @@ class FineTuningJob(Answer):
     hyperparameters: dict[str, Any]
     method: JobMethod
     training_file: str
-    validation_file: None
+    validation_file: str | None
     result_files: list[str]
     trained_tokens: int | None
     error: JobError | None
@@ -83,6 +92,7 @@ class FineTuningJob(Answer):
     n_steps: int
     loss: float | None
     losses: list[float | None]
+    validations: list[Validation]
     tokens_per_second: float | None
 
 
@@ -115,8 +125,16 @@ class JobEventList(Answer):
 
 
 class CheckpointMetrics(Answer):
+    """OpenAI's names; validation always covers the whole file, so that ``valid_`` and
+    ``full_valid_`` are equal."""
+
     step: int
-    train_loss: float | None
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
 
 
 class Checkpoint(Answer):

@@ -84,6 +84,14 @@ class HyperparametersBody(Strict):
     checkpoint_every: _Steps | None = Field(
         None, description="Steps; left out, a tenth of them, 50 at most; 0 = only at the end" + _EXT
     )
+    keep_checkpoints: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="The newest so many stay; left out, 3" + _EXT
+    )
+    validate_every: _Steps | None = Field(
+        None,
+        description="Steps after which the validation file is run through; left out, a tenth of "
+        "them, 50 at most; 0 = only at the end" + _EXT,
+    )
     publish_every: _Steps | None = Field(
         None,
         description="Steps after which the adapter is served as it then is; 0 = only at the end"
@@ -120,7 +128,9 @@ class FineTuningRequest(Strict):
 
     model: ModelName = Field(description="The base model")
     training_file: str = Field(min_length=1, max_length=128)
-    validation_file: None = Field(None, description="Not supported: must be null")
+    validation_file: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
+        None, description="Held-out examples, whose loss is told in events and checkpoints"
+    )
     suffix: Annotated[str, Field(pattern=ADAPTER_NAME)] | None = Field(
         None, description="Name of the adapter: the result is served as model:suffix"
     )

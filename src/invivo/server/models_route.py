@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from invivo.server.answers import Model, ModelList
 from invivo.server.auth import Principal, needs
 from invivo.server.documents import failures
+from invivo.server.ownership import seen_by
 from invivo.server.services import Services, services_of
 
 router = APIRouter(tags=["models"])
@@ -29,11 +30,11 @@ def list_models(request: Request, _principal: Annotated[Principal, Depends(needs
 def get_model(
     model: str,
     request: Request,
-    _principal: Annotated[Principal, Depends(needs())],
+    principal: Annotated[Principal, Depends(needs())],
 ) -> Model:
     """One model by its name."""
     services = services_of(request)
-    return _model(services, services.adapter_of(model))
+    return _model(services, services.adapter_of(model, seen_by(principal)))
 
 
 def _model(services: Services, adapter: str | None) -> Model:

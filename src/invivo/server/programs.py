@@ -26,7 +26,7 @@ from invivo.server.auth import Principal, needs
 from invivo.server.carried import written
 from invivo.server.documents import failures
 from invivo.server.messages import template_messages
-from invivo.server.ownership import stored_as
+from invivo.server.ownership import seen_by, stored_as
 from invivo.server.prompts import parts_of, prompts_of
 from invivo.server.schemas import ExplainRequest, ProgramRequest, RunRequest
 from invivo.server.services import Services, services_of
@@ -52,7 +52,7 @@ async def run_program(body: RunRequest, request: Request, principal: Editor) -> 
 def explain_program(body: ExplainRequest, request: Request, principal: Editor) -> Explained:
     """What a program would do, before anything runs."""
     services = services_of(request)
-    services.adapter_of(body.model)
+    services.adapter_of(body.model, seen_by(principal))
     prompt = _prompt(body)
     owned = OwnedProgram(body.program, stored_as(principal))
     return Explained(
@@ -115,7 +115,7 @@ def _prompt(body: ExplainRequest | RunRequest) -> Any:
 
 async def _run(body: RunRequest, services: Services, principal: Principal) -> RunList:
     lm, programs = services.local, services.local.programs
-    adapter = services.adapter_of(body.model)
+    adapter = services.adapter_of(body.model, seen_by(principal))
     owned = OwnedProgram(body.program, stored_as(principal))
     async with admit(services, principal) as ticket:
         if body.messages is not None:

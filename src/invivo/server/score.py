@@ -15,6 +15,7 @@ from invivo.server.answers import ProgramAnswer, ScoreAnswer, ScoredToken, Score
 from invivo.server.auth import Principal, needs
 from invivo.server.carried import carried_by, program_answer, reserve_passes
 from invivo.server.documents import failures
+from invivo.server.ownership import seen_by
 from invivo.server.prompts import parts_of
 from invivo.server.sampling import finite
 from invivo.server.schemas import ScoreItem, ScoreRequest, SetPart
@@ -42,7 +43,7 @@ async def create_scores(
 
 
 async def _score(body: ScoreRequest, services: Services, principal: Principal) -> ScoreList:
-    adapter = services.adapter_of(body.model)
+    adapter = services.adapter_of(body.model, seen_by(principal))
     carried = carried_by(body.interventions, body.blobs, principal)
     async with admit(services, principal) as ticket:
         sizes = await run_in_threadpool(_sizes, services.lm, body.items)

@@ -10,6 +10,7 @@ from fastapi import Request
 
 from invivo.errors import NotFound
 from invivo.lm import LM, ModelInfo
+from invivo.lm_jobs import is_checkpoint
 from invivo.server.admission import Gate
 from invivo.server.budgets import Ledger
 from invivo.server.keys import KeyStore
@@ -62,8 +63,16 @@ class Services:
         """
         return cast("JobService", self.lm.fine_tuning)
 
-    def adapter_of(self, model: str | None) -> str | None:
+    def _is_checkpoint(self, name: str, owner: str | None) -> bool:
+        return is_checkpoint(name) and self.jobs.checkpoint_folder_of(name, owner) is not None
+
+    def adapter_of(self, model: str | None, owner: str | None) -> str | None:
         """The adapter that a request's ``model`` ("base" or "base:adapter") asks for.
+
+        Args:
+            owner: who asks, as :func:`invivo.server.ownership.seen_by` says. A checkpoint
+                ("base:adapter:ckpt-step-N") is first asked for by the owner of its job; from then
+                on it is served like any adapter.
 
         Raises:
             NotFound: another model, or an adapter that is not loaded.
@@ -80,7 +89,7 @@ class Services:
                 remedy=f"Use {base!r}, or see /v1/models",
             )
         loaded = [adapter.name for adapter in self.lm.adapters()]
-        if name not in loaded:
+        if name not in loaded and not self._is_checkpoint(name, owner):
             raise NotFound(
                 "no such adapter is loaded",
                 field="model",

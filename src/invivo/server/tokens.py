@@ -10,6 +10,7 @@ from invivo.server.answers import DetokenizedText, Tokens
 from invivo.server.auth import Principal, needs
 from invivo.server.documents import failures
 from invivo.server.messages import template_messages, template_tools
+from invivo.server.ownership import seen_by
 from invivo.server.schemas import DetokenizeRequest, TokenizeRequest
 from invivo.server.services import services_of
 
@@ -23,11 +24,11 @@ router = APIRouter(tags=["tokens"])
 def tokenize(
     body: TokenizeRequest,
     request: Request,
-    _principal: Annotated[Principal, Depends(needs("generate", "score"))],
+    principal: Annotated[Principal, Depends(needs("generate", "score"))],
 ) -> Tokens:
     """Token ids of a text, or of a conversation as the model sees it."""
     services = services_of(request)
-    services.adapter_of(body.model)
+    services.adapter_of(body.model, seen_by(principal))
     if body.messages is None:
         assert body.text is not None
         text, special = body.text, body.special
@@ -46,9 +47,9 @@ def tokenize(
 def detokenize(
     body: DetokenizeRequest,
     request: Request,
-    _principal: Annotated[Principal, Depends(needs("generate", "score"))],
+    principal: Annotated[Principal, Depends(needs("generate", "score"))],
 ) -> DetokenizedText:
     """Text of token ids, special tokens included."""
     services = services_of(request)
-    services.adapter_of(body.model)
+    services.adapter_of(body.model, seen_by(principal))
     return DetokenizedText(text=services.lm.detokenize(body.tokens))
