@@ -57,6 +57,11 @@ def test_overrides_are_toml_or_bare_words(tmp_path: Path) -> None:
     assert config.model["tie_word_embeddings"] is True
 
 
+def test_a_value_is_forgotten(tmp_path: Path) -> None:
+    config = read_config(written(tmp_path), ["train.steps=", "train.epochs=2", "init.std="])
+    assert (config.train.steps, config.train.epochs, config.init.std) == (None, 2.0, 0.02)
+
+
 @pytest.mark.parametrize(
     ("override", "field"),
     [

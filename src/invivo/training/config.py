@@ -236,7 +236,8 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a TOML file.
 
     Args:
-        overrides: ``"train.steps=100"``; the value is TOML, or a bare word for a text.
+        overrides: ``"train.steps=100"``; the value is TOML, or a bare word for a text; without
+            a value (``"train.epochs="``) the file's is forgotten.
 
     Raises:
         NotFound: there is no such file.
@@ -287,7 +288,10 @@ def _override(table: dict[str, Any], text: str) -> None:
         place = place.setdefault(key, {})
         if not isinstance(place, dict):
             raise InvalidRequest("is not a table", field=key, given=text)
-    place[keys[-1]] = parsed
+    if parsed == "" and not value.strip():
+        place.pop(keys[-1], None)
+    else:
+        place[keys[-1]] = parsed
 
 
 def check(config: TrainConfig) -> None:

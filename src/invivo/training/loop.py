@@ -172,11 +172,12 @@ class Training:
         count = int((batch.labels != NO_LABEL).sum())
         rows = settings.micro_batch or len(batch.tokens)
         total = torch.zeros((), device=self._device)
+        tokens, labels = self._sent(batch.tokens), self._sent(batch.labels)
         for first in range(0, len(batch.tokens), rows):
             part = slice(first, first + rows)
             loss, _ = self._model(
-                batch.tokens[part].to(self._device, non_blocking=True),
-                batch.labels[part].to(self._device, non_blocking=True),
+                tokens[part],
+                labels[part],
                 None if batch.starts is None else batch.starts[part],
             )
             loss = loss / max(1, count)
@@ -193,6 +194,12 @@ class Training:
         self.tokens += count
         numbers = torch.stack((total, norm.to(total.dtype)))
         self._readings.append(_Reading(self.step, self.tokens, rate, numbers, position))
+
+    def _sent(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` on the device, where nothing is waited for."""
+        if self._device.type == "cpu":
+            return rows
+        return rows.pin_memory().to(self._device, non_blocking=True)
 
     # What is measured
 

@@ -26,7 +26,7 @@ from invivo.training.material import Material, open_material
 from invivo.training.prepare import Progress
 from invivo.training.run_folder import RunFolder
 from invivo.training.same_run import check_same_run
-from invivo.training.sample import continue_tokens
+from invivo.training.sample import continue_texts
 from invivo.training.shape import shape_of
 
 Mode = Literal["auto", "resume", "fresh"]
@@ -173,7 +173,7 @@ def _build(
     evaluate = partial(
         material.evaluate,
         decoder,
-        batch=settings.micro_batch or min(8, settings.batch),
+        batch=settings.micro_batch or min(32, settings.batch),
         dtype=DTYPES[settings.precision],
     )
     return Training(
@@ -196,20 +196,19 @@ def _continuing(config: TrainConfig, decoder: Decoder, material: Material) -> Co
         return None
     tokenizer, end = load_tokenizer(material.tokenizer), material.end_token
 
+    prompts = [[end, *tokenizer.encode(p, add_special_tokens=False)] for p in settings.prompts]
+
     def continued(step: int) -> list[tuple[str, str]]:
-        texts = []
-        for number, prompt in enumerate(settings.prompts):
-            tokens = continue_tokens(
-                decoder,
-                [end, *tokenizer.encode(prompt, add_special_tokens=False)],
-                settings.sample_tokens,
-                temperature=settings.temperature,
-                seed=config.seed + 1000 * step + number,
-                ends=(end,),
-                dtype=DTYPES[config.train.precision],
-            )
-            texts.append((prompt, tokenizer.decode(tokens)))
-        return texts
+        found = continue_texts(
+            decoder,
+            prompts,
+            settings.sample_tokens,
+            temperature=settings.temperature,
+            seed=config.seed + 1000 * step,
+            end=end,
+            dtype=DTYPES[config.train.precision],
+        )
+        return list(zip(settings.prompts, map(tokenizer.decode, found), strict=True))
 
     return continued
 
