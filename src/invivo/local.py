@@ -798,7 +798,7 @@ class LocalLM(LM):
 
     def _carries(self, request: Request) -> bool:
         """Whether the engine carries a request's program; the interpreter takes what is left."""
-        return why_not_carried(request, self.model.config) is None
+        return why_not_carried(request) is None
 
     def _result(self, gathered: Gathered) -> ProgramResult:
         result = self._program_of(gathered)

@@ -10,9 +10,12 @@ import torch
 
 from invivo.edits.blobs import Blobs
 from invivo.edits.resolved import Touch
+from invivo.edits.selectors import Positions
 from invivo.edits.site_names import BLOCKS, SiteRef
 from invivo.edits.values import Blob, Param, Value
 from invivo.models.sites import KeyShare
+
+_FAR = 1 << 40  # longer than any text
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +290,12 @@ def change_edges(
 # Shares of keys in the states of recurrent layers.
 
 
+def multiplied_keys(touch: Touch) -> Positions:
+    """The keys that an edge operation on ``gla.edge`` multiplies or takes out."""
+    assert touch.keys is not None
+    return touch.keys.complement(_FAR) if touch.do == "edge_only" else touch.keys
+
+
 def key_share(
     touch: Touch,
     context: Context,
@@ -296,14 +305,10 @@ def key_share(
     leave: Callable[[torch.Tensor], None],
 ) -> KeyShare:
     """What an edge operation on ``gla.edge`` asks of the rows of ``window`` (ascending tokens)."""
-    assert touch.keys is not None
     first = window[0]
-    keys = {p - first for p in touch.keys.below(window[-1] + 1) if p >= first}
-    if touch.do == "edge_only":
-        keys = set(range(len(window))) - keys
     factor = context.tensor(touch.args["a"]) if touch.do == "edge_scale" else context.tensor(0.0)
     return KeyShare(
-        keys=sorted(keys),
+        keys=[p - first for p in multiplied_keys(touch).below(window[-1] + 1) if p >= first],
         queries=[p - first for p in touch.positions.below(window[-1] + 1) if p >= first],
         heads=touch.ref.heads or range(n_heads),
         factor=factor,

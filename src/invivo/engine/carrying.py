@@ -8,14 +8,11 @@ from invivo.edits.program import MAIN
 from invivo.edits.resolved import ResolvedRow, RunPlan, SourceRef, Touch
 from invivo.engine.types import Request
 from invivo.errors import InvalidRequest
-from invivo.models.config import ModelConfig
 
 
-def why_not_carried(request: Request, config: ModelConfig) -> str | None:
+def why_not_carried(request: Request) -> str | None:
     """Why the engine cannot carry the request's program yet; None if it can."""
     assert request.intervention is not None
-    if config.recurrent:
-        return "the model has recurrent layers"
     if request.intervention.resolved.program.numerics == "exact":
         # Matrix products choose their tiles by the number of rows in the batch.
         return 'its numerics are "exact", and rows of one batch round together'
@@ -35,7 +32,7 @@ def why_not_carried(request: Request, config: ModelConfig) -> str | None:
     return None
 
 
-def check_carried(request: Request, config: ModelConfig) -> None:
+def check_carried(request: Request) -> None:
     """Check that a request and its program can go through the engine.
 
     Raises:
@@ -43,7 +40,7 @@ def check_carried(request: Request, config: ModelConfig) -> None:
     """
     assert request.intervention is not None
     rows = request.intervention.resolved.rows
-    reason = why_not_carried(request, config)
+    reason = why_not_carried(request)
     if reason is not None:
         raise InvalidRequest(
             f"the engine cannot carry this program yet: {reason}",

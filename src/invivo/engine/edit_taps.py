@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from invivo.engine.run_edits import OPEN_SITES, RunEdits
+from invivo.engine.run_edits import OPEN_SITES, STATE_SITES, RunEdits
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
-from invivo.models.sites import Taps
+from invivo.models.sites import KeyShare, Taps
 
 LOGITS = ("logits", -1)
 
@@ -41,7 +41,8 @@ class EditTaps:
     What a run's own operations raise stays with the run (:attr:`RunEdits.error`).
 
     Attention of the spans that have a mask or position numbers of their own, or whose scores or
-    probabilities somebody looks at, is laid open span by span; all others keep their kernel.
+    probabilities somebody looks at, is laid open span by span; all others keep their kernel. So
+    are the recurrences whose states somebody looks at.
 
     Args:
         inner: taps of training rows in the same batch; they see what the model goes on with.
@@ -53,6 +54,8 @@ class EditTaps:
         self._inner = inner
         self._at: dict[tuple[str, int], list[EditedSpan]] = {}
         self._open: dict[int, dict[int, EditedSpan]] = {}
+        self._states: dict[int, dict[int, EditedSpan]] = {}
+        self._n_state_heads = 0 if config.gla is None else config.gla.n_heads
         self._logits: list[EditedSpan] = []
         for span in spans:
             for site, layer in span.edits.keys(span.window):
@@ -60,8 +63,10 @@ class EditTaps:
                     self._logits.append(span)
                 elif site in OPEN_SITES:
                     self._open.setdefault(layer, {})[span.span] = span
-                else:
+                elif site not in STATE_SITES:
                     self._at.setdefault((site, layer), []).append(span)
+            for layer in span.edits.state_layers(span.window):
+                self._states.setdefault(layer, {})[span.span] = span
             hides = span.edits.hides(span.window)
             for layer, kind in enumerate(config.layers):
                 if hides or (span.edits.numbered and kind.window is not None):
@@ -98,6 +103,30 @@ class EditTaps:
         """Scores or probabilities [n, H, K] of one span, and what the model goes on with."""
         opened = self._open[layer][span]
         return opened.edits.apply(site, layer, value, opened.window, keep=True)
+
+    # --- recurrences laid open, row by row ------------------------------------------------------
+    def open_states(self, layer: int) -> Collection[int]:
+        """Numbers of the spans whose states are looked at."""
+        return self._states.get(layer, {}).keys()
+
+    def state_rows(self, span: int, layer: int) -> Sequence[int]:
+        """Rows of a span whose memory or state is looked at."""
+        opened = self._states[layer][span]
+        return opened.edits.state_rows(layer, opened.window)
+
+    def at_state(
+        self, span: int, row: int, site: str, layer: int, value: torch.Tensor
+    ) -> torch.Tensor:
+        """The memory before a row or the state after it [H, K, V], and what goes on."""
+        opened = self._states[layer][span]
+        token, seen = opened.window[row], value.unsqueeze(0)
+        new = opened.edits.apply(site, layer, seen, range(token, token + 1), keep=True)
+        return value if new is seen else new[0]
+
+    def key_shares(self, span: int, layer: int) -> Sequence[KeyShare]:
+        """Keys that queries of a span see multiplied."""
+        opened = self._states[layer][span]
+        return opened.edits.key_shares(layer, opened.window, self._n_state_heads)
 
     # --- logits -------------------------------------------------------------------------------
     def on_logits(self, rows: Sequence[int]) -> Taps | None:

@@ -246,7 +246,7 @@ class Engine:
 
     def _carry(self, request: Request, given: Intervention, job: Job) -> CarriedProgram:
         """The program of a request, checked as far as that goes before anything runs."""
-        check_carried(request, self.model.config)
+        check_carried(request)
         if job.adapter is not None and job.adapter.n_virtual:
             raise InvalidRequest(
                 "an adapter with tokens of its own does not go with a program yet",

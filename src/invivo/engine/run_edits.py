@@ -10,13 +10,24 @@ from dataclasses import dataclass
 
 import torch
 
-from invivo.edits.apply import Context, Rows, apply_switch, change_rows, tapped_at
+from invivo.edits.apply import (
+    Context,
+    Rows,
+    apply_switch,
+    change_rows,
+    key_share,
+    tapped_at,
+)
 from invivo.edits.resolved import RunPlan, SourceRef, Touch
 from invivo.edits.site_names import SiteRef
+from invivo.engine.followed_share import FollowedShare
 from invivo.engine.kept_rows import KeptRows, fit_keys, rows_of
+from invivo.models.sites import KeyShare
 
 Key = tuple[str, int]
 OPEN_SITES = ("attn.head.score", "attn.head.prob")
+STATE_SITES = ("gla.head.memory", "gla.head.state")
+STATE_EDGE = "gla.edge"
 _ROUTER = "moe.router"
 
 
@@ -37,7 +48,7 @@ class RunEdits:
 
     Attributes:
         first_touched: first position whose keys may differ from a plain request's.
-        first_kept: first position of a row that is kept.
+        first_kept: first position of a row that is kept, or whose key is followed through states.
         error: what one of its own operations raised. From there on it changes and keeps nothing:
             the batch goes on, and whoever launched it ends the request.
         spoiled: whether that was a change, so that its keys are not those its program asks for.
@@ -57,7 +68,13 @@ class RunEdits:
         self._kept: dict[Key, list[KeptRows]] = {}
         self._read: dict[tuple[SiteRef, tuple[int, ...]], KeptRows] = {}
         self._routers: dict[int, torch.Tensor] = {}
+        self._shares: dict[int, list[FollowedShare]] = {}
         for touch in plan.touches:
+            if touch.ref.site == STATE_EDGE:
+                share = FollowedShare.of(touch)
+                if share is not None:
+                    self._shares.setdefault(touch.ref.layer, []).append(share)
+                continue
             placed = _Placed(touch, touch.positions.indices())
             for key in tapped_at(touch):
                 self._touches.setdefault(key, []).append(placed)
@@ -68,9 +85,9 @@ class RunEdits:
         self._keys = tuple(dict.fromkeys((*self._touches, *self._kept)))
         self._hidden = [(q.indices(), k.indices()) for q, k in plan.input.hidden]
         self.first_touched = first_difference(plan)
-        self.first_kept = min(
-            (rows.positions[0] for held in self._kept.values() for rows in held), default=None
-        )
+        needed = [rows.positions[0] for held in self._kept.values() for rows in held]
+        needed += [share.reach.start for held in self._shares.values() for share in held]
+        self.first_kept = min(needed, default=None)
         self.error: Exception | None = None
         self.spoiled = False
 
@@ -82,6 +99,40 @@ class RunEdits:
                 _meets(rows.positions, window) for rows in kept
             ):
                 yield key
+
+    def state_layers(self, window: range) -> set[int]:
+        """Layers in which somebody looks at the states of the tokens of ``window``."""
+        layers = {layer for site, layer in self.keys(window) if site in STATE_SITES}
+        return layers | {layer for layer in self._shares if self._shares_in(layer, window)}
+
+    def state_rows(self, layer: int, window: range) -> list[int]:
+        """Those tokens of ``window``, counted from its first."""
+        found: set[int] = set()
+        for site in STATE_SITES:
+            touches, kept = self._touches.get((site, layer), ()), self._kept.get((site, layer), ())
+            for at in (*(p.at for p in touches), *(rows.positions for rows in kept)):
+                found.update(rows_of(at, window).index)
+        return sorted(found)
+
+    def key_shares(self, layer: int, window: range, n_heads: int) -> list[KeyShare]:
+        """Keys that queries of ``window`` see multiplied in the states of ``layer``.
+
+        Windows come in order; one may come again, and after a loss of memory they begin anew.
+        """
+        found: list[KeyShare] = []
+        if self.spoiled:
+            return found
+        try:
+            for share in self._shares_in(layer, window):
+                before, leave = share.begin(window), share.leave
+                found.append(key_share(share.touch, self._context, window, n_heads, before, leave))
+        except Exception as error:
+            self.error, self.spoiled = error, True
+            return []
+        return found
+
+    def _shares_in(self, layer: int, window: range) -> list[FollowedShare]:
+        return [s for s in self._shares.get(layer, ()) if s.meets(window)]
 
     def hides(self, window: range) -> bool:
         """Whether a query in ``window`` has a mask of its own."""
