@@ -6,17 +6,16 @@ service of this process (:mod:`invivo.jobs.service`), or a server.
 
 from __future__ import annotations
 
-import io
-import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, get_args
 
 from invivo.errors import InvalidRequest, NotFound
+from invivo.table_data import examples_of, is_table, json_lines, table_name
 
 JobStatus = Literal[
     "validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"
@@ -462,7 +461,7 @@ class Job:
         self._backend.delete(self.id)
 
 
-Data = str | Path | Sequence[Mapping[str, Any]]
+Data = str | Path | Iterable[Mapping[str, Any]]
 
 
 def start_job(
@@ -522,12 +521,16 @@ def start_job(
 
 
 def upload(backend: FineTuningBackend, data: Data) -> FileInfo:
-    """A file, or records in memory as JSON lines.
+    """A file, or records as JSON lines: those in memory, of a Parquet file, or of the Hub.
 
     Raises:
-        NotFound: there is no such file.
-        InvalidRequest: it is neither.
+        NotFound: there is no such file or data set.
+        InvalidRequest: it is none of these.
+        MissingDependency: a library that reads it is not installed.
     """
+    if isinstance(data, str | Path) and is_table(data):
+        with json_lines(examples_of(data)) as source:
+            return backend.add_file(table_name(data), source)
     if isinstance(data, str | Path):
         try:
             with Path(data).expanduser().open("rb") as source:
@@ -537,16 +540,13 @@ def upload(backend: FineTuningBackend, data: Data) -> FileInfo:
                 f"cannot be read: {error.strerror}",
                 field="data",
                 given=str(data),
-                remedy="Give a .jsonl or .txt file, the id of an uploaded file, or a list",
+                remedy="Give a .jsonl, .txt or .parquet file, hf://datasets/ORG/NAME, "
+                "the id of an uploaded file, or a list",
             ) from error
-    if not isinstance(data, Sequence) or not data:
+    if not isinstance(data, Iterable) or isinstance(data, Mapping | bytes):
         raise InvalidRequest("must be a file or a list of examples", field="data", given=data)
-    try:
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in data]
-        text = "".join(lines).encode("utf-8")
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"is not JSON: {error}", field="data") from error
-    return backend.add_file("records.jsonl", io.BytesIO(text))
+    with json_lines(data) as source:
+        return backend.add_file("records.jsonl", source)
 
 
 def job_bar(shown: bool) -> AbstractContextManager[OnInfo]:

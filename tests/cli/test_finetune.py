@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from tests.waiting import PATIENCE, hold_at_texts, wait_for
 
 import invivo as library
@@ -63,6 +65,28 @@ def test_a_file_becomes_an_adapter_that_chat_can_load(
     deleted = invivo("jobs", "delete", "poet", "--state", str(out / "job"))
     assert "poet is deleted" in deleted.err
     assert invivo("jobs", "list", "--state", str(out / "job"), "--json").json() == []
+
+
+def test_held_out_examples_of_a_table_are_shown(
+    invivo: Invivo, tiny: str, data: str, tmp_path: Path
+) -> None:
+    held, out = tmp_path / "held.parquet", tmp_path / "judged"
+    rows = [{"text": "the cat and the dog"}, {"text": "hello"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), held)
+    ran = invivo(
+        *("finetune", data, "-m", tiny, "--steps", "4", *SETTINGS, "--out", str(out)),
+        *("--validation", str(held), "--validate-every", "2", "--keep-checkpoints", "1"),
+    )
+    assert ran.code == 0, ran.err
+    assert "held-out loss" in ran.err
+    shown = invivo("jobs", "show", "judged", "--state", str(out / "job"))
+    assert "held-out loss" in shown.out
+    assert "tiny-llama:judged:ckpt-step-4" in shown.out
+    assert "ckpt-step-3" not in shown.out
+    told = invivo("jobs", "show", "judged", "--state", str(out / "job"), "--json").json()
+    assert [one["step"] for one in told["validations"]] == [2, 4]
+    again = invivo("finetune", "--out", str(out), "--resume", "--validation", str(held))
+    assert again.code == 2
 
 
 def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on(

@@ -37,11 +37,13 @@ def test_an_adapter_is_learned_and_answers(
         assert after > before + 1
         assert [one.id for one in lm.jobs()] == [job.id]
         assert lm.job(job.id).status == "succeeded"
-        file = lm.files()[0]
+        results, file = lm.files()
+        assert results.id in job.info().result_files
+        lm.delete_file(results.id)
         again = lm.finetune(file.id, steps=1, **SETTINGS)
         assert again.wait(timeout=PATIENCE).name == "job-1"
         lm.delete_file(file.id)
-        assert lm.files() == []
+        assert [one.purpose for one in lm.files()] == ["fine-tune-results"]
         with pytest.raises(NotFound):
             lm.finetune(file.id)
         with pytest.raises(NotFound):
@@ -55,7 +57,8 @@ async def test_the_same_without_blocking(tiny: LoadedModel, tmp_path: Path) -> N
         file = await lm.aupload_file(path)
         job = await lm.afinetune(file.id, name="poet", max_length=32, steps=2, **SETTINGS)
         assert (await lm.ajob(job.id)).wait(timeout=PATIENCE).status == "succeeded"
-        assert len(await lm.ajobs()) == len(await lm.afiles()) == 1
+        assert len(await lm.ajobs()) == 1
+        assert len(await lm.afiles()) == 2  # the data and the metrics
         await lm.adelete_file(file.id)
 
 

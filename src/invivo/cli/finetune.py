@@ -35,7 +35,11 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 def finetune(
     data: Annotated[
-        str | None, typer.Argument(help="A .jsonl or .txt file (--url: or a file's id).")
+        str | None,
+        typer.Argument(
+            help="A .jsonl, .txt or .parquet file, or hf://datasets/ORG/NAME (--url: or a file's "
+            "id)."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -51,6 +55,15 @@ def finetune(
         bool,
         typer.Option("--resume", help="Go on with the job in --out.", rich_help_panel=RUN),
     ] = False,
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            "--validation",
+            "-v",
+            help="Held-out examples, as DATA: their loss is shown.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option("--name", help="What to call the adapter.", rich_help_panel=RUN),
@@ -134,6 +147,18 @@ def finetune(
             rich_help_panel=HOW,
         ),
     ] = None,
+    validate_every: Annotated[
+        int | None,
+        typer.Option(
+            "--validate-every",
+            help="Steps between looks at --validation; as --checkpoint-every.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    keep_checkpoints: Annotated[
+        int | None,
+        typer.Option("--keep-checkpoints", help="The newest so many. 3.", rich_help_panel=HOW),
+    ] = None,
     model: options.Model = None,
     url: options.Url = None,
     key: options.Key = None,
@@ -164,6 +189,8 @@ def finetune(
         "max_length": max_length,
         "truncate": truncate or None,
         "checkpoint_every": checkpoint_every,
+        "validate_every": validate_every,
+        "keep_checkpoints": keep_checkpoints,
     }
     wanted: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
     if url is not None and (resume or out is not None):
@@ -173,7 +200,7 @@ def finetune(
             remedy="Jobs of a server: invivo jobs",
         )
     if resume:
-        if out is None or data is not None or wanted or name is not None:
+        if out is None or wanted or any(one is not None for one in (data, validation, name)):
             raise InvalidRequest(
                 "goes with --out, and with nothing that the job knows already",
                 field="--resume",
@@ -182,10 +209,11 @@ def finetune(
     elif data is None:
         raise InvalidRequest("is missing", field="DATA", remedy="Give a .jsonl or .txt file")
     source = data or ""
+    asked: dict[str, Any] = wanted | ({} if validation is None else {"validation": validation})
     where: dict[str, Any] = {"model": model, "device": device, "dtype": dtype}
     if url is not None:
         with opened(**where, url=url, key=key) as lm:
-            job = lm.finetune(source, name=name, **wanted)
+            job = lm.finetune(source, name=name, **asked)
             info = _watched_remotely(job, url, quiet=as_json)
     else:
         out = out or Path(name or _name_of(Path(source)))
@@ -195,7 +223,7 @@ def finetune(
             if resume:
                 job = _gone_on(lm)
             else:
-                job = lm.finetune(source, name=name or _name_of(out.resolve()), **wanted)
+                job = lm.finetune(source, name=name or _name_of(out.resolve()), **asked)
             info = _watched_here(job, out, model, quiet=as_json)
         if info.status == "succeeded":
             _put_out(out, info.name)
@@ -279,7 +307,9 @@ class _Notes:
             loss = "" if info.loss is None else f", loss {info.loss:.4f}"
             rate = info.tokens_per_second
             speed = "" if rate is None else f", {rate:,.0f} tok/s"
-            note(f"step {info.step} of {info.n_steps}{loss}{speed}")
+            held = info.validations[-1].loss if info.validations else None
+            held_out = "" if held is None else f", held-out loss {held:.4f}"
+            note(f"step {info.step} of {info.n_steps}{loss}{held_out}{speed}")
 
 
 def _put_out(out: Path, name: str) -> None:
@@ -288,9 +318,17 @@ def _put_out(out: Path, name: str) -> None:
         shutil.copyfile(out / STATE / "adapters" / name / file, out / file)
 
 
+def losses_shown(losses: list[float | None]) -> str:
+    """The first and the last."""
+    first, last = ("-" if loss is None else f"{loss:.4f}" for loss in (losses[0], losses[-1]))
+    return last if len(losses) == 1 else f"{first} to {last}"
+
+
 def _tell_done(info: JobInfo, out: Path | None, model: str | None, url: str | None) -> None:
     loss = "" if info.loss is None else f", loss {info.loss:.4f}"
     note(f"{info.n_steps} steps, {info.trained_tokens} tokens{loss}")
+    if info.validations:
+        note(f"held-out loss: {losses_shown([one.loss for one in info.validations])}")
     if out is None:
         sys.stdout.write(f"{info.fine_tuned_model}\n")
         note(f"try it: invivo chat --url {url} --use {info.name}")

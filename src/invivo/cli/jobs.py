@@ -19,7 +19,7 @@ from invivo.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from invivo.jobs.folder import JobFolder
-    from invivo.lm_jobs import FineTuningBackend, JobEvent, JobInfo
+    from invivo.lm_jobs import CheckpointInfo, FineTuningBackend, JobEvent, JobInfo
 
 app = typer.Typer(
     help="Fine-tuning jobs: list, show, events, cancel, pause, resume, delete.",
@@ -103,6 +103,7 @@ def show(
         if follow:
             Job(info.id, backend).wait(progress=not as_json and sys.stderr.isatty())
         info = backend.job(info.id)
+        kept = [_checkpoint(one) for one in backend.checkpoints(info.id)]
     if as_json:
         print_json(asdict(info))
         return
@@ -116,8 +117,11 @@ def show(
         ["step", f"{info.step} of {info.n_steps}"],
         ["tokens", f"{info.trained_tokens:,}"],
         ["loss", curve(info.losses)],
+        *_held_out(info),
         ["served as", info.fine_tuned_model or "-"],
         ["data", info.training_file],
+        *[["metrics", file_id] for file_id in info.result_files],
+        *[["checkpoint", told] for told in kept],
     ]
     if info.error:
         rows.append(["error", info.error["message"]])
@@ -265,6 +269,19 @@ def print_event(event: JobEvent, as_json: bool) -> None:
     moment = time.strftime("%H:%M:%S", time.localtime(event.created_at))
     level = "" if event.level == "info" else f"{event.level}: "
     sys.stdout.write(f"{moment}  {level}{event.message}\n")
+
+
+def _held_out(info: JobInfo) -> list[list[str]]:
+    if not info.validations:
+        return []
+    last = info.validations[-1]
+    right = "" if last.accuracy is None else f", {100 * last.accuracy:.1f} % of tokens right"
+    return [["held-out loss", curve([one.loss for one in info.validations]) + right]]
+
+
+def _checkpoint(one: CheckpointInfo) -> str:
+    held = one.metrics.get("valid_loss", one.metrics.get("train_loss"))
+    return one.fine_tuned_model_checkpoint + ("" if held is None else f"  {held:.4f}")
 
 
 def curve(losses: list[float | None], width: int = 48) -> str:
