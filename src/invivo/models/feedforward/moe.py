@@ -115,8 +115,7 @@ class MoE(nn.Module):
 
     def _dense(self, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Weights by expert [T, E], 0 where not chosen."""
-        full = torch.zeros(weights.shape[0], self.n_experts, dtype=weights.dtype).to(weights.device)
-        return full.scatter(1, chosen, weights)
+        return weights.new_zeros(weights.shape[0], self.n_experts).scatter(1, chosen, weights)
 
     @staticmethod
     def _combine(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
