@@ -1,6 +1,7 @@
 """Checkpoints of a job: a folder each, there as a whole or not at all.
 
-``step-00000020/`` holds the adapter in the peft library's format, ``optimizer.safetensors`` (the
+``step-00000020/`` holds the adapter in the peft library's format (of a program the trained values
+in ``parameters.safetensors``), ``optimizer.safetensors`` (the
 optimizer's state and the parameters themselves, which a file format may round) and ``state.json``.
 It is written beside its place, flushed to the disk and renamed.
 """
@@ -24,6 +25,7 @@ from invivo.engine.bypasses import BypassSpec
 from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig
 
+VALUES = "parameters.safetensors"
 _FINISHED = re.compile(r"step-\d{8,}")
 
 
@@ -32,6 +34,7 @@ class Snapshot:
     """What a job needs to go on; tensors in host memory.
 
     Attributes:
+        values: of a program's trained parameters as it sees them; None: adapters are trained.
         state: JSON: step, updates, data position, losses, identity of the job.
     """
 
@@ -40,6 +43,7 @@ class Snapshot:
     parameters: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
+    values: dict[str, torch.Tensor] | None = None
 
 
 def write_checkpoint(
@@ -57,7 +61,12 @@ def write_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
-        write_adapter(unfinished, snapshot.specs, snapshot.parameters, config, base_name)
+        if snapshot.values is None:
+            write_adapter(unfinished, snapshot.specs, snapshot.parameters, config, base_name)
+        else:
+            unfinished.mkdir()
+            values = {name: value.contiguous() for name, value in snapshot.values.items()}
+            save_file(values, unfinished / VALUES)
         tensors = {f"parameter.{name}": value for name, value in snapshot.parameters.items()}
         save_file(tensors | snapshot.optimizer, unfinished / "optimizer.safetensors")
         text = json.dumps(snapshot.state, indent=1) + "\n"

@@ -30,6 +30,7 @@ from invivo.engine.latency_profile import ENOUGH, first_profile
 from invivo.engine.peft_format import to_peft
 from invivo.engine.policies import Policy, Slo
 from invivo.engine.recording import Recording
+from invivo.engine.run_edits import RunEdits
 from invivo.engine.scheduler import Scheduler
 from invivo.engine.training_rows import Rows, TrainingRows
 from invivo.engine.tuning_job import State, TuningJob
@@ -137,6 +138,16 @@ class Riders:
         recording = Recording(self.decoder, self.cache, rows, pieces)
         return recording.bypass, recording
 
+    @property
+    def edited(self) -> list[tuple[int, RunEdits]]:
+        """The windows that run under a program."""
+        found = []
+        for job, i, _ in self.windows:
+            assert job.sequence is not None
+            if job.sequence.edits is not None:
+                found.append((i, job.sequence.edits))
+        return found
+
     def learn(self, hidden: torch.Tensor | None, layout: PagedLayout | None) -> None:
         """Losses of the windows that ran, then the backward units."""
         for job, i, span in self.windows:
@@ -145,6 +156,8 @@ class Riders:
             assert job.sequence is not None
             first, n = layout.span_start_host[i], span.stop - span.start
             try:
+                if job.sequence.edits is not None and job.sequence.edits.error is not None:
+                    raise job.sequence.edits.error
                 states = hidden[first : first + n].clone()
                 job.trainer.forward_done(job.sequence, span.start, span.stop, states)
                 job.forward_tokens += n
@@ -231,9 +244,11 @@ class FineTuning:
                 folder, config, self._base_name, keep=spec.keep, done=self._wake
             )
         job = TuningJob(spec, data, on_event, self._decoder, self._cache, writer, validation)
-        self._adapters.check(spec.name, job.specs, job.parameters)
+        if job.program is None:
+            self._adapters.check(spec.name, job.specs, job.parameters)
         if folder is not None:
-            to_peft(job.specs, job.parameters, config, self._base_name)  # refuse now, not later
+            if job.program is None:  # refuse now, not later
+                to_peft(job.specs, job.parameters, config, self._base_name)
             for path in checkpoints(folder)[-1:]:
                 job.restore(read_checkpoint(path, job.specs), path)
         handle = JobHandle(job, self._order)
@@ -503,6 +518,12 @@ class FineTuning:
         return False
 
     def _publish(self, job: TuningJob) -> None:
+        if job.program is not None:
+            values = job.program.trained()
+            job.published += 1
+            told = {"event": "published", "step": job.step, "version": job.published}
+            self._tell(job, told | {"values": values})
+            return
         with self._timed(job, "publish"):
             info = self._adapters.publish(job.name, job.specs, job.parameters)
         job.published = info.version

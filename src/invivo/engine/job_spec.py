@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
+from invivo.edits.resolved import ResolvedProgram
 from invivo.engine.bypasses import BypassSpec
+from invivo.engine.trained_program import ProgramSpec
 from invivo.errors import InvalidRequest
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -19,7 +21,8 @@ class JobSpec:
 
     Attributes:
         name: of the job, and of the adapter under which its versions are published.
-        bypasses: what is trained.
+        bypasses: what is trained; none where it is in a program.
+        program: whose parameters are trained; its texts come resolved (:attr:`Text.resolved`).
         steps: optimizer steps.
         learning_rate: the highest of the schedule.
         schedule: after the warm-up ``constant``, or down to nothing ``linear`` or by a ``cosine``.
@@ -60,8 +63,13 @@ class JobSpec:
     mode: Literal["tape", "rerun"] = "tape"
     order: Literal["window", "layer"] = "window"
     tape_bytes: int | None = None
+    program: ProgramSpec | None = None
 
     def __post_init__(self) -> None:
+        if self.program is not None and self.bypasses:
+            raise InvalidRequest(
+                "a job trains bypasses or the parameters of a program", field="program"
+            )
         for name, least in (
             ("steps", 1),
             ("warmup", 0),
@@ -98,7 +106,10 @@ class JobSpec:
         """What must be the same for a job that goes on from a checkpoint, as JSON has it."""
         free = {"name", "share", "publish_every", "checkpoint_every", "validate_every", "keep"}
         free |= {"mode", "order", "tape_bytes"}
-        whole = {key: value for key, value in asdict(self).items() if key not in free}
+        plain = asdict(replace(self, program=None))
+        whole = {key: value for key, value in plain.items() if key not in free | {"program"}}
+        if self.program is not None:
+            whole["program"] = self.program.identity()
         for spec in whole["bypasses"]:
             spec["on"] = list(spec["on"])
             spec["layers"] = None if spec["layers"] is None else list(spec["layers"])
@@ -115,11 +126,14 @@ class Text:
         tokens: ids, without placeholders for virtual tokens.
         labels: what each row must predict, -100 = nothing; as many as tokens.
         weights: factor of each row's loss; None = 1.
+        resolved: the job's program for this text, whose tokens are those of the run "main"; what
+            is learned lies behind its prompt.
     """
 
     tokens: Sequence[int]
     labels: Sequence[int]
     weights: Sequence[float] | None = None
+    resolved: ResolvedProgram | None = None
 
 
 class DataSource(Protocol):

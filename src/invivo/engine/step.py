@@ -241,8 +241,9 @@ class Stepper:
         if riders is not None:
             bypass, taps = riders.on_board(bypass, layout)
         edits = None
-        if work.edited:
-            taps = edits = EditTaps(self._decoder.config, _edited(batch, work), taps)
+        edited = work.edited if riders is None else [*work.edited, *riders.edited]
+        if edited:
+            taps = edits = EditTaps(self._decoder.config, _edited(batch, edited), taps)
         hidden = self._decoder.forward(tokens, layout, self._cache, bypass=bypass, taps=taps)
         if edits is not None:
             edits.keep_logits(self._decoder, hidden, self._logit_rows)
@@ -321,11 +322,10 @@ class Stepper:
         return out
 
 
-def _edited(batch: FlatBatch, work: Work) -> list[EditedSpan]:
+def _edited(batch: FlatBatch, edited: list[tuple[int, RunEdits]]) -> list[EditedSpan]:
     starts, spans = batch.layout.span_start_host, batch.plan.spans
     return [
-        EditedSpan(edits, i, starts[i], range(spans[i].start, spans[i].stop))
-        for i, edits in work.edited
+        EditedSpan(edits, i, starts[i], range(spans[i].start, spans[i].stop)) for i, edits in edited
     ]
 
 

@@ -8,18 +8,29 @@ that loses its memory, or is interrupted, begins anew and leaves no trace.
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from invivo.engine.bypasses import check_parameters, checked_specs, init_parameters, n_virtual
+from invivo.edits.apply import Context
+from invivo.engine.bypasses import (
+    BypassSpec,
+    check_parameters,
+    checked_specs,
+    init_parameters,
+    n_virtual,
+)
 from invivo.engine.checkpoint import CheckpointWriter, Snapshot
 from invivo.engine.closings import Closing, Part
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent, Text, check_text
 from invivo.engine.optimizer import Optimizer, clip_factor, learning_rate
 from invivo.engine.train_sequence import TrainSequence
+from invivo.engine.trained_hooks import TrainedHooks, hooks_from
+from invivo.engine.trained_program import ProgramParameters, check_trained, lowest_layer
+from invivo.engine.training_runs import TrainingRun, training_runs
 from invivo.engine.types import BackwardUnit, Request, Sequence
 from invivo.engine.window import Mode, Order, WindowTrainer
 from invivo.errors import Conflict, InvalidRequest
@@ -79,20 +90,31 @@ class TuningJob:
         self.spec = spec
         self.on_event = on_event
         self.writer = writer
-        self.specs = checked_specs(config, spec.bypasses)
         wide = torch.float64 if decoder.embed.dtype == torch.float64 else torch.float32
         device = decoder.embed.device
-        self.parameters = {
-            name: value.requires_grad_()
-            for i, each in enumerate(self.specs)
-            for name, value in init_parameters(
-                each, config, seed=spec.seed + i, dtype=wide, device=device
-            ).items()
-        }
-        # Recurrent layers know one way; it needs no tape, so nothing is lost by it.
-        recurrent = bool(config.recurrent)
-        mode: Mode = "rerun" if recurrent else spec.mode
-        order: Order = "window" if recurrent else spec.order
+        # Recurrent layers know one way; it needs no tape, so nothing is lost by it. So do programs.
+        one_way = bool(config.recurrent) or spec.program is not None
+        mode: Mode = "rerun" if one_way else spec.mode
+        order: Order = "window" if one_way else spec.order
+        hooks: TrainedHooks | None = None
+        self.program: ProgramParameters | None = None
+        self.specs: tuple[BypassSpec, ...] = ()
+        self.parameters: dict[str, torch.Tensor]
+        if spec.program is not None:
+            check_trained(spec.program, config, weight_decay=spec.weight_decay)
+            self.program = ProgramParameters(spec.program, config, decoder.embed, seed=spec.seed)
+            self.parameters = self.program.masters
+            hooks = hooks_from(config, lowest_layer(spec.program, config))
+            self._context = Context(decoder.embed.dtype, device, spec.program.blobs, self.program)
+        else:
+            self.specs = checked_specs(config, spec.bypasses)
+            self.parameters = {
+                name: value.requires_grad_()
+                for i, each in enumerate(self.specs)
+                for name, value in init_parameters(
+                    each, config, seed=spec.seed + i, dtype=wide, device=device
+                ).items()
+            }
         self.trainer = WindowTrainer(
             decoder,
             cache,
@@ -101,6 +123,7 @@ class TuningJob:
             mode=mode,
             order=order,
             tape_bytes=spec.tape_bytes,
+            hooks=hooks,
         )
         self.optimizer = Optimizer(spec, self.parameters)
         self.n_layers = config.n_layers - self.trainer.bottom
@@ -119,6 +142,9 @@ class TuningJob:
         self.n_restarts = 0
         self.seq = Sequence(Request(spec.name, ()), 0, [], 0)
         self.sequence: TrainSequence | None = None
+        self._runs: deque[TrainingRun] = deque()  # of the text at hand, that are yet to come
+        self._run: TrainingRun | None = None  # to which the sequence belongs
+        self._text: tuple[Text, bool] | None = None  # to which they belong; whether it is held out
         self.held: list[int] = []  # blocks that the text has written to
         self._config = config
         self._device = device
@@ -152,6 +178,9 @@ class TuningJob:
         Raises:
             InvalidRequest: the text cannot be learned.
         """
+        if self._runs:
+            self._next_run(longest)
+            return True
         text = self._data.next()
         if text is None:
             return False
@@ -173,6 +202,9 @@ class TuningJob:
             InvalidRequest: the text is too long.
         """
         assert self._validation is not None
+        if self._runs:
+            self._next_run(longest)
+            return True
         if self._held_out is None:
             self._validation.seek(self._validation_start)
             self._held_out = HeldOut()
@@ -199,6 +231,12 @@ class TuningJob:
     def _take_up(self, text: Text, longest: int, *, held_out: bool) -> None:
         n = n_virtual(self.specs)
         check_text(text, vocab_size=self._config.vocab_size, longest=longest - n)
+        if self.program is not None:
+            assert text.resolved is not None, "texts of a program come resolved"
+            self._runs.extend(training_runs(text.resolved, self._context))
+            self._text = text, held_out
+            self._next_run(longest)
+            return
         tokens = [0] * n + list(text.tokens)
         if not held_out:
             self.trainer.check_length(len(tokens))
@@ -217,6 +255,42 @@ class TuningJob:
             position_offset=offset,
             job=self.name,
             held_out=held_out,
+        )
+        self.trainer.rewind(self.sequence)
+
+    def _next_run(self, longest: int) -> None:
+        """The next run of the text at hand: one that is read goes forward only, the last one is
+        the text."""
+        assert self._text is not None
+        text, held_out = self._text
+        run = self._run = self._runs.popleft()
+        tokens, plan = run.tokens, run.plan
+        if len(tokens) > longest:
+            raise InvalidRequest(
+                f"a text must have 1 to {longest} tokens",
+                field=f"program.runs.{plan.name}",
+                given=len(tokens),
+            )
+        offset = long_text_offset(self._config, len(tokens))
+        self.seq = Sequence(Request(self.name, ()), 0, tokens, len(tokens), position_offset=offset)
+        self.seq.numbers = plan.input.numbers
+        labels = list(text.labels) if run.is_main else [-100] * len(tokens)
+        weights = numbers = None
+        if text.weights is not None and run.is_main:
+            weights = torch.tensor(list(text.weights), dtype=self._wide, device=self._device)
+        if plan.input.numbers:
+            own = [plan.input.number_of(i) for i in range(len(tokens))]
+            numbers = torch.tensor(own, device=self._device)
+        self.sequence = TrainSequence(
+            torch.tensor(tokens, device=self._device),
+            torch.tensor(labels, device=self._device),
+            [],
+            weights,
+            position_offset=offset,
+            job=self.name,
+            held_out=held_out or not run.is_main,
+            edits=run.edits,
+            numbers=numbers,
         )
         self.trainer.rewind(self.sequence)
 
@@ -254,6 +328,9 @@ class TuningJob:
         assert sequence is not None
         loss, n_labels, n_correct = sequence.outcome()
         self.sequence = None
+        if self._run is not None and not self._run.is_main:
+            self._run.through()
+            return False
         if sequence.held_out:
             assert self._held_out is not None
             self._held_out.add(loss, n_labels, n_correct)
@@ -314,6 +391,10 @@ class TuningJob:
             if name not in gradients:
                 gradients[name] = torch.zeros_like(parameter, requires_grad=False)
             gradients[name] /= n
+        penalty = None
+        if self.spec.program is not None and self.spec.program.sparsity:
+            assert self.program is not None
+            penalty = self.program.penalise(gradients, self.spec.program.sparsity)
         norm, factor = clip_factor(gradients, self.spec.clip)
         self.losses.append(loss)
         event = {
@@ -325,6 +406,8 @@ class TuningJob:
             "gradient_norm": norm,
             "labels": n,
         }
+        if penalty is not None:
+            event["penalty"] = penalty
         if not math.isfinite(loss) or not math.isfinite(norm):
             self._bad += 1
             if self._bad == BAD_STEPS:
@@ -339,6 +422,8 @@ class TuningJob:
             for gradient in gradients.values():
                 gradient *= factor
         self.optimizer.step(gradients, rate)
+        if self.program is not None:
+            self.program.confine()
         return event
 
     def _clear(self) -> None:
@@ -364,6 +449,7 @@ class TuningJob:
             {name: _on_host(value) for name, value in self.parameters.items()},
             {name: _on_host(value) for name, value in self.optimizer.state.items()},
             state,
+            None if self.program is None else self.program.trained(),
         )
 
     @torch.no_grad()
@@ -385,7 +471,8 @@ class TuningJob:
                 given=str(path),
                 remedy="Give a folder of its own, or the same settings to go on",
             )
-        check_parameters(self._config, self.specs, snapshot.parameters)
+        if self.program is None:
+            check_parameters(self._config, self.specs, snapshot.parameters)
         for name, parameter in self.parameters.items():
             parameter.copy_(snapshot.parameters[name])
         for name, value in self.optimizer.state.items():
