@@ -58,7 +58,9 @@ class Data:
     """Texts and how they become rows.
 
     Attributes:
-        sources: at least one; empty for ``recall``.
+        sources: at least one; none for ``recall`` and where text is ``prepared``.
+        prepared: a folder of token shards that were prepared before, here or elsewhere; they keep
+            their tokenizer and their splits. Relative to the configuration's folder.
         kind: ``text``, or ``recall``: made-up rows of key-value pairs and questions about them.
         recall: sizes of the latter.
         length: tokens of a row, which is what the model sees at once.
@@ -69,6 +71,7 @@ class Data:
     """
 
     sources: tuple[Source, ...] = ()
+    prepared: str | None = None
     kind: Literal["text", "recall"] = "text"
     recall: Recall = field(default_factory=Recall)
     length: int = 1024
@@ -256,6 +259,9 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     for source in _sources(table):
         if isinstance(source.get("path"), str):
             source["path"] = str((path.parent / Path(source["path"]).expanduser()).resolve())
+    data = table.get("data")
+    if isinstance(data, dict) and isinstance(data.get("prepared"), str):
+        data["prepared"] = str((path.parent / Path(data["prepared"]).expanduser()).resolve())
     tokenizer = table.get("tokenizer")
     if isinstance(tokenizer, dict) and isinstance(tokenizer.get("name"), str):
         local = path.parent / Path(tokenizer["name"]).expanduser()
@@ -308,7 +314,7 @@ def check(config: TrainConfig) -> None:
         name,
         "is the name of a folder: letters, digits, and . _ + - after the first",
     )
-    text = data.kind == "text"
+    text = data.kind == "text" and data.prepared is None
     _need(not text or data.sources != (), "data.sources", None, "needs one [[data.sources]]")
     for i, source in enumerate(data.sources):
         one = (source.path is None) != (source.hub is None)

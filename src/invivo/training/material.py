@@ -25,7 +25,7 @@ from invivo.training.recall import (
     measure_recall,
     vocabulary,
 )
-from invivo.training.shards import Shards, digest_of
+from invivo.training.shards import Shards, digest_of, open_shards
 from invivo.training.stream import PackedStream, Stream
 
 
@@ -71,11 +71,13 @@ def open_material(
     """What ``data`` describes, prepared in ``home`` if it was not yet.
 
     Raises:
-        as :func:`~invivo.training.prepare.prepare`, or InvalidRequest for recall rows whose sizes
-        do not fit together.
+        as :func:`~invivo.training.prepare.prepare`; NotFound: ``data.prepared`` holds no shards;
+        InvalidRequest: sizes of recall rows do not fit together.
     """
     if data.kind == "recall":
         return RecallMaterial(data, home)
+    if data.prepared is not None:
+        return TextMaterial(data, open_shards(Path(data.prepared)))
     return TextMaterial(data, prepare(data, tokenizer, home, progress=progress))
 
 
