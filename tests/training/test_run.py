@@ -21,7 +21,7 @@ from tests.waiting import PATIENCE, wait_for
 import invivo
 from invivo.errors import Conflict, Diverged, InvalidRequest, NotFound, StorageRefused
 from invivo.models.load import load_model
-from invivo.training import checkpoint, loop
+from invivo.training import checkpoint, processes
 from invivo.training.checkpoint import checkpoints
 from invivo.training.config import TrainConfig
 from invivo.training.forward import dense_forward
@@ -201,7 +201,7 @@ def test_a_full_disk_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(folder, given, keep=keep)
 
-    monkeypatch.setattr(loop, "write_checkpoint", full_at_ten)
+    monkeypatch.setattr(processes, "write_checkpoint", full_at_ten)
     outcome = train(config, runs=tmp_path / "runs")
     assert (10, "checkpoint_failed") in events(outcome)
     assert (12, "checkpoint") in events(outcome)
@@ -219,7 +219,7 @@ def test_a_disk_that_stays_full_is_an_error_and_keeps_what_was(
         return write(folder, given, keep=keep)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_checkpoint", full_from_ten)
+        patch.setattr(processes, "write_checkpoint", full_from_ten)
         with pytest.raises(StorageRefused, match="goes on from step 5"):
             train(config, runs=tmp_path / "runs")
     folder = RunFolder(tmp_path / "runs" / "small")

@@ -63,6 +63,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, once it is there."""
+    return folder / f"step-{step:08d}"
+
+
 def unfinished_checkpoint(folder: Path, step: int) -> Path:
     """Where a checkpoint's tensors are written before it is there."""
     return folder / f".step-{step:08d}.unfinished"
@@ -74,7 +79,7 @@ def finish_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep
     Raises:
         OSError: see :func:`write_checkpoint`.
     """
-    final, unfinished = folder / f"step-{step:08d}", unfinished_checkpoint(folder, step)
+    final, unfinished = checkpoint_path(folder, step), unfinished_checkpoint(folder, step)
     text = json.dumps({"step": step} | dict(state), indent=1) + "\n"
     (unfinished / "state.json").write_text(text, encoding="utf-8")
     for path in (*unfinished.iterdir(), unfinished):

@@ -15,10 +15,17 @@ from torch import nn
 
 from invivo.errors import Diverged, StorageRefused
 from invivo.models.decoder import Decoder
-from invivo.training.checkpoint import Checkpoint, checkpoints, step_of, write_checkpoint
+from invivo.training.checkpoint import Checkpoint, checkpoint_path, checkpoints, step_of
 from invivo.training.config import TrainConfig
 from invivo.training.loss_model import LossModel
-from invivo.training.optimizer import load_moments, make_optimizer, moments, set_rate
+from invivo.training.optimizer import (
+    empty_moments,
+    load_moments,
+    make_optimizer,
+    moments,
+    set_rate,
+)
+from invivo.training.processes import Processes
 from invivo.training.run_folder import RunFolder
 from invivo.training.schedule import rate_at
 from invivo.training.stream import NO_LABEL, Stream
@@ -47,15 +54,18 @@ class _Reading:
 
 
 class Training:
-    """One run in this process.
+    """One run, in one process or several that call the same methods.
 
     Args:
-        decoder: float32 parameters, filled; they are trained in place.
-        stream: each ``next`` gives the rows of a whole optimizer step.
+        decoder: float32 parameters, filled; they are trained in place, and shared among the
+            processes.
+        stream: each ``next`` gives this process's rows of an optimizer step.
+        processes: this one among those that train together.
         steps: of the whole run.
-        evaluate: numbers from so many held-out rows (None: all), which go into the metrics.
-        continued: gives (prompt, text) pairs at a step.
-        told: gets every line of the metrics and samples as it is written.
+        evaluate: numbers from so many held-out rows (None: all), which go into the metrics; called
+            by all processes, with all parameters at hand.
+        continued: gives (prompt, text) pairs at a step; called by the first process.
+        told: gets every line of the metrics and samples as it is written, by the first process.
         clock: seconds.
 
     Attributes:
@@ -70,6 +80,7 @@ class Training:
         decoder: Decoder,
         stream: Stream,
         folder: RunFolder,
+        processes: Processes,
         *,
         steps: int,
         evaluate: Evaluate = lambda rows: {},
@@ -82,6 +93,8 @@ class Training:
         self.steps = steps
         self._evaluate, self._continued, self._told = evaluate, continued, told
         self._clock = clock
+        self._processes = processes
+        self._is_first = processes.rank == 0
         self._device = decoder.embed.device
         self._model = LossModel(
             decoder,
@@ -89,6 +102,7 @@ class Training:
             recompute=config.train.recompute,
             compile=config.train.compile,
         )
+        processes.share(self._model)
         self._parameters: dict[str, nn.Parameter] = dict(decoder.named_parameters())
         self._optimizer = make_optimizer(self._parameters, config.optimizer)
         self.step = 0
@@ -100,15 +114,24 @@ class Training:
         self._slowest = 0.0  # seconds of a round: a step with what followed it
         n_bytes = sum(3 * p.numel() * p.element_size() for p in self._parameters.values())
         self._slowest_save = 1 + n_bytes / 200e6  # until one has been measured
+        self._keeper = processes.keeper(folder.checkpoints, config.checkpoint.keep)
+        self._saving_since = 0.0
+        self._saved: int | None = None  # step of the newest checkpoint
 
     # Going on
 
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, path: Path) -> None:
         """Go on from a checkpoint of this run."""
+
+        def into() -> dict[str, torch.Tensor]:
+            tensors = {f"parameter.{name}": p.detach() for name, p in self._parameters.items()}
+            return tensors | (empty_moments(self._parameters) if step_of(path) else {})
+
+        checkpoint = self._keeper.read(path, into)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(checkpoint.tensors[f"parameter.{name}"])
-        self.step = checkpoint.step
+        self.step = self._saved = checkpoint.step
         load_moments(self._optimizer, self._parameters, checkpoint.tensors, self.step)
         self.tokens = int(checkpoint.state["tokens"])
         self.seconds = float(checkpoint.state["seconds"])
@@ -139,12 +162,10 @@ class Training:
         self._start_reading()
         status: Status = "done"
         while self.step < self.steps:
-            if stop():
-                status = "interrupted"
-                break
             began = self._clock()
-            if began + self._slowest + 1.5 * self._slowest_save >= deadline:
-                status = "time"
+            ending = self._before_step(stop, deadline)
+            if ending is not None:
+                status = ending
                 break
             self._take_step()
             if self.step % self._config.train.log_every == 0:
@@ -158,18 +179,29 @@ class Training:
         self._read()
         if status == "done":
             self._look(None)
-        saved = checkpoints(self._folder.checkpoints)
-        if not saved or step_of(saved[-1]) != self.step:
+        self._finish_saving()
+        if self._saved != self.step:
             self._save(last=True)
         self.tell({"kind": "event", "event": status})
         return status
+
+    def _before_step(self, stop: Callable[[], bool], deadline: float) -> Status | None:
+        """What the first process sees before a step: an end, or a checkpoint that is written."""
+        out_of_time = self._clock() + self._slowest + 1.5 * self._slowest_save >= deadline
+        seen = 4 * self._keeper.is_written + 2 * out_of_time + stop()
+        agreed = int(self._processes.decided(seen))
+        if agreed & 4:
+            self._finish_saving()
+        if agreed & 1:
+            return "interrupted"
+        return "time" if agreed & 2 else None
 
     def _take_step(self) -> None:
         """One optimizer step; the loss is divided once, by all labels of the step."""
         settings = self._config.train
         position = self._stream.state()
         batch = self._stream.next()
-        count = int((batch.labels != NO_LABEL).sum())
+        count = int(self._processes.total((batch.labels != NO_LABEL).sum()))
         rows = settings.micro_batch or len(batch.tokens)
         total = torch.zeros((), device=self._device)
         tokens, labels = self._sent(batch.tokens), self._sent(batch.labels)
@@ -183,7 +215,8 @@ class Training:
             loss = loss / max(1, count)
             loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), settings.clip or math.inf)
+        total = self._processes.total(total)
+        norm = self._processes.clip(self._parameters.values(), settings.clip)
         rate = rate_at(
             self._config.schedule, self._config.optimizer.learning_rate, self.step, self.steps
         )
@@ -256,10 +289,13 @@ class Training:
     def _look(self, rows: int | None) -> None:
         """Evaluate on ``rows`` of held-out text (None: all), and continue the prompts."""
         self._read()
-        found = self._evaluate(rows)
+        with self._processes.whole(self._model):
+            found = self._evaluate(rows)
+            continued = self._continued if self._is_first else None
+            texts = [] if continued is None else continued(self.step)
         if found:
             self.tell({"kind": "evaluation", **found})
-        for prompt, text in self._continued(self.step) if self._continued is not None else ():
+        for prompt, text in texts:
             line = {"step": self.step, "prompt": prompt, "text": text}
             self._folder.samples.add(line)
             self._told({"kind": "sample"} | line)
@@ -267,6 +303,8 @@ class Training:
 
     def tell(self, line: Mapping[str, Any], step: int | None = None) -> None:
         """Add a line to the metrics."""
+        if not self._is_first:
+            return
         kind = {"kind": line["kind"], "step": self.step if step is None else step}
         full = kind | {"tokens": self.tokens} | dict(line)
         self._folder.metrics.add(full)
@@ -275,27 +313,56 @@ class Training:
     # What is kept
 
     def _save(self, *, last: bool = False) -> None:
-        """Write a checkpoint. One that fails is tried again at the next occasion.
+        """Take a checkpoint. One that fails is tried again at the next occasion.
 
         Raises:
             StorageRefused: it was the ``last`` occasion.
         """
         self._read()
-        began = self._clock()
-        keep = self._config.checkpoint.keep
+        self._finish_saving()
+        self._saving_since = self._clock()
+        refused = self._write_lines() if self._is_first else None
         try:
-            # Lines that came before a checkpoint must not be missing after it.
+            if self._processes.decided(refused is not None):
+                raise refused or OSError("the first process could not write its lines")
+            self._keeper.begin(self._checkpoint())
+        except OSError as error:
+            self._not_saved(self.step, error, last=last)
+        else:
+            if last or self._processes.decided(self._keeper.is_written):
+                self._finish_saving(last=last)
+        self._start_reading()
+
+    def _write_lines(self) -> OSError | None:
+        """Lines that came before a checkpoint must not be missing after it."""
+        try:
             self._folder.metrics.write(safe=True)
             self._folder.samples.write(safe=True)
-            path = write_checkpoint(self._folder.checkpoints, self._checkpoint(), keep=keep)
         except OSError as error:
-            self.tell({"kind": "event", "event": "checkpoint_failed", "why": str(error)})
-            if last:
-                raise _unsaved(self.step, self._folder, error) from error
-        else:
-            self._slowest_save = max(self._slowest_save, self._clock() - began)
-            self.tell({"kind": "event", "event": "checkpoint", "name": path.name})
-        self._start_reading()
+            return error
+        return None
+
+    def _finish_saving(self, *, last: bool = False) -> None:
+        """Wait for the checkpoint that was begun, if any.
+
+        Raises:
+            StorageRefused: it failed, and was the ``last`` occasion.
+        """
+        try:
+            step = self._keeper.finish()
+        except OSError as error:
+            self._not_saved(self.step, error, last=last)
+            return
+        if step is not None:
+            self._saved = step
+            self._slowest_save = max(self._slowest_save, self._clock() - self._saving_since)
+            name = checkpoint_path(self._folder.checkpoints, step).name
+            self.tell({"kind": "event", "event": "checkpoint", "name": name}, step)
+
+    def _not_saved(self, step: int, error: OSError, *, last: bool) -> None:
+        self.tell({"kind": "event", "event": "checkpoint_failed", "why": str(error)}, step)
+        if last:
+            raise _unsaved(step, self._folder, error) from error
 
 
 def _unsaved(step: int, folder: RunFolder, error: OSError) -> StorageRefused:

@@ -47,6 +47,15 @@ def moments(
     }
 
 
+def empty_moments(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Tensors of the names and shapes of :func:`moments`, to read into."""
+    return {
+        f"{kind}.{name}": torch.zeros_like(parameter.detach())
+        for name, parameter in parameters.items()
+        for kind in _MOMENTS
+    }
+
+
 def load_moments(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],

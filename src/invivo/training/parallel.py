@@ -13,11 +13,13 @@ across processes whatever the rows mean, which tensor parallelism could not do.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,18 +31,16 @@ from torch.distributed.tensor import DTensor
 from invivo.errors import InvalidRequest
 from invivo.models.decoder import Decoder
 from invivo.training.loss_model import LossModel
+from invivo.training.processes import Keeper
 
 PATIENCE = timedelta(minutes=30)  # the first process may prepare the data while others wait
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among all.
+    """This process among several; see :class:`~invivo.training.processes.Processes`.
 
     Attributes:
-        rank: 0 writes the run's files.
-        world: how many there are.
-        device: this process's.
         mesh: (shard,) or (replicate, shard).
         host: group of all for numbers on the host, beside the device's own.
     """
@@ -52,45 +52,75 @@ class Ranks:
     host: dist.ProcessGroup
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over processes of x, which is on the host or the device; x stays."""
         x = x.clone()
         dist.all_reduce(x, group=self.host if x.is_cpu else None)
         return x
 
     def decided(self, value: float) -> float:
-        """The first process's ``value``."""
         x = torch.tensor(value, dtype=torch.float64)
         dist.broadcast(x, src=0, group=self.host)
         return float(x)
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        dist.barrier(group=self.host)
-
     @contextmanager
     def first_first(self) -> Iterator[None]:
-        """The first process does the body, and then the others do."""
         if self.rank:
-            self.wait()
+            dist.barrier(group=self.host)
         try:
             yield
         finally:
             if not self.rank:
-                self.wait()
+                dist.barrier(group=self.host)
 
+    def share(self, model: LossModel) -> None:
+        """Shard ``model``, which all processes must hold with the same numbers; names stay."""
+        policy = MixedPrecisionPolicy(
+            param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for layer in model.layers:
+            fully_shard(layer, mesh=self.mesh, mp_policy=policy)
+        layers = {p for layer in model.layers for p in layer.parameters()}
+        fully_shard(model, mesh=self.mesh, mp_policy=policy, ignored_params=layers)
+        for module in _sharded(model):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
-def launched() -> bool:
-    """Whether torchrun started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    def clip(self, parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:
+        norm = nn.utils.clip_grad_norm_(parameters, most or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    @contextmanager
+    def whole(self, model: LossModel) -> Iterator[None]:
+        """In the products' dtype: as much memory as the model's weights are served in."""
+        for module in _sharded(model):
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in _sharded(model):
+                module.reshard()
+
+    def gathered(self, decoder: Decoder) -> Decoder | None:
+        copy = Decoder(decoder.config) if self.rank == 0 else None
+        into = {} if copy is None else dict(copy.named_parameters())
+        for name, parameter in decoder.named_parameters():
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if name in into:
+                into[name].data.copy_(whole.detach())
+        return copy
+
+    def keeper(self, folder: Path, keep: int) -> Keeper:
+        from invivo.training.sharded_checkpoint import ShardedCheckpoints
+
+        return ShardedCheckpoints(folder, self, keep=keep)
 
 
 @contextmanager
-def joined(replicas: int = 1, *, device: str | None = None) -> Iterator[Ranks]:
+def joined(replicas: int, kind: str) -> Iterator[Ranks]:
     """This process among those that torchrun started, until the end of the block.
 
     Args:
         replicas: groups that hold a whole model each.
-        device: ``cuda`` or ``cpu``; None: GPUs where there are any.
+        kind: of device, ``cuda`` or ``cpu``.
 
     Raises:
         InvalidRequest: the processes cannot be divided into so many replicas, or there are more
@@ -101,7 +131,6 @@ def joined(replicas: int = 1, *, device: str | None = None) -> Iterator[Ranks]:
         raise InvalidRequest(
             f"does not divide the {world} processes", field="parallel.replicas", given=replicas
         )
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     here = torch.device(kind)
     if kind == "cuda":
         here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -123,68 +152,6 @@ def joined(replicas: int = 1, *, device: str | None = None) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), world, here, mesh, host)
     finally:
         dist.destroy_process_group()
-
-
-def shard(model: LossModel, ranks: Ranks) -> None:
-    """Let every process keep its part of the parameters; their names stay.
-
-    All processes must hold the same parameters, on any device. Make the optimizer afterwards.
-    """
-    policy = MixedPrecisionPolicy(
-        param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    for layer in model.layers:
-        fully_shard(layer, mesh=ranks.mesh, mp_policy=policy)
-    layers = {p for layer in model.layers for p in layer.parameters()}
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=layers)
-    for module in _sharded(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-
-
-def add_up_later(model: LossModel, later: bool) -> None:
-    """Keep gradients in this process (``later``) until a micro-batch that adds them up.
-
-    Takes the memory of whole float32 gradients and saves the communication.
-    """
-    assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(not later)
-
-
-def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale all gradients so that their norm together is at most ``max_norm``; the norm before."""
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-@contextmanager
-def whole(model: LossModel) -> Iterator[Decoder]:
-    """The decoder with all its parameters in every process, to evaluate and to sample with.
-
-    They have the products' dtype and are not to be changed. Within the block a process may run
-    the decoder (not the model) on its own.
-    """
-    for module in _sharded(model):
-        module.unshard()
-    try:
-        yield model.decoder
-    finally:
-        for module in _sharded(model):
-            module.reshard()
-
-
-def gathered(decoder: Decoder, ranks: Ranks) -> Decoder | None:
-    """A whole copy of a sharded decoder on the host of the first process; None on the others.
-
-    All processes must call it.
-    """
-    copy = Decoder(decoder.config) if ranks.rank == 0 else None
-    into: Mapping[str, nn.Parameter] = {} if copy is None else dict(copy.named_parameters())
-    for name, parameter in decoder.named_parameters():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if name in into:
-            into[name].data.copy_(whole.detach())
-    return copy
 
 
 def _sharded(model: LossModel) -> list[FSDPModule]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +19,14 @@ import torch
 from invivo.errors import Diverged, NotFound, StorageRefused
 from invivo.models.decoder import Decoder
 from invivo.models.load import load_tokenizer
-from invivo.training.checkpoint import read_checkpoint, step_of
+from invivo.training.checkpoint import checkpoint_path, step_of
 from invivo.training.config import TrainConfig
 from invivo.training.export import export_model
 from invivo.training.init import initialize
 from invivo.training.loop import DTYPES, Continued, Status, Told, Training, latest
 from invivo.training.material import Material, open_material
 from invivo.training.prepare import Progress
+from invivo.training.processes import Alone, Processes
 from invivo.training.run_folder import RunFolder
 from invivo.training.same_run import check_same_run
 from invivo.training.sample import continue_texts
@@ -63,7 +66,7 @@ def train(
     command: str | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Carry out a run, or go on with it.
+    """Carry out a run, or go on with it; alone, or among processes that torchrun started.
 
     Args:
         runs: home of the run's folder, ``runs / config.name``, and of prepared text, ``.prepared``.
@@ -72,7 +75,7 @@ def train(
             schedule, steps, batch); ``fresh`` sets an old run aside as NAME.1 and begins.
         minutes: stop at a checkpoint before so much time is over.
         stop: asked between steps.
-        told: gets each line of metrics and samples.
+        told: gets each line of metrics and samples, in the first process.
         progress: of the preparation, a word and a share.
         command: for the manifest.
 
@@ -85,36 +88,46 @@ def train(
     """
     deadline = math.inf if minutes is None else clock() + 60 * minutes
     folder = RunFolder(runs / config.name)
-    with folder.held():
-        prepared = runs / ".prepared"
-        material = open_material(config.data, config.tokenizer, prepared, progress=progress)
-        changed = _open(folder, config, material, mode)
-        training = _build(config, material, folder, torch.device(device), told, clock)
-        saved = latest(folder)
-        if saved is not None:
-            folder.cut_after(step_of(saved))
-            training.load(read_checkpoint(saved))
-        manifest = _manifest(config, material, training, folder, command)
-        _note(folder, manifest, "running", training.step)
+    with contextlib.ExitStack() as stack:
+        processes = stack.enter_context(_processes(config, torch.device(device)))
+        is_first = processes.rank == 0
+        if is_first:
+            stack.enter_context(folder.held())
+        with processes.first_first():
+            material = open_material(
+                config.data, config.tokenizer, runs / ".prepared", progress=progress
+            )
+        changed = _open(folder, config, material, mode) if is_first else {}
+        training = _build(config, material, folder, processes, told, clock)
+        found = latest(folder) if is_first else None
+        step = int(processes.decided(-1 if found is None else step_of(found)))
+        if step >= 0:
+            if is_first:
+                folder.cut_after(step)
+            training.load(checkpoint_path(folder.checkpoints, step))
+        manifest = _manifest(config, material, training, folder, processes, command)
+        note = partial(_note, folder, manifest) if is_first else _no_note
+        note("running", training.step)
         status: Status = "done"
         try:
             sizes = {"steps": training.steps, "parameters": manifest["parameters"]}
-            if saved is None:
+            if step < 0:
                 training.tell({"kind": "event", "event": "started"} | sizes)
             elif training.step < training.steps:
                 more = sizes | ({"changed": changed} if changed else {})
                 training.tell({"kind": "event", "event": "resumed"} | more)
-            if saved is None or training.step < training.steps:
+            if step < 0 or training.step < training.steps:
                 status = training.run(stop=stop, deadline=deadline)
         except Exception as error:
             with contextlib.suppress(OSError):
-                diverged = isinstance(error, Diverged)
-                _note(folder, manifest, "diverged" if diverged else "failed", training.step)
+                note("diverged" if isinstance(error, Diverged) else "failed", training.step)
             raise
+        whole = processes.gathered(training.decoder)
         try:
-            dtype = DTYPES[config.export.dtype]
-            export_model(training.decoder, material.tokenizer, dtype, folder.model)
-            _note(folder, manifest, status, training.step)
+            if whole is not None:
+                dtype = DTYPES[config.export.dtype]
+                export_model(whole, material.tokenizer, dtype, folder.model)
+            note(status, training.step)
         except OSError as error:
             raise StorageRefused(
                 f"the model could not be written: {error}",
@@ -131,6 +144,15 @@ def train(
         model=folder.model,
         evaluation=measured[-1] if measured else None,
     )
+
+
+def _processes(config: TrainConfig, device: torch.device) -> AbstractContextManager[Processes]:
+    """This process among those that torchrun started, or alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return contextlib.nullcontext(Alone(device))
+    from invivo.training.parallel import joined
+
+    return joined(config.parallel.replicas, device.type)
 
 
 def _open(
@@ -153,7 +175,7 @@ def _build(
     config: TrainConfig,
     material: Material,
     folder: RunFolder,
-    device: torch.device,
+    processes: Processes,
     told: Told,
     clock: Callable[[], float],
 ) -> Training:
@@ -162,7 +184,7 @@ def _build(
     shape = shape_of(
         config.model, length=length, vocab_size=material.vocab_size, end=material.end_token
     )
-    decoder = Decoder(shape, device=device)
+    decoder = Decoder(shape, device=processes.device)
     initialize(decoder, config.init, config.seed)
     steps = settings.steps
     if steps is None:
@@ -175,12 +197,19 @@ def _build(
         decoder,
         batch=settings.micro_batch or min(32, settings.batch),
         dtype=DTYPES[settings.precision],
+        rank=processes.rank,
+        world=processes.world,
+        total=processes.total,
+    )
+    stream = material.stream(
+        batch=settings.batch, seed=config.seed, rank=processes.rank, world=processes.world
     )
     return Training(
         config,
         decoder,
-        material.stream(batch=settings.batch, seed=config.seed),
+        stream,
         folder,
+        processes,
         steps=steps,
         evaluate=evaluate,
         continued=_continuing(config, decoder, material),
@@ -218,9 +247,10 @@ def _manifest(
     material: Material,
     training: Training,
     folder: RunFolder,
+    processes: Processes,
     command: str | None,
 ) -> dict[str, Any]:
-    device = training.decoder.embed.device
+    device = processes.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "name": config.name,
@@ -234,6 +264,7 @@ def _manifest(
             "bytes": material.bytes,
         },
         "device": f"{device.type}: {gpu}",
+        "processes": processes.world,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": command,
@@ -242,3 +273,7 @@ def _manifest(
 
 def _note(folder: RunFolder, manifest: Mapping[str, Any], status: str, step: int) -> None:
     folder.write_manifest({**manifest, "status": status, "step": step})
+
+
+def _no_note(status: str, step: int) -> None:
+    """Other processes than the first leave the folder alone."""

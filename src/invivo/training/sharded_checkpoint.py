@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from invivo.training.checkpoint import (
     unreadable,
 )
 from invivo.training.parallel import PATIENCE, Ranks
+from invivo.training.processes import Into
 
 
 @dataclass(slots=True)
@@ -45,12 +45,7 @@ class _Pending:
 
 
 class ShardedCheckpoints:
-    """The checkpoints of one run of several processes; all call the same methods in one order.
-
-    Args:
-        folder: of all checkpoints.
-        keep: how many stay.
-    """
+    """See :class:`~invivo.training.processes.Keeper`; what one process is refused, all raise."""
 
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int) -> None:
         self._folder, self._ranks, self._keep = folder, ranks, keep
@@ -58,13 +53,8 @@ class ShardedCheckpoints:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._pending: _Pending | None = None
 
-    def begin(self, checkpoint: Checkpoint) -> Path | None:
-        """Copy the tensors and start to write them; what :meth:`finish` gave of the one before.
-
-        Raises:
-            OSError: the one before could not be written.
-        """
-        before = self.finish()
+    def begin(self, checkpoint: Checkpoint) -> None:
+        assert self._pending is None, "finish the one before"
         target = unfinished_checkpoint(self._folder, checkpoint.step)
         refused: OSError | None = None
         if self._ranks.rank == 0:
@@ -81,30 +71,20 @@ class ShardedCheckpoints:
         )
         assert isinstance(written, Future)
         self._pending = _Pending(checkpoint.step, checkpoint.state, written)
-        return before
 
     @property
     def is_written(self) -> bool:
-        """Whether :meth:`finish` has something to do and this process would not wait for it."""
         return self._pending is not None and self._pending.written.done()
 
-    def finish(self) -> Path | None:
-        """Wait for the checkpoint that was begun; its folder on the first process, if any.
-
-        Raises:
-            OSError: the disk is full or refuses, here or at another process; nothing is left of
-                it.
-        """
+    def finish(self) -> int | None:
         pending, self._pending = self._pending, None
         if pending is None:
             return None
-        final, refused = None, None
+        refused: OSError | None = None
         try:
             pending.written.result()
             if self._ranks.rank == 0:
-                final = finish_checkpoint(
-                    self._folder, pending.step, pending.state, keep=self._keep
-                )
+                finish_checkpoint(self._folder, pending.step, pending.state, keep=self._keep)
         except OSError as error:
             refused = error
         except CheckpointException as error:
@@ -114,7 +94,20 @@ class ShardedCheckpoints:
                 unfinished = unfinished_checkpoint(self._folder, pending.step)
                 shutil.rmtree(unfinished, ignore_errors=True)
         self._agree(refused)
-        return final
+        return pending.step
+
+    def read(self, path: Path, into: Into) -> Checkpoint:
+        tensors = into()
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            load(
+                dict(tensors),
+                storage_reader=HuggingFaceStorageReader(str(path)),
+                process_group=self._group,
+            )
+            return Checkpoint(int(state["step"]), state, tensors)
+        except (OSError, ValueError, KeyError, TypeError, CheckpointException) as error:
+            raise unreadable(path, error) from error
 
     def _agree(self, refused: OSError | None) -> None:
         """Raise on every process where one was refused.
@@ -124,24 +117,6 @@ class ShardedCheckpoints:
         """
         if self._ranks.total(torch.tensor(float(refused is not None))):
             raise refused or OSError("another process could not write its part")
-
-
-def read_into(path: Path, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> Checkpoint:
-    """A checkpoint of any number of processes, this process's parts of it read into ``tensors``.
-
-    Raises:
-        InvalidRequest: it cannot be read.
-    """
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        load(
-            dict(tensors),
-            storage_reader=HuggingFaceStorageReader(str(path)),
-            process_group=ranks.host,
-        )
-        return Checkpoint(int(state["step"]), state, tensors)
-    except (OSError, ValueError, KeyError, TypeError, CheckpointException) as error:
-        raise unreadable(path, error) from error
 
 
 def read_whole(path: Path) -> dict[str, torch.Tensor]:

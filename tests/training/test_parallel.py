@@ -1,0 +1,127 @@
+"""Runs of two processes are the runs of one: with two replicas or one, and going on as either."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.small_run import GLA, LLAMA, curve, small
+from tests.waiting import PATIENCE
+
+from invivo.errors import InvalidRequest
+from invivo.models.load import load_model
+from invivo.training.checkpoint import checkpoints, read_checkpoint
+from invivo.training.run import Outcome, train
+from invivo.training.run_folder import RunFolder
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+HYBRID = GLA + "attn = { layers = [1], num_heads = 2 }\n"
+# Two rows a process in two micro-batches, whose labels are not equally many.
+LINES = {
+    "train": "micro_batch = 1",
+    "data": "separate_documents = true",
+    "evaluation": 'every = 6\nwindows = 3\nprompts = ["the cat"]\nsample_tokens = 4',
+}
+
+
+def two_processes(config: Path, runs: Path, *stop: int) -> None:
+    """torchrun's way of starting two processes, without its watching over them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(WORKER), str(config), str(runs), *map(str, stop)]
+    found = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return list(RunFolder(folder).metrics.read())
+
+
+def assert_same_run(folder: Path, alone: Outcome) -> None:
+    """The same losses, norms, rates, held-out numbers and weights, to the order of sums."""
+    found, wanted = curve(lines_of(folder)), curve(lines_of(alone.folder))
+    assert len(found) == len(wanted) == 12
+    for mine, other in zip(found, wanted, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    for mine, other in zip(held_out(folder), held_out(alone.folder), strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    trained, expected = (load_model(str(path / "model")).decoder for path in (folder, alone.folder))
+    for (name, mine), other in zip(trained.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def held_out(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {name: line[name] for name in ("step", "bits_per_byte", "loss", "tokens", "bytes", "rows")}
+        for line in lines_of(folder)
+        if line["kind"] == "evaluation"
+    ]
+
+
+def test_two_then_one_then_two_processes_are_one_run(tmp_path: Path) -> None:
+    """The sharded checkpoints of two are read by one, and the whole one of one by two."""
+    config = small(tmp_path, model=HYBRID, **LINES)
+    alone = train(config, runs=tmp_path / "alone")
+    runs = tmp_path / "runs"
+    two_processes(tmp_path / "small.toml", runs, 6)
+    folder = RunFolder(runs / "small")
+    assert folder.manifest()["status"] == "interrupted"
+    assert folder.manifest()["processes"] == 2
+    saved = checkpoints(folder.checkpoints)
+    assert [path.name for path in saved] == ["step-00000005", "step-00000006"]
+    assert len(list(saved[-1].glob("*.safetensors"))) == 2
+    asked = itertools.count()
+    assert train(config, runs=runs, stop=lambda: next(asked) == 3).step == 9
+    two_processes(tmp_path / "small.toml", runs)
+    assert folder.manifest()["status"] == "done"
+    events = [(x["step"], x["event"]) for x in lines_of(folder.path) if x["kind"] == "event"]
+    assert [event for event in events if event[1] != "checkpoint"] == [
+        (0, "started"),
+        (6, "interrupted"),
+        (6, "resumed"),
+        (9, "interrupted"),
+        (9, "resumed"),
+        (12, "done"),
+    ]
+    assert {s for s, event in events if event == "checkpoint"} == {5, 6, 9, 10, 12}
+    assert_same_run(folder.path, alone)
+    samples, expected = (list(RunFolder(f).samples.read()) for f in (folder.path, alone.folder))
+    assert samples == expected
+    tensors, wanted = (
+        read_checkpoint(checkpoints(path / "checkpoints")[-1]).tensors
+        for path in (folder.path, alone.folder)
+    )
+    assert tensors.keys() == wanted.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_two_replicas_are_one_run(tmp_path: Path) -> None:
+    """Each process holds the whole model (HSDP with groups of one)."""
+    lines = LINES | {"train": 'compile = false\nrecompute = "layer"', "parallel": "replicas = 2"}
+    config = small(tmp_path, model=LLAMA, **lines)
+    alone = train(config, runs=tmp_path / "alone")
+    two_processes(tmp_path / "small.toml", tmp_path / "runs")
+    assert_same_run(tmp_path / "runs" / "small", alone)
+
+
+def test_replicas_must_divide_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path, parallel="replicas = 3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidRequest) as error:
+        train(config, runs=tmp_path)
+    assert error.value.field == "parallel.replicas"
