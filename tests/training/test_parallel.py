@@ -1,4 +1,4 @@
-"""Runs of two processes are the runs of one: with two replicas or one, and going on as either."""
+"""Runs of several processes are the runs of one, and go on as such."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.small_run import GLA, LLAMA, curve, small
+from tests.training.small_run import GLA, curve, small
 from tests.waiting import PATIENCE
 
 from invivo.errors import InvalidRequest
@@ -24,14 +24,13 @@ WORKER = Path(__file__).with_name("parallel_worker.py")
 HYBRID = GLA + "attn = { layers = [1], num_heads = 2 }\n"
 # Two rows a process in two micro-batches, whose labels are not equally many.
 LINES = {
-    "train": "micro_batch = 1",
+    "train": 'micro_batch = 1\nrecompute = "layer"',
     "data": "separate_documents = true",
     "evaluation": 'every = 6\nwindows = 3\nprompts = ["the cat"]\nsample_tokens = 4',
 }
 
 
 def two_processes(config: Path, runs: Path, *stop: int) -> None:
-    """torchrun's way of starting two processes, without its watching over them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(WORKER), str(config), str(runs), *map(str, stop)]
     found = subprocess.run(
@@ -70,8 +69,8 @@ def held_out(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_two_then_one_then_two_processes_are_one_run(tmp_path: Path) -> None:
-    """The sharded checkpoints of two are read by one, and the whole one of one by two."""
+def test_runs_of_two_then_one_then_two_processes_are_one_run(tmp_path: Path) -> None:
+    """Shards of two are read by one, the whole of one by two, which then are two replicas."""
     config = small(tmp_path, model=HYBRID, **LINES)
     alone = train(config, runs=tmp_path / "alone")
     runs = tmp_path / "runs"
@@ -84,6 +83,7 @@ def test_two_then_one_then_two_processes_are_one_run(tmp_path: Path) -> None:
     assert len(list(saved[-1].glob("*.safetensors"))) == 2
     asked = itertools.count()
     assert train(config, runs=runs, stop=lambda: next(asked) == 3).step == 9
+    small(tmp_path, model=HYBRID, parallel="replicas = 2", **LINES)
     two_processes(tmp_path / "small.toml", runs)
     assert folder.manifest()["status"] == "done"
     events = [(x["step"], x["event"]) for x in lines_of(folder.path) if x["kind"] == "event"]
@@ -106,15 +106,6 @@ def test_two_then_one_then_two_processes_are_one_run(tmp_path: Path) -> None:
     assert tensors.keys() == wanted.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-def test_two_replicas_are_one_run(tmp_path: Path) -> None:
-    """Each process holds the whole model (HSDP with groups of one)."""
-    lines = LINES | {"train": 'compile = false\nrecompute = "layer"', "parallel": "replicas = 2"}
-    config = small(tmp_path, model=LLAMA, **lines)
-    alone = train(config, runs=tmp_path / "alone")
-    two_processes(tmp_path / "small.toml", tmp_path / "runs")
-    assert_same_run(tmp_path / "runs" / "small", alone)
 
 
 def test_replicas_must_divide_the_processes(

@@ -24,16 +24,17 @@ from invivo.training.texts import Texts
 class TextLayer(nn.Module):
     """A layer over whole texts.
 
-    Compiled, it is one graph without breaks, which all layers of a kind share.
+    Compiled, it is one graph without breaks, which all layers of a kind share; layers with a
+    mixture of experts are not compiled, since the shapes of their products depend on the data.
     """
 
     def __init__(self, layer: Layer, *, recompute: Recompute = "none", compile: bool = False):
         super().__init__()
         self.layer = layer
-        self.is_compiled = compile
+        self.is_compiled = compile and not isinstance(layer.feedforward, MoE)
         run: Callable[..., torch.Tensor] = run_layer
-        if compile:
-            run = torch.compile(run_layer, fullgraph=not isinstance(layer.feedforward, MoE))
+        if self.is_compiled:
+            run = torch.compile(run_layer, fullgraph=True)
         self._run = run if recompute == "none" else partial(twice, run)
 
     def forward(
