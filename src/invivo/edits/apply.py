@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,24 +65,45 @@ class Context:
                 return torch.tensor(value, dtype=self.dtype, device=self.device)
 
 
-def _index(value: torch.Tensor, rows: Sequence[int], ref: SiteRef) -> tuple[torch.Tensor, ...]:
-    """Indices that pick [rows, heads if there are any, numbers] of ``value``; of a state
-    [rows, heads, keys, values]."""
-    wanted: list[Sequence[int]] = [rows]
+Index = tuple[slice | torch.Tensor, ...]
+
+
+def _index(value: torch.Tensor, rows: Sequence[int], ref: SiteRef) -> Index:
+    """What picks [rows, heads if there are any, numbers] of ``value``, of a state [rows, heads,
+    keys, values]; slices wherever they do."""
+    picked: list[Sequence[int]] = [rows]
     if ref.heads:
-        wanted.append(ref.heads)
-    while len(wanted) < value.dim() - 1:  # the keys of a state
-        wanted.append(range(value.shape[len(wanted)]))
-    if len(wanted) < value.dim():
-        wanted.append(ref.components or range(value.shape[-1]))
-    assert len(wanted) == value.dim()
-    tensors = [torch.tensor(list(w), dtype=torch.int64, device=value.device) for w in wanted]
-    return torch.meshgrid(*tensors, indexing="ij")
+        picked.append(ref.heads)
+    if len(picked) < value.dim() and ref.components:
+        while len(picked) < value.dim() - 1:  # the keys of a state
+            picked.append(range(value.shape[len(picked)]))
+        picked.append(ref.components)
+    slices = [_as_slice(wanted) for wanted in picked]
+    if sum(s is None for s in slices) == 0:
+        return tuple(s for s in slices if s is not None)
+    # Several lists of indices pick every combination if each has a dimension of its own.
+    return tuple(
+        torch.tensor(list(wanted), dtype=torch.int64, device=value.device).view(
+            [-1] + [1] * (len(picked) - 1 - i)
+        )
+        for i, wanted in enumerate(picked)
+    )
+
+
+def _as_slice(wanted: Sequence[int]) -> slice | None:
+    """The same as a slice, if it is a range that counts up by one."""
+    first, n = wanted[0], len(wanted)
+    if wanted[-1] - first != n - 1 or first < 0:
+        return None
+    if isinstance(wanted, range) or all(b - a == 1 for a, b in itertools.pairwise(wanted)):
+        return slice(first, first + n)
+    return None
 
 
 def read_part(value: torch.Tensor, rows: Sequence[int], ref: SiteRef) -> torch.Tensor:
     """The part of a site's tensor [T, ...] that ``ref`` names, at ``rows``; a copy."""
-    return value[_index(value, rows, ref)]
+    index = _index(value, rows, ref)
+    return value[index].clone() if isinstance(index[0], slice) else value[index]
 
 
 def change_rows(
@@ -104,7 +126,9 @@ def change_rows(
         return value
     index = _index(value, rows.index, ref)
     x = value[index]
-    return value.index_put(index, _changed(touch, x, rows, value, sources, context).expand_as(x))
+    new = value.clone()
+    new[index] = _changed(touch, x, rows, value, sources, context).expand_as(x)
+    return new
 
 
 def _changed(

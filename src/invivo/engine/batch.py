@@ -22,6 +22,7 @@ class FlatBatch:
     """T token rows in S spans, R of them sampled; tensors on the engine's device.
 
     Attributes:
+        spans: of the plan, in the order of the rows.
         tokens: [T] int64 token ids; 0 where the value is still on the device (see pending).
         layout: where the rows live in paged memory.
         span_rows: [S] int64, ``seq.row`` of each span.
@@ -29,13 +30,14 @@ class FlatBatch:
             ``last_token[pending_rows]`` on the device, the host does not know them yet.
         sample_index: [R] int64, rows of the flat batch whose logits are sampled.
         sample_rows: [R] int64, their ``seq.row``.
-        sample_spans: their indices in ``plan.spans``.
+        sample_spans: their indices in ``spans``.
         adapters: [T] int32 adapter slot of each token row, 0 = base model.
         adapter_slots: the different non-zero slots in this batch.
         virtual: rows whose token an adapter supplies.
     """
 
     plan: Plan
+    spans: list[Span]
     tokens: torch.Tensor
     layout: PagedLayout
     span_rows: torch.Tensor
@@ -83,10 +85,25 @@ class BatchBuilder:
         self._turn = 0
 
     def build(self, plan: Plan) -> FlatBatch:
-        """Index tensors of ``plan``; to be called before any of its tokens is recorded."""
+        """Index tensors of the spans of ``plan`` that go through all layers.
+
+        To be called before any of the plan's tokens is recorded.
+        """
         self._update_tables(plan)
-        spans = plan.spans
-        n_spans, n_rows, n_decode = len(spans), plan.n_tokens, plan.n_decode
+        return self._build(plan, plan.whole_spans, plan.n_decode)
+
+    def build_partial(self, plan: Plan) -> FlatBatch:
+        """Index tensors of the other spans, those of one token first.
+
+        Use another builder than for :meth:`build`.
+        """
+        self._update_tables(plan)
+        spans = sorted(plan.partial_spans, key=_by_depth)
+        n_decode = sum(1 for span in spans if span.stop - span.start == 1)
+        return self._build(plan, spans, n_decode)
+
+    def _build(self, plan: Plan, spans: list[Span], n_decode: int) -> FlatBatch:
+        n_spans, n_rows = len(spans), sum(span.stop - span.start for span in spans)
         block_size = self.limits.block_size
 
         rows: list[int] = []
@@ -128,7 +145,7 @@ class BatchBuilder:
         assert len(ids) == n_rows
 
         n_pending, n_samples = len(pending), len(sample_spans)
-        max_kv = max(kv_len)
+        max_kv = max(kv_len, default=0)
         width = -(-max_kv // block_size)
         self._turn ^= 1
         staging = self._staging[self._turn]
@@ -197,6 +214,7 @@ class BatchBuilder:
         )
         return FlatBatch(
             plan=plan,
+            spans=spans,
             tokens=long_at[tokens_at],
             layout=layout,
             span_rows=long_at[span_rows_at],
@@ -221,6 +239,11 @@ class BatchBuilder:
     def _send(self, host: torch.Tensor, used: int) -> torch.Tensor:
         part = host[:used]
         return part if self._on_cpu else part.to(self.device, non_blocking=True)
+
+
+def _by_depth(span: Span) -> tuple[bool, int]:
+    """Rows that enter early first, so that those of a layer are mostly the first ones."""
+    return span.stop - span.start > 1, span.seq.first_layer
 
 
 def _numbers(span: Span) -> np.ndarray:

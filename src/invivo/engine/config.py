@@ -37,6 +37,8 @@ class EngineConfig:
             starting one is dear, as on a CPU; answers then come less evenly, at the same mean pace.
         policy: how fine-tuning shares the device with requests (:mod:`invivo.engine.policies`).
         max_jobs: fine-tuning jobs at once.
+        fan_out: whether runs of programs skip layers and tokens that another run has computed, or
+            that nobody wants of them.
         max_capture_bytes: bytes that the captures of one request may take, and what its program
             keeps on the device for other runs to read.
     """
@@ -60,6 +62,7 @@ class EngineConfig:
     burst: float = 1.0
     policy: str = "co-serve"
     max_jobs: int = 4
+    fan_out: bool = True
     max_capture_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:

@@ -374,7 +374,8 @@ class Coserver:
         size = self.latency.largest_window(work, start, rows, budget, minimum=least)
         if not size or (not seq.blocks and not self.scheduler.hold(seq, plan)):
             return work
-        plan.spans.append(Span(seq, start, start + size, Purpose.TRAIN, False))
+        window = Span(seq, start, start + size, Purpose.TRAIN, False)
+        plan.spans.insert(len(plan.spans) - plan.n_partial, window)
         plan.n_tokens += size
         seq.n_computed += size
         self.served[trainee.name] += size / 2

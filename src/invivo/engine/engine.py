@@ -19,7 +19,7 @@ import torch
 
 from invivo.edits.program import MAIN
 from invivo.engine.adapters import AdapterStore
-from invivo.engine.batch import BatchBuilder
+from invivo.engine.batch import BatchBuilder, FlatBatch
 from invivo.engine.carrying import adapter_of, check_carried
 from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
@@ -135,6 +135,7 @@ class Engine:
             n_slots=limits.n_state_slots,
         )
         self._builder = BatchBuilder(limits, self.device)
+        self._partial_builder = BatchBuilder(limits, self.device)
         if on_gpu:
             warm_up(model.decoder, cache)
         graphs = None
@@ -255,7 +256,11 @@ class Engine:
             )
         writes = request.kind != "run"
         program = CarriedProgram(
-            given, self.model.decoder, writes=writes, max_bytes=self.config.max_capture_bytes
+            given,
+            self.model.decoder,
+            writes=writes,
+            max_bytes=self.config.max_capture_bytes,
+            fan_out=self.config.fan_out,
         )
         held = self.scheduler.blocks_total * self.config.block_size
         most = min(self.scheduler.max_length, held)
@@ -531,10 +536,10 @@ class Engine:
             if not plan.spans:
                 assert riders is not None
                 return (self._stepper.train(plan, riders) if riders.units else None), riders
-            batch = self._builder.build(plan)
-            work = self._work(plan, batch.sample_spans)
+            batch, partial, work = self._prepare(plan)
+            launched: Launched | None
             try:
-                launched: Launched | None = self._stepper.launch(batch, work, riders)
+                launched = self._stepper.launch(batch, work, riders, partial)
             except Exception as error:
                 if riders is None:
                     raise
@@ -554,8 +559,8 @@ class Engine:
         plan.backward = []
         launched = None
         if plan.spans:
-            batch = self._builder.build(plan)
-            launched = self._stepper.launch(batch, self._work(plan, batch.sample_spans))
+            batch, partial, work = self._prepare(plan)
+            launched = self._stepper.launch(batch, work, None, partial)
         self._finetuning.dropped(riders, error)
         return launched
 
@@ -588,6 +593,15 @@ class Engine:
                 log.warning("the program of request %s failed", job.request.id, exc_info=error)
             self._end_job(job, _of_program(error))
 
+    def _prepare(self, plan: Plan) -> tuple[FlatBatch, FlatBatch | None, Work]:
+        """The plan's flat batch, that of its partial spans if there are any, and their work."""
+        batch = self._builder.build(plan)
+        partial = self._partial_builder.build_partial(plan) if plan.n_partial else None
+        work = self._work(plan, batch.sample_spans)
+        if partial is not None:
+            work.partial = [self._runs[span.seq].edits for span in partial.spans]
+        return batch, partial, work
+
     def _work(self, plan: Plan, sample_spans: list[int]) -> Work:
         """What the plan's sequences want beyond their forward pass."""
         for seq in plan.admitted:
@@ -611,7 +625,8 @@ class Engine:
             run = self._runs.get(span.seq)
             if run is not None:
                 run.holds(span.seq, self.config.block_size)
-                work.edited.append((i, run.edits))
+                if not span.seq.is_partial:
+                    work.edited.append((i, run.edits))
             if span.purpose is Purpose.DECODE or span.seq not in self._tracks:
                 continue
             if span.seq.request.kind == "embed":
@@ -765,6 +780,7 @@ class Engine:
             seq.shareable = run.edits.first_touched
             seq.changes = program.changes_of(run)
             seq.recomputed_from = run.edits.first_kept
+            seq.onset, seq.last_layer = run.onset, run.n_layers
             program.live[seq] = run
             self._runs[seq] = run
             self.scheduler.add(seq)
@@ -776,6 +792,8 @@ class Engine:
         program = job.program
         assert program is not None
         run = program.live.pop(seq)
+        if run.is_trunk:
+            program.hold(run, self.scheduler.hold_blocks(seq))
         self._end_run(seq)
         program.run_done(run)
         if program.complete:
@@ -806,6 +824,8 @@ class Engine:
             if live in self._runs:
                 self._end_run(live)
         program.live.clear()
+        for memory in program.take_memory():
+            self.scheduler.drop_blocks(memory)
         self._programs.pop(job.request.id, None)
 
     def _job_of(self, seq: Sequence) -> Job | None:

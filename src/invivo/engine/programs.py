@@ -23,9 +23,10 @@ from invivo.edits.resolved import CaptureRef, MeasureRef, ResolvedRow, RunPlan
 from invivo.edits.results import Captured, Measured, ProgramOutput, RowOutput
 from invivo.edits.site_names import SiteRef
 from invivo.edits.value_shapes import touched_shape
+from invivo.engine.fan_out import Trunk, deepest_layer, find_trunk
 from invivo.engine.kept_rows import KeptRows, Part, Shrink, fit_keys
 from invivo.engine.run_edits import OPEN_SITES, RunEdits, source_positions
-from invivo.engine.types import Intervention, Sequence
+from invivo.engine.types import HeldBlocks, Intervention, Onset, Sequence
 from invivo.errors import TooLarge
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
@@ -33,7 +34,9 @@ from invivo.models.decoder import Decoder
 _LENS_BYTES = 64 << 20  # logits of a lens are computed in pieces of at most this size
 _LOGITS = SiteRef("logits", -1)
 
-RunKey = tuple[int | None, str]  # number of the row, None: the same in all rows; name of the run
+# Number of the row, None: the same in all rows, _TRUNK: what varying ones share; name of the run.
+RunKey = tuple[int | None, str]
+_TRUNK = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +45,9 @@ class ProgramRun:
 
     Attributes:
         kept: by what wants it.
+        onset: where it goes on from the trunk of its sweep.
+        n_layers: how many layers have to be computed for what is kept; None: all.
+        is_trunk: others go on from its memory, in which nothing is edited.
         blocks: the memory that its sequence had last, cleared when it goes: edited keys need not
             be finite.
     """
@@ -50,6 +56,9 @@ class ProgramRun:
     plan: RunPlan
     edits: RunEdits
     kept: dict[object, KeptRows]
+    onset: Onset | None = None
+    n_layers: int | None = None
+    is_trunk: bool = False
     blocks: list[int] = field(default_factory=list)
 
     @property
@@ -58,7 +67,7 @@ class ProgramRun:
 
     def holds(self, seq: Sequence, block_size: int) -> None:
         """Note which blocks of ``seq`` hold edited keys that nobody else may find."""
-        if seq.shareable is not None:
+        if seq.shareable is not None and not self.is_trunk:
             self.blocks = seq.blocks[max(seq.n_indexed, seq.shareable // block_size) :]
 
     def take_blocks(self) -> list[int]:
@@ -74,16 +83,24 @@ class CarriedProgram:
 
     Args:
         writes: the run "main" is the request's own text, and comes last.
+        fan_out: rows of a sweep share what lies before their first change.
 
     Raises:
         TooLarge: its captures, or what its runs read of each other, take more than ``max_bytes``.
     """
 
     def __init__(
-        self, intervention: Intervention, decoder: Decoder, *, writes: bool, max_bytes: int
+        self,
+        intervention: Intervention,
+        decoder: Decoder,
+        *,
+        writes: bool,
+        max_bytes: int,
+        fan_out: bool = True,
     ) -> None:
         resolved = intervention.resolved
         self.writes = writes
+        self._partial = fan_out and not decoder.config.recurrent
         self._decoder = decoder
         self._varying = resolved.varying
         self._rows = resolved.rows
@@ -106,7 +123,11 @@ class CarriedProgram:
         self._missing: list[int] = []
         self._of_run: dict[str, list[int]] = {}  # rows that need a run that does not vary
         self._pending: deque[RunKey] = deque()
-        self._check_kept(max_bytes, decoder.config)
+        self._trunks: dict[str, Trunk] = {}  # by name of the runs that vary
+        self._memory: dict[str, HeldBlocks] = {}
+        left = max_bytes - self._check_kept(max_bytes, decoder.config)
+        if self._partial and not writes and len(self._rows) > 1:
+            self._find_trunks(left)
         self._queue_runs()
         self.live: dict[Sequence, ProgramRun] = {}
         self.started = False
@@ -121,6 +142,7 @@ class CarriedProgram:
     def plans(self) -> Iterator[RunPlan]:
         """All plans, each once."""
         yield from self._plans.values()
+        yield from (trunk.plan for trunk in self._trunks.values())
         for row in self._rows:
             yield from (plan for name, plan in row.runs.items() if name in self._varying)
 
@@ -164,6 +186,8 @@ class CarriedProgram:
             n_tokens: tokens of a text that went through the model; None: all of its prompt.
         """
         self._done[run.key] = run
+        if run.is_trunk:
+            return
         number, name = run.key
         n = len(run.plan.prompt.ids) if n_tokens is None else n_tokens
         rows = self._of_run[name] if number is None else [number]
@@ -174,8 +198,32 @@ class CarriedProgram:
                 for varying in self._varying:
                     self._done.pop((i, varying), None)
 
+    def hold(self, run: ProgramRun, memory: HeldBlocks) -> None:
+        """The memory of a trunk, for its branches."""
+        self._memory[run.plan.name] = memory
+
+    def take_memory(self) -> list[HeldBlocks]:
+        """The memory of all trunks, which it lets go of."""
+        memory, self._memory = list(self._memory.values()), {}
+        return memory
+
+    def _find_trunks(self, max_bytes: int) -> None:
+        """What the runs of each name that varies have in common, as far as it fits."""
+        config = self._decoder.config
+        size = self._decoder.embed.element_size()
+        for name in sorted(self._varying):
+            rows = {i: row for i, row in enumerate(self._rows) if name in row.runs}
+            plans = {i: row.runs[name] for i, row in rows.items()}
+            kept = {i: [k for _, k in self._kept_of(row, name)] for i, row in rows.items()}
+            trunk = find_trunk(plans, kept, config.n_layers)
+            if trunk is None or size * trunk.n_numbers(config.d_model) > max_bytes:
+                continue
+            max_bytes -= size * trunk.n_numbers(config.d_model)
+            self._trunks[name] = trunk
+
     def _queue_runs(self) -> None:
         last: list[RunKey] = []
+        self._pending.extend((_TRUNK, name) for name in self._trunks)
         for i, row in enumerate(self._rows):
             self._missing.append(len(row.runs))
             for name, plan in row.runs.items():
@@ -197,17 +245,28 @@ class CarriedProgram:
         number, name = key
         if self.writes and name == MAIN:
             return not self.live and not self._pending
+        branches = number is not None and number != _TRUNK and name in self._trunks
+        if branches and (_TRUNK, name) not in self._done:
+            return False
         plan = self._plan(key)
         sources = {s.run for t in plan.touches for s in t.sources if s.run is not None}
         return all(self._key(number, s) in self._done for s in sources - {name})
 
     def _plan(self, key: RunKey) -> RunPlan:
         number, name = key
+        if number == _TRUNK:
+            return self._trunks[name].plan
         return self._plans[name] if number is None else self._rows[number].runs[name]
 
     def _begin(self, key: RunKey) -> ProgramRun:
         number, name = key
         plan = self._plan(key)
+        trunk = self._trunks.get(name)
+        if number == _TRUNK:
+            assert trunk is not None
+            kept: dict[object, KeptRows] = dict(trunk.entries.items())
+            edits = RunEdits(plan, self._context, {}, kept.values())
+            return ProgramRun(key, plan, edits, kept, is_trunk=True)
         if number is None:
             kept = self._wanted[name]
         else:
@@ -218,7 +277,16 @@ class CarriedProgram:
             for s in t.sources
             if s.run is not None and s.run != name
         }
-        return ProgramRun(key, plan, RunEdits(plan, self._context, sources, kept.values()), kept)
+        entry, onset = None, None
+        if number is not None and trunk is not None and name in self._memory:
+            branch = trunk.branches[number]
+            entry = trunk.entries.get(branch.layer)
+            onset = Onset(self._memory[name], branch.token, branch.layer)
+        n_layers = None
+        if self._partial and not (self.writes and name == MAIN):
+            n_layers = deepest_layer(kept.values(), self._decoder.config.n_layers)
+        edits = RunEdits(plan, self._context, sources, kept.values(), entry)
+        return ProgramRun(key, plan, edits, kept, onset, n_layers)
 
     # --- what is kept -------------------------------------------------------------------------
     def _kept_of(self, row: ResolvedRow, name: str) -> Iterator[tuple[object, KeptRows]]:
@@ -263,8 +331,12 @@ class CarriedProgram:
 
         return reduce
 
-    def _check_kept(self, max_bytes: int, config: ModelConfig) -> None:
-        """What is kept as it is must fit: of what does not vary all, of what varies one row's."""
+    def _check_kept(self, max_bytes: int, config: ModelConfig) -> int:
+        """What is kept as it is must fit: of what does not vary all, of what varies one row's.
+
+        Returns:
+            Its bytes.
+        """
         size = self._decoder.embed.element_size()
         most_varying = 0
         fixed: set[object] = set()
@@ -292,6 +364,7 @@ class CarriedProgram:
                 given=total + most_varying,
                 remedy="Read fewer sites or positions, or split the program",
             )
+        return total + most_varying
 
     # --- what comes back ----------------------------------------------------------------------
     def _row(self, number: int, n_main: int) -> RowOutput:

@@ -45,6 +45,7 @@ class RunEdits:
     Args:
         sources: the other runs that it reads, all done.
         kept: what others want of it, and what it reads of itself.
+        entry: the residual stream with which it goes on from another run.
 
     Attributes:
         first_touched: first position whose keys may differ from a plain request's.
@@ -60,8 +61,10 @@ class RunEdits:
         context: Context,
         sources: Mapping[str, RunEdits],
         kept: Iterable[KeptRows],
+        entry: KeptRows | None = None,
     ) -> None:
         self.plan = plan
+        self.entry = entry
         self._context = context
         self._sources = sources
         self._touches: dict[Key, list[_Placed]] = {}

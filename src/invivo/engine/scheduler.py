@@ -17,7 +17,9 @@ Why every sequence of the best priority ends:
   ones behind it.
 
 Training sequences hold memory of the same pool, in rows of their own, and are the first victims:
-whatever a request lacks is taken from them before any request waits or is preempted.
+whatever a request lacks is taken from them before any request waits or is preempted. Before even
+them goes what ended sequences hold for others to go on from: those then begin at their own first
+token.
 
 Models with recurrent layers share a prefix where a snapshot of their states lies at its end
 (:mod:`invivo.engine.snapshots`). One is left where an equal prompt could take over most, where a
@@ -38,7 +40,7 @@ from dataclasses import dataclass
 
 from invivo.engine.blocks import BlockPool, PrefixIndex, marked, prefix_namespace
 from invivo.engine.snapshots import StateSnapshots
-from invivo.engine.types import Plan, Purpose, Sequence, Span, Status
+from invivo.engine.types import BlockCopy, HeldBlocks, Plan, Purpose, Sequence, Span, Status
 from invivo.errors import InvalidRequest
 
 
@@ -137,6 +139,7 @@ class Scheduler:
         self.prefix_hits = 0
         self.n_preemptions = 0
         self.n_reclaimed = 0
+        self._held: list[HeldBlocks] = []  # oldest first
         self._free_rows = list(range(limits.max_running - 1, -1, -1))
         last_row = limits.max_running + limits.max_training - 1
         self._free_training_rows = list(range(last_row, limits.max_running - 1, -1))
@@ -200,10 +203,16 @@ class Scheduler:
         chunks, budget = self._plan_prefills(plan, prefills, budget)
         if self.waiting:
             chunks += self._admit(plan, budget)
-        plan.n_decode = plan.n_tokens = len(plan.spans)
+        spans = plan.spans + chunks
+        plan.n_tokens = len(plan.spans)
         for span in chunks:
             plan.n_tokens += span.stop - span.start
-        plan.spans += chunks
+        partial = [span for span in spans if span.seq.is_partial]
+        if partial:
+            plan.spans = [span for span in plan.spans if not span.seq.is_partial]
+            chunks = [span for span in chunks if not span.seq.is_partial]
+        plan.n_decode, plan.n_partial = len(plan.spans), len(partial)
+        plan.spans += chunks + partial
         return plan if plan.spans else None
 
     def record(self, seq: Sequence, token: int) -> bool:
@@ -280,6 +289,22 @@ class Scheduler:
                 span.seq.n_pending -= 1
         return ended
 
+    # Memory that others go on from.
+
+    def hold_blocks(self, seq: Sequence) -> HeldBlocks:
+        """Keep the blocks of a running sequence that is about to end, as long as there is room."""
+        held = HeldBlocks(list(seq.blocks))
+        self.pool.share(held.blocks)
+        self._held.append(held)
+        return held
+
+    def drop_blocks(self, held: HeldBlocks) -> None:
+        """Nobody will go on from these any more; idempotent."""
+        if held.blocks:
+            self._held.remove(held)
+            self.pool.release(held.blocks)
+            held.blocks = []
+
     # Memory of training.
 
     @property
@@ -341,11 +366,14 @@ class Scheduler:
         seq.status = Status.WAITING
 
     def _reclaim(self, n_free: int, plan: Plan) -> None:
-        """Take memory back from training, newest first, until ``n_free`` blocks are free.
+        """Take memory back until ``n_free`` blocks are free: what is held for others, then from
+        training, newest first.
 
-        Nothing is taken where even all of it would not do.
+        Nothing is taken from training where even all of it would not do.
         """
         pool = self.pool
+        while self._held and pool.n_free < n_free:
+            self.drop_blocks(self._held[-1])
         if pool.n_free + sum(len(seq.blocks) for seq in self.training) < n_free:
             return
         while pool.n_free < n_free:
@@ -455,8 +483,11 @@ class Scheduler:
     def _take_memory(self, seq: Sequence, plan: Plan) -> bool:
         """Blocks for all known tokens of a waiting sequence, shared where they are known."""
         pool = self.pool
-        if self._blocked == (seq, pool.n_released):
+        if self._blocked == (seq, pool.n_released) and not self._held:
             return False  # nothing has become free since it did not fit
+        if seq.onset is not None and seq.onset.held.blocks:
+            return self._take_over(seq, plan)
+        seq.first_layer = 0
         size = self.limits.block_size
         n_tokens = len(seq.tokens)
         shared: list[int] = []
@@ -487,6 +518,38 @@ class Scheduler:
         seq.n_computed = len(shared) * size
         seq.n_indexed, seq.prefix_parent = len(shared), parents[-1]
         if readable and seq.n_preempted == 0:
+            seq.n_cached = seq.n_computed
+            self.prefix_queries += seq.n_prompt
+            self.prefix_hits += seq.n_cached
+        plan.grown.append((seq, 0))
+        return True
+
+    def _take_over(self, seq: Sequence, plan: Plan) -> bool:
+        """Memory for a sequence that goes on from another's keys: that one's whole blocks before
+        the first token that is computed, a copy of the block that this token is in, and new ones.
+        """
+        pool, size, onset = self.pool, self.limits.block_size, seq.onset
+        assert onset is not None
+        n_shared, inside = divmod(onset.token, size)
+        n_new = -(-len(seq.tokens) // size) - n_shared
+        needed = n_new + (1 + pool.n_total // 100 if self.running else 0)
+        self._reclaim(needed, plan)
+        if not onset.held.blocks:
+            return self._take_memory(seq, plan)  # its own were what was needed
+        if needed > pool.n_free:
+            self._blocked = (seq, pool.n_released)
+            return False
+        self._blocked = None
+        shared = onset.held.blocks[:n_shared]
+        pool.share(shared)
+        seq.blocks = shared + pool.allocate(n_new, after=shared[-1] if shared else 0, room=n_new)
+        seq.first_layer = onset.layer
+        seq.n_computed = onset.token
+        seq.n_indexed, seq.prefix_parent = n_shared, None
+        if inside:
+            source, target = onset.held.blocks[n_shared], seq.blocks[n_shared]
+            plan.copied.append(BlockCopy(source, target, inside, onset.layer))
+        if seq.n_preempted == 0:
             seq.n_cached = seq.n_computed
             self.prefix_queries += seq.n_prompt
             self.prefix_hits += seq.n_cached
@@ -578,6 +641,8 @@ class Scheduler:
         reads them, so a later span of the same plan may already share these blocks.
         """
         if seq.prefix_parent is None:  # no prefix cache, or the chain was dropped
+            return
+        if seq.last_layer is not None:  # its keys end there
             return
         size = self.limits.block_size
         full = min(seq.n_computed, len(seq.tokens)) // size

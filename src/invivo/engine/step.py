@@ -18,6 +18,7 @@ from invivo.engine.batch import FlatBatch
 from invivo.engine.edit_taps import EditedSpan, EditTaps
 from invivo.engine.finetune import Riders
 from invivo.engine.graphs import DecodeGraphs
+from invivo.engine.partial_pass import run_partial
 from invivo.engine.run_edits import RunEdits
 from invivo.engine.sampler import LogprobRows, RowState, sample, token_logprobs
 from invivo.engine.transfer import index_on, to_host
@@ -58,6 +59,7 @@ class Work:
         scored: prompt tokens to score.
         pooled: spans whose final states are pooled, with the way ("mean", "last").
         edited: spans that are runs of programs.
+        partial: the run of each span of the batch's partial rows.
     """
 
     rows: list[RowState]
@@ -65,6 +67,7 @@ class Work:
     scored: list[ScoredRows] = field(default_factory=list)
     pooled: list[tuple[int, str]] = field(default_factory=list)
     edited: list[tuple[int, RunEdits]] = field(default_factory=list)
+    partial: list[RunEdits] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -115,18 +118,39 @@ class Stepper:
         self._sums: dict[Sequence, torch.Tensor] = {}
 
     @torch.inference_mode()
-    def launch(self, batch: FlatBatch, work: Work, riders: Riders | None = None) -> Launched:
-        """Put one step on the device, its pieces of training after everything else."""
+    def launch(
+        self,
+        batch: FlatBatch,
+        work: Work,
+        riders: Riders | None = None,
+        partial: FlatBatch | None = None,
+    ) -> Launched:
+        """Put one step on the device, its pieces of training after everything else.
+
+        Args:
+            partial: the plan's rows that go through some of the layers only.
+        """
         started, begun = time.perf_counter(), self._mark()
         cache, plan = self._cache, batch.plan
         cache.clear_states([seq.row + 1 for seq in (*plan.admitted, *plan.held)])
         cache.copy_states(plan.restored)
+        for copy in plan.copied:
+            cache.copy_block(copy.source, copy.target, copy.tokens, copy.layer)
         # A step that fails with training on board is repeated without. Keys are then written again,
         # but states would move on twice.
         slots = [span.seq.row + 1 for span in plan.spans]
         states = None if riders is None else cache.states_at(slots)
         try:
             hidden, logits, edits = self._forward(batch, work, riders)
+            if partial is not None:
+                run_partial(
+                    self._decoder,
+                    partial,
+                    cache,
+                    work.partial,
+                    lambda rows: self._bypass(partial, rows),
+                    self._logit_rows,
+                )
         except Exception:
             cache.put_states(slots, states)
             raise
@@ -159,7 +183,7 @@ class Stepper:
         )
         if riders is not None:
             with torch.inference_mode(False):
-                riders.learn(hidden, batch.layout)
+                riders.learn(hidden, batch.layout if hidden is not None else None)
         launched.done = self._mark()
         return launched
 
@@ -227,6 +251,8 @@ class Stepper:
         with a run of a program are never replayed.
         """
         tokens, layout = batch.tokens, batch.layout
+        if layout.n_rows == 0:
+            return None, None, None
         if len(batch.pending_index):
             tokens[batch.pending_index] = self._last_token[batch.pending_rows]
         n_sampled, n_rows = len(batch.sample_spans), layout.n_rows
@@ -234,9 +260,7 @@ class Stepper:
         graphs = None if work.edited else self._graphs
         if graphs is not None and n_sampled == n_rows and graphs.fits(layout):
             return None, graphs.run(tokens, layout, slots), None
-        bypass: Bypass | None = (
-            None if slots is None else self._adapters.bypass(slots, batch.virtual)
-        )
+        bypass = self._bypass(batch, slice(None))
         taps: Taps | None = None
         if riders is not None:
             bypass, taps = riders.on_board(bypass, layout)
@@ -256,6 +280,12 @@ class Stepper:
             on_logits = edits.on_logits([starts[i + 1] - 1 for i in batch.sample_spans])
         return hidden, self._decoder.logits(rows, taps=on_logits), edits
 
+    def _bypass(self, batch: FlatBatch, rows: slice | torch.Tensor) -> Bypass | None:
+        """The bypass of some rows of a batch; of all of them where tokens are virtual."""
+        if not batch.adapter_slots:
+            return None
+        return self._adapters.bypass(batch.adapters[rows], batch.virtual)
+
     @property
     def _logit_rows(self) -> int:
         """Rows of logits that are computed at a time where not all are needed at once."""
@@ -274,9 +304,7 @@ class Stepper:
         rows: list[int] = []
         targets: list[int] = []
         for s in scored:
-            row = (
-                batch.layout.span_start_host[s.span] + s.first - 1 - batch.plan.spans[s.span].start
-            )
+            row = batch.layout.span_start_host[s.span] + s.first - 1 - batch.spans[s.span].start
             rows.extend(range(row, row + len(s.tokens)))
             targets.extend(s.tokens)
         top = max(s.top for s in scored)
@@ -303,7 +331,7 @@ class Stepper:
         out: dict[int, torch.Tensor] = {}
         starts = batch.layout.span_start_host
         for i, way in pooled:
-            span = batch.plan.spans[i]
+            span = batch.spans[i]
             last = span.stop == span.seq.n_prompt
             if way == "last":
                 if last:
@@ -323,7 +351,7 @@ class Stepper:
 
 
 def _edited(batch: FlatBatch, edited: list[tuple[int, RunEdits]]) -> list[EditedSpan]:
-    starts, spans = batch.layout.span_start_host, batch.plan.spans
+    starts, spans = batch.layout.span_start_host, batch.spans
     return [
         EditedSpan(edits, i, starts[i], range(spans[i].start, spans[i].stop)) for i, edits in edited
     ]

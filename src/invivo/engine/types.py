@@ -187,6 +187,41 @@ class Output:
 
 
 @dataclass(slots=True, eq=False)
+class HeldBlocks:
+    """Blocks of a sequence that has ended, kept for others that go on from its keys.
+
+    ``blocks`` is empty once the memory was needed elsewhere.
+    """
+
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """The first tokens of a block, their keys and values from a layer on, copied to another."""
+
+    source: int
+    target: int
+    tokens: int
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Onset:
+    """Where a sequence goes on from another with the same tokens.
+
+    Attributes:
+        held: that sequence's memory.
+        token: the first token that is computed at all.
+        layer: the first layer that those tokens go through.
+    """
+
+    held: HeldBlocks
+    token: int
+    layer: int
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """One running continuation of a request: its tokens, how far it has been computed, its memory.
 
@@ -213,6 +248,9 @@ class Sequence:
             None: all. Blocks past them are shared under ``changes``, if there is such a key.
         changes: equal for sequences whose programs change the same in the same way.
         recomputed_from: from this token on nothing comes from the prefix cache; None: no such.
+        onset: where it goes on from another sequence, if that one's memory is still there when
+            this one is admitted; None: it begins at its first token.
+        first_layer, last_layer: layers that its rows go through, the end exclusive, None: all.
         n_indexed, prefix_parent: leading blocks that the prefix index knows, and the key under
             which the next one continues that chain.
         snapshot: slot of the recurrent state with which it starts, -1 = nothing.
@@ -242,6 +280,9 @@ class Sequence:
     shareable: int | None = None
     changes: str | None = None
     recomputed_from: int | None = None
+    onset: Onset | None = None
+    first_layer: int = 0
+    last_layer: int | None = None
     limit: int = 0
     rank: tuple[int, float, int] = (0, 0.0, 0)
     n_indexed: int = 0
@@ -259,6 +300,11 @@ class Sequence:
     def n_tokens(self) -> int:
         """Known and pending tokens."""
         return len(self.tokens) + self.n_pending
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether its rows go through some of the layers only."""
+        return self.first_layer > 0 or self.last_layer is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,9 +343,14 @@ class BackwardUnit:
 
 @dataclass(slots=True)
 class Plan:
-    """Everything one iteration does; spans of one token come first, training windows last.
+    """Everything one iteration does.
+
+    Spans of one token come first, then longer ones, training windows, and last those that go
+    through some of the layers only: a flat batch of their own, run after the other.
 
     Attributes:
+        n_partial: how many of the last spans go through some of the layers only.
+        copied: what is copied from block to block before anything runs.
         backward: pieces of fine-tuning backward, run in this order after the flat batch.
         admitted: sequences that start, or start again after a preemption, with this plan.
         grown: (sequence, index of its first new block) for every sequence that got blocks.
@@ -323,8 +374,20 @@ class Plan:
     restored: list[tuple[int, int]] = field(default_factory=list)
     saved: list[tuple[int, int]] = field(default_factory=list)
     closing: list[str] = field(default_factory=list)
+    copied: list[BlockCopy] = field(default_factory=list)
     n_tokens: int = 0
     n_decode: int = 0  # leading spans of one token
+    n_partial: int = 0
+
+    @property
+    def whole_spans(self) -> list[Span]:
+        """Spans that go through all layers."""
+        return self.spans[: len(self.spans) - self.n_partial]
+
+    @property
+    def partial_spans(self) -> list[Span]:
+        """Spans that go through some of the layers."""
+        return self.spans[len(self.spans) - self.n_partial :]
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ nothing else, so that kernels and models agree on it without knowing requests.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +112,44 @@ def contiguous_layout(
         span_start_host=span_start,
         kv_len_host=list(lengths),
     )
+
+
+def part_of(layout: PagedLayout, spans: Sequence[int]) -> tuple[PagedLayout, slice | torch.Tensor]:
+    """The layout of some of a batch's spans (ascending), and which of its rows are theirs.
+
+    The rows are a slice where the spans are the first ones; the tensors are then views.
+    """
+    starts, lengths = layout.span_start_host, layout.kv_len_host
+    n = len(spans)
+    device = layout.positions.device
+    span_start = [0, *itertools.accumulate(starts[s + 1] - starts[s] for s in spans)]
+    which: slice | torch.Tensor
+    rows: slice | torch.Tensor
+    if n == 0 or spans[-1] == n - 1:
+        which, rows = slice(0, n), slice(0, span_start[-1])
+        first_rows = layout.span_start[: n + 1]
+    else:
+        at = [row for s in spans for row in range(starts[s], starts[s + 1])]
+        which, rows, first_rows = (
+            torch.tensor(numbers, device=device, dtype=kind)
+            for numbers, kind in ((spans, None), (at, None), (span_start, torch.int32))
+        )
+    kv_len = [lengths[s] for s in spans]
+    part = PagedLayout(
+        positions=layout.positions[rows],
+        slots=layout.slots[rows],
+        span_start=first_rows,
+        kv_len=layout.kv_len[which],
+        block_table=layout.block_table[which],
+        block_size=layout.block_size,
+        n_decode=sum(1 for s in spans if s < layout.n_decode),
+        max_query=max((b - a for a, b in itertools.pairwise(span_start)), default=0),
+        max_kv=max(kv_len, default=0),
+        span_start_host=span_start,
+        kv_len_host=kv_len,
+        state_slots=None if layout.state_slots is None else layout.state_slots[which],
+    )
+    return part, rows
 
 
 def blocks_needed(lengths: list[int], block_size: int = 16) -> int:

@@ -66,6 +66,11 @@ class KVCache:
                 for source, target in pairs:
                     memory[:, target].copy_(memory[:, source])
 
+    def copy_block(self, source: int, target: int, tokens: int, layer: int) -> None:
+        """Copy keys and values of a block's first tokens, of attention layers from ``layer`` on."""
+        for memory in (self.k, self.v):
+            memory[layer:, target, :tokens].copy_(memory[layer:, source, :tokens])
+
     def states_at(self, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A copy of what these slots hold, for :meth:`put_states`; None without states."""
         if self.states is None or self.tails is None:
