@@ -28,6 +28,7 @@ from invivo.cli import (
     score,
     serve,
     simulate,
+    study,
     train,
 )
 from invivo.cli.output import examples, fail
@@ -61,6 +62,7 @@ app.add_typer(runs.app, name="runs")
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("simulate", epilog=simulate.EXAMPLES)(simulate.simulate)
+app.add_typer(study.app, name="study")
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 

@@ -1,0 +1,1 @@
+"""What was found, as data; figures and one self-contained HTML page of it."""

@@ -1,0 +1,1 @@
+"""Papers asked again: one file each, settings in, findings out, never a print."""

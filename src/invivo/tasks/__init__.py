@@ -1,0 +1,1 @@
+"""Asking: items, options scored by their log-probabilities."""
