@@ -110,7 +110,7 @@ FULL = Size(
     steps=None,
     task=Recall(pairs=(4, 8, 16, 32), keys=64, values=64),
     recall_length=128,
-    recall_batch=64,
+    recall_batch=256,
     long_rows=32,
     contexts=(1024, 4096, 16000),
     batches=(1, 16),

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from invivo.errors import Conflict, InvalidRequest
 from invivo.training.config import Recall
 from invivo.training.recall import (
+    RecallRows,
     RecallStream,
     measure_recall,
-    recall_row,
+    recall_rows,
     vocabulary,
 )
 from invivo.training.stream import Batch
@@ -37,7 +38,10 @@ def look_up(batch: Batch) -> torch.Tensor:
 @given(pairs=st.integers(1, 9), spare=st.integers(0, 30), seed=st.integers(0, 99))
 def test_every_key_is_asked_once_behind_the_pairs(pairs: int, spare: int, seed: int) -> None:
     length = 3 * pairs + spare
-    row = recall_row(TASK, length, pairs, np.random.default_rng(seed))
+    # The row stands between others that have more and fewer pairs.
+    many = np.array([1, pairs, min(9, length // 3)])
+    rows = recall_rows(TASK, length, many, np.random.default_rng(seed))
+    row = RecallRows(rows.tokens[1], rows.labels[1], rows.distances[1])
     keys, values = row.tokens[0 : 2 * pairs : 2], row.tokens[1 : 2 * pairs : 2]
     assert len(set(keys)) == pairs
     assert all(1 <= k <= 9 for k in keys)

@@ -9,7 +9,7 @@ arXiv 2312.04927); here all keys are asked, at places drawn evenly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from invivo.training.forward import dense_forward
 from invivo.training.stream import NO_LABEL, Batch
 
 BLANK = 0  # keys follow, then values
+BLOCK = 64  # rows drawn together
 Answers = Callable[[Batch], torch.Tensor]
 
 
@@ -49,18 +50,25 @@ class RecallScore:
 
 
 @dataclass(frozen=True, slots=True)
-class RecallRow:
-    """One row.
+class RecallRows:
+    """Some rows.
 
     Attributes:
-        tokens: [length].
-        labels: [length], the value where a key is asked, else -100.
-        distances: [length], tokens from the pair's value to the question, 0 elsewhere.
+        tokens: [n, length].
+        labels: [n, length], the value where a key is asked, else -100.
+        distances: [n, length], tokens from the pair's value to the question, 0 elsewhere.
     """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     distances: NDArray[np.int64]
+
+    def some(self, rows: slice) -> RecallRows:
+        return RecallRows(self.tokens[rows], self.labels[rows], self.distances[rows])
+
+    @property
+    def batch(self) -> Batch:
+        return Batch(torch.from_numpy(self.tokens), torch.from_numpy(self.labels), None)
 
 
 def vocabulary(task: Recall) -> int:
@@ -90,22 +98,32 @@ def check_recall(task: Recall, length: int) -> None:
         )
 
 
-def recall_row(task: Recall, length: int, pairs: int, draw: np.random.Generator) -> RecallRow:
-    """A row of ``pairs`` pairs."""
-    keys = 1 + draw.permutation(task.keys)[:pairs]
-    values = 1 + task.keys + draw.integers(task.values, size=pairs)
-    tokens = np.full(length, BLANK, np.int64)
-    labels = np.full(length, NO_LABEL, np.int64)
-    distances = np.zeros(length, np.int64)
-    tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2] = keys, values
-    places = 2 * pairs + draw.permutation(length - 2 * pairs)[:pairs]
-    tokens[places], labels[places] = keys, values
-    distances[places] = places - (2 * np.arange(pairs) + 1)
-    return RecallRow(tokens, labels, distances)
+def recall_rows(
+    task: Recall, length: int, pairs: NDArray[np.int64], draw: np.random.Generator
+) -> RecallRows:
+    """Rows with so many pairs each, ``pairs`` [n]."""
+    n, most = len(pairs), int(pairs.max())
+    keys = 1 + draw.random((n, task.keys)).argsort(axis=1)[:, :most]
+    values = 1 + task.keys + draw.integers(task.values, size=(n, most))
+    # Places of questions: a random order of what lies behind the pairs.
+    order = draw.random((n, length))
+    order[np.arange(length) < 2 * pairs[:, None]] = np.inf
+    places = order.argsort(axis=1)[:, :most]
+    row, pair = np.nonzero(np.arange(most) < pairs[:, None])
+    place = places[row, pair]
+    tokens = np.full((n, length), BLANK, np.int64)
+    labels = np.full((n, length), NO_LABEL, np.int64)
+    distances = np.zeros((n, length), np.int64)
+    tokens[row, 2 * pair], tokens[row, 2 * pair + 1] = keys[row, pair], values[row, pair]
+    tokens[row, place], labels[row, place] = keys[row, pair], values[row, pair]
+    distances[row, place] = place - (2 * pair + 1)
+    return RecallRows(tokens, labels, distances)
 
 
 class RecallStream:
     """Rows without end; row i is a function of (seed, i), whatever the number of processes.
+
+    Rows are drawn ``BLOCK`` at a time.
 
     Arguments and sharing of rows as :class:`~invivo.training.stream.PackedStream`.
 
@@ -129,13 +147,18 @@ class RecallStream:
     def next(self) -> Batch:
         first = self._rows + self._skipped
         self._rows += self._batch
-        rows = [self._row(number) for number in range(first, first + self._share)]
-        return _batch(rows)
+        blocks = range(first // BLOCK, (first + self._share - 1) // BLOCK + 1)
+        drawn = [self._block(number) for number in blocks]
+        begin = first - BLOCK * blocks[0]
+        rows = slice(begin, begin + self._share)
+        tokens = np.concatenate([block.tokens for block in drawn])[rows]
+        labels = np.concatenate([block.labels for block in drawn])[rows]
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None)
 
-    def _row(self, number: int) -> RecallRow:
+    def _block(self, number: int) -> RecallRows:
         draw = np.random.default_rng((self._seed, number))
-        pairs = int(draw.choice(self._task.pairs))
-        return recall_row(self._task, self._length, pairs, draw)
+        pairs = draw.choice(np.array(self._task.pairs), size=BLOCK)
+        return recall_rows(self._task, self._length, pairs, draw)
 
     def state(self) -> dict[str, Any]:
         task = self._task
@@ -160,11 +183,6 @@ class RecallStream:
                     given=mine[name],
                 )
         self._rows = int(state["rows"])
-
-
-def _batch(rows: Sequence[RecallRow]) -> Batch:
-    tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
-    return Batch(tokens, torch.from_numpy(np.stack([row.labels for row in rows])), None)
 
 
 def decoder_answers(decoder: Decoder, *, dtype: torch.dtype | None = None) -> Answers:
@@ -210,17 +228,14 @@ def measure_recall(
     for pairs in task.pairs:
         asked_at, right = [], []
         # A third number in the seed: streams draw with two.
-        made = [
-            recall_row(task, length, pairs, np.random.default_rng((seed, pairs, i)))
-            for i in range(rows)
-        ]
+        draw = np.random.default_rng((seed, pairs, 0))
+        made = recall_rows(task, length, np.full(rows, pairs), draw)
         for first in range(0, rows, batch):
-            some = made[first : first + batch]
-            named = answers(_batch(some)).cpu().numpy()
-            for row, guess in zip(some, named, strict=True):
-                asked = row.labels != NO_LABEL
-                asked_at.append(row.distances[asked])
-                right.append(guess[asked] == row.labels[asked])
+            some = made.some(slice(first, first + batch))
+            named = answers(some.batch).cpu().numpy()
+            asked = some.labels != NO_LABEL
+            asked_at.append(some.distances[asked])
+            right.append(named[asked] == some.labels[asked])
         distances, hits = np.concatenate(asked_at), np.concatenate(right)
         scores.append(_score(pairs, None, hits))
         edge = 1
