@@ -22,18 +22,20 @@ if TYPE_CHECKING:
 INK = "#010203"  # in a figure: the page's text colour
 
 
-def page(title: str, parts: Iterable[str]) -> str:
+def page(title: str, parts: Iterable[str], *, refresh: int | None = None) -> str:
     """The whole document.
 
     Args:
         title: of the browser's tab.
         parts: HTML, as the other functions here give it.
+        refresh: seconds after which a browser reads it again; None: never.
     """
+    again = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh}">'
     style = (files("invivo") / "html_page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head>\n"
+        f"{again}<title>{escape(title)}</title><style>{style}</style></head>\n"
         f"<body>\n{chr(10).join(parts)}\n</body></html>\n"
     )
 

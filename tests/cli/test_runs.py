@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.training.small_run import small
+from tests.waiting import PATIENCE, wait_for
 
+from invivo.cli.runs import report
 from invivo.training.run import train
+from invivo.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Invivo
@@ -39,6 +43,22 @@ def test_runs_are_listed_and_reported(invivo: Invivo, tmp_path: Path) -> None:
     assert "2 runs in 1 series" in page.read_text(encoding="utf-8")
 
 
+def test_a_page_follows_its_run(tmp_path: Path) -> None:
+    folder = RunFolder(train(small(tmp_path), runs=tmp_path).folder)
+    done = folder.manifest()
+    folder.write_manifest(done | {"status": "running"})
+    page = folder.path / "report.html"
+    following = threading.Thread(target=report, args=([folder.path], None, 1))
+    following.start()
+    try:
+        wait_for(lambda: page.exists() and 'http-equiv="refresh" content="1"' in page.read_text())
+    finally:
+        folder.write_manifest(done)
+        following.join(PATIENCE)
+    assert not following.is_alive()
+    assert "http-equiv" not in page.read_text()
+
+
 def test_what_cannot_be_reported_is_said(invivo: Invivo, tmp_path: Path) -> None:
     nothing = invivo("runs", "report", str(tmp_path))
     assert nothing.code == 1
@@ -46,3 +66,4 @@ def test_what_cannot_be_reported_is_said(invivo: Invivo, tmp_path: Path) -> None
     missing = invivo("runs", "report", "a", "b")
     assert missing.code == 2
     assert "--out" in missing.err
+    assert "--watch" in invivo("runs", "report", "a", "b", "--watch", "3").err

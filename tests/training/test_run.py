@@ -287,6 +287,9 @@ def test_held_out_text_is_measured_on_the_way_and_at_the_end(tmp_path: Path) -> 
     found = [line for line in lines_of(outcome) if line["kind"] == "evaluation"]
     assert [(x["step"], x["split"]) for x in found] == [(5, "valid"), (10, "valid"), (12, "valid")]
     assert [x["rows"] for x in found[:2]] == [2, 2]
+    learned = {x["step"]: x["tokens"] for x in lines_of(outcome) if x["kind"] == "step"}
+    assert [x["tokens"] for x in found] == [learned[x["step"]] for x in found]
+    assert found[2]["held_out_tokens"] > found[0]["held_out_tokens"]
     assert found[2]["rows"] > 2
     assert outcome.evaluation == found[2]
     assert 0 < found[2]["bits_per_byte"] < found[0]["bits_per_byte"]

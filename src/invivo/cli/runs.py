@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,13 +65,24 @@ def _row(record: Any) -> dict[str, Any]:
 
 @app.command(
     epilog=examples(
-        "invivo runs report runs/gla-30m", "invivo runs report runs/* --out comparison.html"
+        "invivo runs report runs/gla-30m",
+        "invivo runs report runs/gla-30m --watch 30          live, until the run ends",
+        "invivo runs report runs/* --out comparison.html",
     )
 )
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="The page of several runs.", dir_okay=False)
+    ] = None,
+    watch: Annotated[
+        int | None,
+        typer.Option(
+            "--watch",
+            min=1,
+            metavar="SECONDS",
+            help="Write it again while the run goes on; an open page follows.",
+        ),
     ] = None,
 ) -> None:
     """Write a page about a run, or one that sets several side by side.
@@ -81,7 +93,14 @@ def report(
     from invivo.training.report import write_comparison, write_report
 
     if len(folders) == 1 and out is None:
+        if watch is not None:
+            sys.stdout.write(f"{folders[0] / 'report.html'}\n")
+            sys.stdout.flush()
+            _follow(folders[0], watch)
+            return
         target = write_report(folders[0])
+    elif watch is not None:
+        raise InvalidRequest("goes with one run and no --out", field="--watch", given=watch)
     elif out is None:
         raise InvalidRequest(
             "says where the page of several runs goes", field="--out", remedy="--out runs.html"
@@ -89,3 +108,13 @@ def report(
     else:
         target = write_comparison(folders, out)
     sys.stdout.write(f"{target}\n")
+
+
+def _follow(folder: Path, seconds: int) -> None:
+    from invivo.training.report import write_report
+    from invivo.training.run_record import read_run
+
+    while read_run(folder).manifest["status"] == "running":
+        write_report(folder, refresh=seconds)
+        time.sleep(seconds)
+    write_report(folder)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ import typer
 
 from invivo.cli.options import Device
 from invivo.cli.output import byte_size, examples, note, print_json, progress
-from invivo.errors import InvalidRequest
+from invivo.errors import InvalidRequest, MissingDependency
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -71,12 +72,14 @@ def train(
     settings = read_config(config, sets or ())
     again = _command(config, sets, runs, device)
     stopping = _Stopping()
+    # Of the processes that torchrun starts, the first one speaks.
+    silent = os.environ.get("RANK", "0") != "0"
 
     def told(line: Mapping[str, Any]) -> None:
         stopping.arm()
         shown(line)
 
-    with _Shown(settings, quiet=as_json) as shown, stopping.listening():
+    with _Shown(settings, quiet=as_json or silent) as shown, stopping.listening():
         outcome = run(
             settings,
             runs=runs,
@@ -88,7 +91,9 @@ def train(
             progress=shown.preparing,
             command=again,
         )
-    if as_json:
+    if silent:
+        pass
+    elif as_json:
         kept = asdict(outcome)
         print_json(kept | {name: str(kept[name]) for name in ("folder", "model")})
     else:
@@ -110,6 +115,10 @@ def _command(config: Path, sets: list[str] | None, runs: Path, device: str | Non
 
 
 def _tell(outcome: Outcome, again: str) -> None:
+    from invivo.training.report import write_report
+
+    with contextlib.suppress(MissingDependency):
+        note(f"curves and samples: {write_report(outcome.folder)}")
     if outcome.evaluation is not None:
         note(f"held out: {_held_out(outcome.evaluation)}")
     if outcome.status == "done":
@@ -145,7 +154,7 @@ class _Stopping:
     def arm(self) -> None:
         self._armed = True
 
-    @contextmanager
+    @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in before:

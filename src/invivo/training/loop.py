@@ -293,8 +293,9 @@ class Training:
             found = self._evaluate(rows)
             continued = self._continued if self._is_first else None
             texts = [] if continued is None else continued(self.step)
-        if found:
-            self.tell({"kind": "evaluation", **found})
+        if found:  # `tokens` are those learned from, in every line
+            names = {"tokens": "held_out_tokens"}
+            self.tell({"kind": "evaluation"} | {names.get(n, n): v for n, v in found.items()})
         for prompt, text in texts:
             line = {"step": self.step, "prompt": prompt, "text": text}
             self._folder.samples.add(line)

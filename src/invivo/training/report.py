@@ -19,15 +19,18 @@ from invivo.training.seeds import Estimate, difference, mean_over
 _TEXTS = 12  # samples shown
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, *, refresh: int | None = None) -> Path:
     """Write ``folder/report.html``; the same run gives the same page.
+
+    Args:
+        refresh: seconds after which a browser reads it again; None: never.
 
     Raises:
         NotFound: there is no run.
         MissingDependency: matplotlib is not installed.
     """
     target = folder / "report.html"
-    _write(target, run_page(read_run(folder)))
+    _write(target, run_page(read_run(folder), refresh=refresh))
     return target
 
 
@@ -50,7 +53,7 @@ def _write(target: Path, text: str) -> None:
     os.replace(draft, target)
 
 
-def run_page(run: RunRecord) -> str:
+def run_page(run: RunRecord, *, refresh: int | None = None) -> str:
     """HTML of one run."""
     manifest, config = run.manifest, run.manifest["config"]
     parts = [html_page.heading(run.name, _sentence(run)), html_page.facts(_facts(run))]
@@ -81,7 +84,7 @@ def run_page(run: RunRecord) -> str:
     parts.append(html_page.section("Settings", html_page.listing(flat(config))))
     facts = {k: v for k, v in manifest.items() if k not in ("config", "name")}
     parts.append(html_page.section("Run", html_page.listing(flat(facts)), _events(run.events)))
-    return html_page.page(f"invivo: {run.name}", parts)
+    return html_page.page(f"invivo: {run.name}", parts, refresh=refresh)
 
 
 def comparison_page(runs: Sequence[RunRecord]) -> str:
