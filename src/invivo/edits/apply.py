@@ -125,8 +125,9 @@ def change_rows(
     if not rows.index:
         return value
     index = _index(value, rows.index, ref)
-    x = value[index]
     new = value.clone()
+    # Of that copy, because the model may go on in place in ``value``.
+    x = new[index].clone() if isinstance(index[0], slice) else new[index]
     new[index] = _changed(touch, x, rows, value, sources, context).expand_as(x)
     return new
 
