@@ -124,9 +124,17 @@ def _norm(module: Norm, x: torch.Tensor) -> torch.Tensor:
     """``module`` on the last dimension of x, in x's dtype."""
     weight = module.weight.to(x.dtype)
     if module.is_rms:
-        return rms_norm_reference(x, weight, module.eps, unit_offset=module.unit_offset)
+        return _rms_norm(x, weight, module.eps, module.unit_offset)
     bias = None if module.bias is None else module.bias.to(x.dtype)
     return layer_norm(x, weight, bias, module.eps)
+
+
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool = False
+) -> torch.Tensor:
+    if unit_offset:  # 1 + weight must not be rounded to half precision
+        return rms_norm_reference(x, weight, eps, unit_offset=True)
+    return F.rms_norm(x, weight.shape, weight, eps)  # one kernel, which keeps x alone
 
 
 def _attention(
@@ -177,7 +185,7 @@ def _gated_linear_attention(
     logits = _linear(_linear(x, mixer.gate_a, None), mixer.gate_b, mixer.gate_b_bias)
     z = _heads(q, k, v, logits.view(q.shape), texts, sizes.tau)
     r = F.silu(_linear(x, mixer.r, None))
-    normed = rms_norm_reference(z, mixer.norm.to(x.dtype), mixer.eps)
+    normed = _rms_norm(z, mixer.norm.to(x.dtype), mixer.eps)
     return _linear(normed.view(r.shape) * r, mixer.o, None)
 
 
@@ -223,7 +231,7 @@ def _short_conv(x: torch.Tensor, weight: torch.Tensor, place: torch.Tensor | Non
 def _norm_heads(mixer: Attention, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """RMS norm of x [rows, heads, D], head by head or over all heads at once."""
     wide = x if mixer.qk_norm == "head" else x.flatten(1)
-    normed = rms_norm_reference(wide, weight.to(x.dtype), mixer.eps, unit_offset=mixer.unit_offset)
+    normed = _rms_norm(wide, weight.to(x.dtype), mixer.eps, mixer.unit_offset)
     return normed.reshape(x.shape)
 
 
