@@ -182,22 +182,25 @@ def _held_out(axes: Axes, runs: Sequence[RunRecord], colour: str, marker: str, l
         return
     name = measure_of(measured[0])
     assert name is not None
-    tables = [
-        {line["tokens"]: line for line in run.evaluations if name in line} for run in measured
-    ]
+    tables = [{line["step"]: line for line in run.evaluations if name in line} for run in measured]
     common = sorted(set.intersection(*(set(table) for table in tables)))
     if not common:
         return
-    values = np.array([[table[at][name] for at in common] for table in tables])
-    axes.plot(common, values.mean(axis=0), color=colour, marker=marker, markersize=4, label=label)
+    # Runs of recall rows differ a little in the tokens of a step.
+    x, values = (
+        np.array([[table[step][key] for step in common] for table in tables], float)
+        for key in ("tokens", name)
+    )
+    mean = values.mean(axis=0)
+    axes.plot(x.mean(axis=0), mean, color=colour, marker=marker, markersize=4, label=label)
     if len(measured) > 1:
         low, high = values.min(axis=0), values.max(axis=0)
     else:
         low, high = (
-            np.array([_or(tables[0][at].get(side), tables[0][at][name]) for at in common])
+            np.array([_or(tables[0][step].get(side), tables[0][step][name]) for step in common])
             for side in ("low", "high")
         )
-    axes.fill_between(common, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.fill_between(x.mean(axis=0), low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def _or(value: float | None, other: float) -> float:
