@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,15 +13,18 @@ from hypothesis import strategies as st
 from tests.engine.drive import ask, run, small_engine
 from tests.engine.test_finetune import UNHURRIED, Listed, drive, plain_loop, start
 from tests.engine.test_gla import greedy, logprobs_of, prompt, served
-from tests.models.gla_models import SHAPES, memory_of, spans_layout, tiny_decoder
+from tests.models.gla_models import SHAPES, memory_of, spans_layout, tiny_decoder, tiny_gla
 
 from invivo.engine.bypasses import BypassSpec, TrainBypass, checked_specs, init_parameters
 from invivo.engine.job_spec import JobSpec, Text
+from invivo.engine.memory_plan import plan_activations
 from invivo.engine.peft_format import to_peft
 from invivo.engine.train_sequence import TrainSequence, next_token_labels
 from invivo.engine.window import WindowTrainer
 from invivo.errors import InvalidRequest, UnsupportedModel
 from invivo.kernels.paging import contiguous_layout
+from invivo.models.cache import allocate_kv_cache
+from invivo.models.load import random_model
 
 LORA = BypassSpec("lora", ("q", "k", "v", "r", "o", "down"), 2)
 BYPASSES = {
@@ -214,3 +218,83 @@ def test_a_step_that_is_run_again_moves_no_state_twice(monkeypatch: pytest.Monke
     run(engine, inquiry)
     exact = logprobs_of(model, prompt(9, 1) + inquiry.tokens())[8:-1].max(-1).values
     assert inquiry.logprobs() == pytest.approx(exact.tolist(), abs=1e-6)
+
+
+# --- what is held --------------------------------------------------------------------------------
+HELD = {
+    "all maps": LORA,
+    "output": BypassSpec("lora", ("o",), 2),
+    "queries": BypassSpec("lora", ("q",), 2),
+    "upper values": BypassSpec("lora", ("v",), 2, layers=(1, 2)),
+    "gate": BypassSpec("lora", ("r", "gate"), 2, layers=(0,)),
+    "experts' way": BypassSpec("adapter", ("attn.out",), 2),
+}
+
+
+@pytest.mark.parametrize("shape", ["plain", "convolution"])
+@pytest.mark.parametrize("trained", HELD)
+def test_a_job_holds_what_the_plan_says_to_the_byte(shape: str, trained: str) -> None:
+    """Between forward and backward, and what autograd holds of a window while it runs again."""
+    decoder, spec = random_model(tiny_gla(shape), dtype=torch.float32), HELD[trained]
+    config, length, window = decoder.config, 22, 8
+    parameters = {}
+    for each in checked_specs(config, (spec,)):
+        parameters |= init_parameters(each, config, seed=1, dtype=torch.float32)
+    for value in parameters.values():
+        value.requires_grad_()
+    plan = plan_activations(config, [spec.trainable], length=length, window=window, dtype="float32")
+    (schedule,) = plan.schedules
+    assert schedule.name == "v1 window-outer"
+    cache = allocate_kv_cache(
+        config, n_blocks=40, block_size=4, device="cpu", dtype=torch.float32, n_slots=8
+    )
+    trainer = WindowTrainer(decoder, cache, (spec,), parameters, mode="rerun", order="window")
+    tokens = torch.tensor(prompt(length, 3))
+    sequence = TrainSequence(tokens, next_token_labels(tokens), list(range(21, 31)))
+    trainer.begin(sequence)
+    for first, stop in cuts_of(length, [window]):
+        trainer.enters(sequence, first, 3)
+        with torch.inference_mode():
+            states = decoder(tokens[first:stop], spans_layout([(first, stop, 3)]), cache)
+        trainer.forward_done(sequence, first, stop, states.clone())
+
+    def n_bytes(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    assert sequence.dx is not None
+    assert sequence.tape is None
+    assert n_bytes([sequence.dx]) == schedule.parts["dx"]
+    assert (
+        n_bytes(t for pair in sequence.entering.values() for t in pair) == schedule.parts["states"]
+    )
+    known = {p.untyped_storage().data_ptr() for p in (*decoder.parameters(), *parameters.values())}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in known and tensor.dtype.is_floating_point:
+            saved.setdefault(address, tensor)
+        return tensor
+
+    unit = trainer.next_unit(sequence, length - 2 * window)
+    assert unit is not None
+    assert (unit.start, unit.stop) == (2 * window, length)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        trainer.run(sequence, unit)
+    held = sum(t.untyped_storage().nbytes() for t in saved.values())
+    again = sum(
+        row.bytes_per_token * max(1, len(row.layers)) for row in plan.rows if row.held == "window"
+    )
+    reached = {
+        i
+        for row in plan.rows
+        if row.held == "window" and row.name == "gla.gate"
+        for i in row.layers
+    }
+    gla = config.gla
+    assert gla is not None
+    state = gla.n_heads * gla.head_k * gla.head_v * 4
+    tail = max(0, gla.conv_size - 1) * gla.qkv_width * 4
+    assert held == again * (length - 2 * window) + len(reached) * (2 * state + tail)
+    sums = [t for pair in sequence.sums.values() for t in pair if t is not None]
+    assert n_bytes(sums) == schedule.parts["dstates"]

@@ -29,8 +29,8 @@ from invivo.engine.memory_plan import (
 from invivo.engine.min_cut import cheapest_kept
 from invivo.engine.trainable import SITES, Trainable
 from invivo.engine.training_graph import Graph, build_graph
-from invivo.errors import InvalidRequest, UnsupportedModel
-from invivo.models.config import LayerConfig, ModelConfig, MoEConfig, RopeConfig
+from invivo.errors import InvalidRequest
+from invivo.models.config import GLAConfig, LayerConfig, ModelConfig, MoEConfig, RopeConfig
 from invivo.models.hub_config import config_from_hf
 
 ABLATION = (
@@ -309,8 +309,34 @@ def test_other_wrong_requests_are_refused() -> None:
     experts = config(layers=(LayerConfig(feedforward="moe"),), moe=moe)
     with pytest.raises(InvalidRequest, match="experts"):
         plan_activations(experts, [DOWN], length=8)
-    with pytest.raises(UnsupportedModel):
-        plan_activations(config(layers=(LayerConfig(mixer="gla"),)), [DOWN], length=8)
+
+
+def test_recurrent_layers_run_their_windows_again_and_keep_one_state_for_each() -> None:
+    gla = GLAConfig(n_heads=2, head_k=4, head_v=8, conv_size=4)
+    model = config(
+        layers=(LayerConfig(mixer="gla", rope=None), LayerConfig(), LayerConfig(mixer="gla")),
+        gla=gla,
+    )
+    lora = Trainable("lora", ("v",), 2)
+    plans = [plan_activations(model, [lora], length=n, window=16) for n in (40, 400)]
+    slot = 2 * 4 * 8 * 4 + 3 * gla.qkv_width * 2
+    for plan, n_windows in zip(plans, (3, 25), strict=True):
+        (schedule,) = plan.schedules
+        assert schedule.name == "v1 window-outer"
+        assert schedule.parts["states"] == n_windows * 2 * slot
+        assert schedule.parts["dstates"] == 2 * slot
+        assert schedule.parts["dx"] == plan.length * model.d_model * 2
+        assert {row.name for row in plan.rows if row.held == "tape"} == {"loss.grad"}
+    # What one window holds does not grow with the text.
+    assert plans[0].schedules[0].window == plans[1].schedules[0].window
+    short, long = ([r.bytes_per_token for r in plan.rows if r.held] for plan in plans)
+    assert short == long
+    top = plan_activations(model, [Trainable("lora", ("o",), 2, (2,))], length=40, window=16)
+    assert top.schedules[0].parts["dstates"] == 0  # nothing trained lies before the state
+    for asked in ({"tape_bytes": 1 << 20}, {"rerun": ("gate",)}):
+        with pytest.raises(InvalidRequest, match="no tape") as caught:
+            plan_activations(model, [lora], length=40, **asked)  # type: ignore[arg-type]
+        assert caught.value.field in asked
 
 
 # --- the kept set suffices, and nothing in it is spare -------------------------------------------

@@ -117,12 +117,21 @@ def route_gradient(t: Tensors, dw: torch.Tensor) -> Tensors:
     return {"in0": torch.zeros_like(t["in0"]).scatter(-1, t["out1"], picked)}
 
 
+def log_gate(logits: torch.Tensor) -> Tensors:
+    return {"out0": F.logsigmoid(logits) / 16}
+
+
+def log_gate_gradient(t: Tensors, dy: torch.Tensor) -> Tensors:
+    return {"in0": dy * torch.sigmoid(-t["in0"]) / 16}
+
+
 CASES: dict[str, tuple[Callable[..., Tensors], Callable[[Tensors, torch.Tensor], Tensors], int]] = {
     "attention": (attention, attention_gradients, 3),
     "norm": (rms, rms_gradient, 1),
     "relu": (relu, relu_gradient, 1),
     "clip": (clip, clip_gradient, 1),
     "gated": (gated, gated_gradients, 2),
+    "log_gate": (log_gate, log_gate_gradient, 1),
     "row_gate": (row_gate, row_gate_gradients, 2),
     "expert_mix": (expert_mix, expert_mix_gradients, 2),
     "route": (route, route_gradient, 1),

@@ -184,19 +184,19 @@ def show(made: MemoryPlan, every: bool) -> None:
         [tensor_cells(row) for row in rows],
     )
     t = made.totals
+    steps = [
+        ("naive: plain code, everything requires a gradient", t.naive),
+        ("plain code, base frozen, fused attention", t.frozen),
+        ("graph pruning", t.pruned),
+        ("+ rematerialisation", t.rebuilt),
+        ("+ compression", t.compressed),
+    ]
+    if any(row.held == "window" for row in made.rows):  # recurrent layers: there is no tape
+        steps[2:] = [("as one window that runs again", t.pruned)]
     print_table(
         "Held between forward and backward, whole sequence",
         ["step", "bytes>", "of naive>"],
-        [
-            [name, byte_size(n_bytes), f"{100 * n_bytes / t.naive:.1f} %"]
-            for name, n_bytes in (
-                ("naive: plain code, everything requires a gradient", t.naive),
-                ("plain code, base frozen, fused attention", t.frozen),
-                ("graph pruning", t.pruned),
-                ("+ rematerialisation", t.rebuilt),
-                ("+ compression", t.compressed),
-            )
-        ],
+        [[name, byte_size(n_bytes), f"{100 * n_bytes / t.naive:.1f} %"] for name, n_bytes in steps],
     )
     print_table(
         f"Token-level backward, windows of {made.window} tokens",

@@ -23,6 +23,7 @@ from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig
 
 Verdict = Literal["kept", "rebuilt", "compressed", "dropped"]
+Held = Literal["tape", "cache", "window", ""]
 _RERUNNABLE = ("q", "k", "v", "o", "gate", "up", "attention")
 HEAD_CHUNK = 256  # rows whose logits exist at one time
 
@@ -380,7 +381,8 @@ class Row:
         bytes_per_token: in one layer.
         n_bytes: for the whole sequence and all these layers; what is dropped counts too, so that
             the column tells what the verdict saves.
-        held: where a kept tensor lies: "tape" or "cache"; "" if it is not kept.
+        held: where a kept tensor lies: "tape" (from forward to backward), "cache", or "window"
+            (for one window at a time, while it runs again); "" if it is not kept.
     """
 
     name: str
@@ -390,7 +392,7 @@ class Row:
     bytes_per_token: float
     n_bytes: int
     verdict: Verdict
-    held: Literal["tape", "cache", ""]
+    held: Held
     reason: str
 
 
@@ -404,6 +406,9 @@ class Totals:
         pruned: by fused operations after graph pruning, nothing rebuilt.
         rebuilt: after rematerialisation.
         compressed: and with bits for what is read only by sign: the tape of this plan.
+
+    Models with recurrent layers keep no tape: there the last three are what one window as long as
+    the sequence would hold when it runs again.
     """
 
     naive: int
@@ -506,8 +511,7 @@ def plan_activations(
 
     Raises:
         InvalidRequest: see :func:`invivo.engine.training_graph.build_graph`; a length or window
-            below 1; a tape that cannot be so small.
-        UnsupportedModel: a layer that is not attention.
+            below 1; a tape that cannot be so small, or any tape of a recurrent model.
     """
     for name, value in (("length", length), ("window", window)):
         if value < 1:
@@ -522,11 +526,24 @@ def plan_activations(
             given=unknown[0],
             remedy=f"Choose among {', '.join(_RERUNNABLE)}",
         )
-    graph = build_graph(config, trainables, length=length, dtype=dtype)
+    recurrent = bool(config.recurrent)
+    for name, asked in (("tape_bytes", tape_bytes is not None), ("rerun", bool(rerun))):
+        if recurrent and asked:
+            raise InvalidRequest(
+                "a model with recurrent layers keeps no tape: its windows run again as a whole",
+                field=name,
+                remedy="Choose the window: it bounds what is held",
+            )
+    spelling: Literal["fused", "rerun"] = "rerun" if recurrent else "fused"
+    graph = build_graph(config, trainables, length=length, dtype=dtype, spelling=spelling)
     nodes = differentiate(graph)
-    pruned = choose_kept(graph, nodes, rebuild=False, compress=False)
-    rebuilt = choose_kept(graph, nodes, rebuild=True, compress=False)
-    if tape_bytes is None:
+    pruned = choose_kept(graph, nodes, rebuild=False, compress=False, cache=not recurrent)
+    rebuilt = pruned
+    if not recurrent:
+        rebuilt = choose_kept(graph, nodes, rebuild=True, compress=False)
+    if recurrent:
+        final = pruned
+    elif tape_bytes is None:
         final = choose_kept(graph, nodes, rebuild=True, compress=True, rerun=rerun)
     else:
         final, _ = levels_of(graph, nodes).within(graph, length=length, max_bytes=tape_bytes)
@@ -545,7 +562,7 @@ def plan_activations(
         length=length,
         window=window,
         dtype=dtype,
-        rows=_rows(graph, nodes, final, length),
+        rows=_rows(graph, nodes, final, length, kept_in="window" if recurrent else "tape"),
         totals=totals,
         schedules=_schedules(config, graph, nodes, pruned, final, length, window, dtype),
         trained=_trained(graph, dtype),
@@ -617,10 +634,11 @@ def _schedules(
     }
     stream = config.d_model * BITS[dtype]
     tape = _bytes(sum(graph.tensors[k].bits for k in final.tape), length)
+    spent = {"loss.grad"} if config.recurrent else set()  # dx: it is there before a window runs
     layers_back = {graph.ops[node.op].layer for node in nodes} - {-1}
     # The first layer's input is looked up from the tokens.
     inputs = len(layers_back - {0}) * stream
-    rerun = per_layer(pruned.tape)
+    rerun = per_layer(k for k in pruned.tape if k not in spent)
     gradients = working_bits(graph, nodes, pruned, dtype)
     working = working_bits(graph, nodes, final, dtype)
     logits = min(HEAD_CHUNK, window) * config.vocab_size * sum_bits // 8
@@ -629,6 +647,13 @@ def _schedules(
         return Schedule(name, {"kv": kv, **parts}, _bytes(window_bits, window) + logits)
 
     all_sums = _bytes(sum(sums.values()), length)
+    if config.recurrent:
+        found = schedule(
+            "v1 window-outer",
+            {"dkv": all_sums, "dx": _bytes(stream, length)},
+            sum(rerun.values()) + max(gradients.values(), default=0),
+        )
+        return (_with_states(found, config, nodes, graph, length, window, dtype),)
     one_sum = _bytes(max(sums.values(), default=0), length)
     return (
         schedule(
@@ -655,11 +680,48 @@ def _schedules(
     )
 
 
+def _with_states(
+    rerun: Schedule,
+    config: ModelConfig,
+    nodes: Sequence[Gradient],
+    graph: Graph,
+    length: int,
+    window: int,
+    dtype: str,
+) -> Schedule:
+    """A rerun by windows with what recurrent layers carry from one to the next.
+
+    For the sequence: the states (and convolution tails) before each forward window, and the
+    gradients by one of them in the layers that a gradient reaches through it. For a window: the
+    states with which autograd enters and leaves those layers, and the tails it leaves.
+    """
+    gla = config.gla
+    assert gla is not None
+    state = gla.n_heads * gla.head_k * gla.head_v * max(32, BITS[dtype]) // 8
+    tail = max(0, gla.conv_size - 1) * gla.qkv_width * BITS[dtype] // 8
+    read = [(graph.ops[node.op], node.of) for node in nodes]
+    reached = {op.layer for op, _ in read if op.kind in ("gla", "gla_of_qkv")}
+    # Keys, values and gates before the window have a part in its loss; queries have one only in
+    # the tail of a convolution.
+    carried = {
+        op.layer
+        for op, of in read
+        if op.kind == "short_conv" or (op.kind == "gla" and of != op.inputs[0])
+    }
+    parts = rerun.parts | {
+        "states": -(-length // window) * len(config.recurrent) * (state + tail),
+        "dstates": len(carried) * (state + tail),
+    }
+    return Schedule(rerun.name, parts, rerun.window + len(reached) * (2 * state + tail))
+
+
 # --- the table ------------------------------------------------------------------------------------
-_Likeness = tuple[str, tuple[int, ...], str, Verdict, Literal["tape", "cache", ""], str]
+_Likeness = tuple[str, tuple[int, ...], str, Verdict, Held, str]
 
 
-def _rows(graph: Graph, nodes: Sequence[Gradient], held: Kept, length: int) -> tuple[Row, ...]:
+def _rows(
+    graph: Graph, nodes: Sequence[Gradient], held: Kept, length: int, *, kept_in: Held
+) -> tuple[Row, ...]:
     readers: dict[str, list[str]] = defaultdict(list)
     spared: dict[str, set[str]] = defaultdict(set)
     for node in nodes:
@@ -680,9 +742,11 @@ def _rows(graph: Graph, nodes: Sequence[Gradient], held: Kept, length: int) -> t
     for key, tensor in graph.tensors.items():
         op = producers[key]
         verdict: Verdict
-        place: Literal["tape", "cache", ""] = ""
+        place: Held = ""
         if key in held.tape or key in held.cached:
-            place = "tape" if key in held.tape else "cache"
+            place = kept_in if key in held.tape else "cache"
+            if tensor.name == "loss.grad":  # found in the forward, whatever runs again
+                place = "tape"
             verdict = "compressed" if tensor.dtype == "bit" else "kept"
             reason = "for " + _some(readers[key])
             if not readers[key]:

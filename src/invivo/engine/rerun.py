@@ -71,7 +71,8 @@ def rerun_backward(
         for layer in range(first, last):
             if layer in decoder.config.recurrent:
                 assert entering is not None
-                leaves, grown = _state(decoder, layer, entering, wanted=layer >= hooks.bottom)
+                wanted = hooks.carries_state(decoder.config, layer)
+                leaves, grown = _state(decoder, layer, entering, wanted=wanted)
             else:
                 leaves, grown = _past(cache, sequence, layer, start, stop, hooks.carried.get(layer))
             past.append(leaves)

@@ -54,6 +54,15 @@ class TrainedHooks:
     bottom: int
     last_hook: str | None
 
+    def carries_state(self, config: ModelConfig, layer: int) -> bool:
+        """Whether a recurrent layer's state before a window has a gradient that is wanted.
+
+        Queries leave nothing in a state, but in the tail of a short convolution.
+        """
+        queries = layer == self.bottom and self.bottom_queries
+        convolved = config.gla is not None and config.gla.conv_size > 0
+        return any(self.carried.get(layer, ())) or (queries and convolved)
+
 
 def trained_hooks(
     config: ModelConfig, trainables: Sequence[Trainable], *, input_gradients: bool = False

@@ -2,12 +2,14 @@
 operation's gradients read.
 
 Everything about memory in fine-tuning follows from two things: the graph, and the table
-:data:`RULES`. The graph comes in two spellings:
+:data:`RULES`. The graph comes in three spellings:
 
 - ``fused``: one operation a norm, an attention, a gated activation, as this engine's kernels and
   their hand-written gradients have it;
 - ``eager``: the primitives that a model written in plain tensor code runs (the Hub's classes with
-  adapters from the peft library), with their float32 copies: what autograd then has to hold.
+  adapters from the peft library), with their float32 copies: what autograd then has to hold;
+- ``rerun``: the primitives of this engine's own pass where autograd runs it again, with one
+  operation for attention, for the recurrence, and for the loss, which was found in the forward.
 
 Sizes are per token of the sequence. No torch in here.
 """
@@ -19,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from invivo.engine.trainable import FUSED, Trainable, checked
-from invivo.errors import InvalidRequest, UnsupportedModel
+from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig, MoEConfig
 
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64, "int32": 32, "bit": 1}
@@ -78,6 +80,12 @@ RULES: dict[str, Rule] = {
     # kernel makes again tile by tile from q, k and log-sum-exp:
     # dS = P * (dz v^T - rowsum(dz * z)). The parameter is a trained prefix of keys and values.
     "attention": Rule((_FLASH, _FLASH, _any_of("in0 in1 out1")), (_FLASH,), tiles=(2,)),
+    # Gated linear attention of q, k, v and log gates is one operator that keeps them all; states
+    # are made again from the one before the window.
+    "gla": Rule((_any_of("in0 in1 in2 in3"),)),
+    "gla_of_qkv": Rule((_any_of("in0 in1"),)),  # q, k, v as one tensor
+    "log_gate": Rule((_any_of("in0"),), (), cheap=True),  # logsigmoid over tau
+    "short_conv": Rule((NOTHING,), (_any_of("in0"),)),
     # Mixture of experts. Inputs: x, chosen experts (indices).
     "route": Rule((_any_of("in0 out1"),), (), cheap=True),  # logits -> weights, chosen
     "expert_linear": Rule((_any_of("in1"), None), (_any_of("in0 in1"),)),
@@ -96,6 +104,8 @@ RULES: dict[str, Rule] = {
     "mul": Rule((_any_of("in1"), _any_of("in0")), (), cheap=True),
     "matmul": Rule((_any_of("in1"), _any_of("in0"))),
     "softmax": Rule((_any_of("out0"),), ()),
+    # torch's keeps a buffer beside its input (on a CPU; on a GPU it is empty).
+    "logsigmoid": Rule((_any_of("in0 out1"),), (), cheap=True),
     "tanh": Rule((_any_of("out0"),), (), cheap=True),
     "log_softmax": Rule((_any_of("out0"),), ()),
     "sum_experts": Rule((_any_of("in1"), _any_of("in0"), None), ()),
@@ -174,7 +184,7 @@ def build_graph(
     length: int,
     dtype: str = "bfloat16",
     adapter_dtype: str | None = None,
-    spelling: Literal["fused", "eager"] = "fused",
+    spelling: Literal["fused", "eager", "rerun"] = "fused",
     eager_attention: bool = True,
 ) -> Graph:
     """The forward pass of ``config`` with ``trainables``.
@@ -190,7 +200,6 @@ def build_graph(
 
     Raises:
         InvalidRequest: see :func:`invivo.engine.trainable.checked`; an unknown dtype.
-        UnsupportedModel: a layer that is not attention.
     """
     for given in (dtype, adapter_dtype or dtype):
         if given not in ("bfloat16", "float16", "float32", "float64"):
@@ -203,7 +212,8 @@ def build_graph(
         length=length,
         dtype=dtype,
         adapter_dtype=adapter_dtype or dtype,
-        eager=spelling == "eager",
+        eager=spelling != "fused",
+        loss_at_once=spelling != "eager",
         eager_attention=spelling == "eager" and eager_attention,
     )
     return builder.build()
@@ -219,6 +229,7 @@ class _Builder:
     dtype: str
     adapter_dtype: str
     eager: bool
+    loss_at_once: bool
     eager_attention: bool
     graph: Graph = field(default_factory=Graph)
     layer: int = -1
@@ -351,13 +362,7 @@ class _Builder:
             params.append(Param("soft_prompt", prompt.size * c.d_model, True))
         # The first residual stream needs no keeping: it is looked up again.
         x = self.apply("embed", [], self.tensor("embed.out", c.d_model), params=params)
-        for i, kind in enumerate(c.layers):
-            if kind.mixer != "attention":
-                raise UnsupportedModel(
-                    "no memory plan for this kind of mixer yet",
-                    field="config.layers",
-                    given=kind.mixer,
-                )
+        for i in range(c.n_layers):
             self.layer = i
             x = self.whole_layer(self.site("resid.pre", x))
         self.layer = -1
@@ -367,7 +372,9 @@ class _Builder:
     def whole_layer(self, x: str) -> str:
         c = self.config
         h = self.norm("attn.in", x, "norm1") if c.pre_norm else x
-        out = self.attention(self.site("attn.in", h))
+        h = self.site("attn.in", h)
+        recurrent = c.layers[self.layer].mixer == "gla"
+        out = self.linear_attention(h) if recurrent else self.attention(h)
         if c.post_norm:
             out = self.norm("attn.out", out, "post1")
         out = self.site("attn.out", out)
@@ -406,6 +413,41 @@ class _Builder:
             self.apply("attention", [q, k, v], z, lse, self.probabilities(), params=params)
         last = "attn.proj" if c.post_norm else "attn.out"
         return self.project(last, z, c.d_model, "o", bias=c.o_bias)
+
+    def linear_attention(self, x: str) -> str:
+        """Gated linear attention, its gates and its output gate."""
+        gla = self.config.gla
+        assert gla is not None
+        mixed_of = [
+            self.project(f"attn.{which}", x, n, which, bias=False)
+            for which, n in (("q", gla.k_width), ("k", gla.k_width), ("v", gla.v_width))
+        ]
+        if gla.conv_size:  # one convolution and one activation over all three
+            size = gla.qkv_width * gla.conv_size
+            y = self.tensor("attn.qkv.conv", gla.qkv_width)
+            self.apply("short_conv", mixed_of, y, params=[Param("conv.weight", size)])
+            mixed_of = [self.apply("act", [y], self.tensor("attn.qkv", gla.qkv_width))]
+        low = self.tensor("gla.gate.low", gla.gate_rank)
+        first = [Param("gate_a.weight", self.width(x) * gla.gate_rank)]
+        second = [Param("gate_b.weight", gla.gate_rank * gla.k_width)]
+        second.append(Param("gate_b.bias", gla.k_width))
+        self.apply("linear", [x], low, params=first)
+        logits = self.tensor("gla.gate.logits", gla.k_width)
+        self.apply("linear", [low], logits, params=second)
+        gate = self.tensor("gla.gate", gla.k_width, dtype=self.exact)
+        if self.eager:
+            wide = self.cast(logits, self.exact, "gla.gate.logits.float")
+            buffer = self.tensor("gla.gate.buffer", gla.k_width, dtype=self.exact)
+            self.apply("logsigmoid", [wide], gate, buffer)
+        else:
+            self.apply("log_gate", [logits], gate)
+        z = self.tensor("gla.z", gla.n_heads, gla.head_v)
+        self.apply("gla_of_qkv" if gla.conv_size else "gla", [*mixed_of, gate], z)
+        r = self.project("gla.r", x, gla.v_width, "r", bias=False)
+        normed = self.norm("gla.z.normed", z, "g_norm", width=gla.head_v)
+        mixed = self.gated("gla.mixed", r, normed, (gla.v_width,))
+        last = "attn.proj" if self.config.post_norm else "attn.out"
+        return self.project(last, mixed, self.config.d_model, "o", bias=False)
 
     @property
     def exact(self) -> str:
@@ -517,7 +559,7 @@ class _Builder:
         c = self.config
         head = [Param("head.weight", c.vocab_size * c.d_model)]
         loss = self.tensor("loss", 1, dtype=self.exact)
-        if not self.eager:
+        if self.loss_at_once:
             self.apply("head_loss", [h], loss, self.tensor("loss.grad", c.d_model), params=head)
             return
         y = self.apply("linear", [h], self.tensor("logits.plain", c.vocab_size), params=head)

@@ -354,7 +354,8 @@ class WindowTrainer:
         device = sequence.tokens.device
         for layer in range(*layers):
             if layer in config.recurrent:
-                if layer not in sequence.sums:
+                carries = self._hooks.carries_state(config, layer)
+                if carries and layer not in sequence.sums:
                     i = config.recurrent.index(layer)
                     state, tail = next(iter(sequence.entering.values()))
                     sequence.sums[layer] = torch.zeros_like(state[i]), torch.zeros_like(tail[i])
