@@ -462,6 +462,8 @@ class LM(ABC):
         validation: Data | None = None,
         name: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        program: ProgramLike = None,
+        blobs: Blobs | None = None,
         **hyperparameters: Any,
     ) -> Job:
         """Learn an adapter from ``data`` beside the requests; returns once the data is validated.
@@ -473,6 +475,10 @@ class LM(ABC):
             validation: held-out examples, as ``data``: their loss is in ``info().validations``.
             name: of the adapter: ``generate(..., adapter=name)`` uses it when the job is done.
             metadata: kept with the job.
+            program: parameters of this program are trained in place of an adapter, those that
+                ``train`` names; the result is a program with their values, whose hash is
+                ``info().fine_tuned_model``: ``run(hash, ...)`` or ``interventions=hash``.
+            blobs: the tensors that it names.
             hyperparameters: fields of :class:`invivo.lm_jobs.Hyperparameters`.
 
         Raises:
@@ -480,6 +486,8 @@ class LM(ABC):
             NotFound: there is no such file.
             Conflict: a job of this name has not ended.
         """
+        if program is not None:
+            hyperparameters |= self._program_of_job(program, blobs or {})
         return start_job(
             self.fine_tuning,
             data,
@@ -488,6 +496,10 @@ class LM(ABC):
             metadata=metadata,
             **hyperparameters,
         )
+
+    @abstractmethod
+    def _program_of_job(self, program: ProgramLike, blobs: Blobs) -> dict[str, Any]:
+        """The hyperparameters of a program in any of its forms; its tensors are stored."""
 
     def jobs(self) -> list[Job]:
         """All fine-tuning jobs, newest first."""
@@ -599,6 +611,8 @@ class LM(ABC):
         validation: Data | None = None,
         name: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        program: ProgramLike = None,
+        blobs: Blobs | None = None,
         **hyperparameters: Any,
     ) -> Job:
         return await asyncio.to_thread(
@@ -607,6 +621,8 @@ class LM(ABC):
             validation=validation,
             name=name,
             metadata=metadata,
+            program=program,
+            blobs=blobs,
             **hyperparameters,
         )
 

@@ -20,7 +20,7 @@ from invivo.table_data import examples_of, is_table, json_lines, table_name
 JobStatus = Literal[
     "validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"
 ]
-Method = Literal["lora", "ia3", "adapter", "prefix", "soft_prompt", "steering"]
+Method = Literal["lora", "ia3", "adapter", "prefix", "soft_prompt", "steering", "program"]
 ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled")
 SIZED: tuple[Method, ...] = ("lora", "adapter", "prefix", "soft_prompt")
 DEFAULT_SIZE = 16
@@ -52,7 +52,7 @@ class Hyperparameters:
     """What and how a job trains; every field has a default.
 
     Attributes:
-        method: kind of adapter.
+        method: kind of adapter, or ``program``: parameters of a program are trained instead.
         on: linear maps (lora, ia3: q, k, v, o, gate, up, down) or sites (adapter, steering:
             attn.out, mlp.out, resid.post ...); empty takes the method's usual places.
         r: rank (lora), width (adapter), number of virtual tokens (prefix, soft_prompt); None = 16.
@@ -81,6 +81,11 @@ class Hyperparameters:
             50 at most; 0 = only at the end.
         publish_every: steps after which the adapter is served as it then is; 0 = only at the end.
         share: weight of this job among those that run at the same time.
+        program: JSON data, or the hash of a stored program, whose parameters are trained.
+        train: names of those that are.
+        blobs: ids of the tensors that it names.
+        sparsity: times the distance of the trained masks and vectors from changing nothing, added
+            to the loss.
     """
 
     method: Method = "lora"
@@ -109,8 +114,13 @@ class Hyperparameters:
     validate_every: int | None = None
     publish_every: int = 0
     share: float = 1.0
+    program: Mapping[str, Any] | str | None = None
+    train: tuple[str, ...] = ()
+    blobs: Mapping[str, str] = field(default_factory=dict)
+    sparsity: float = 0.0
 
     def __post_init__(self) -> None:
+        self._check_program()
         if self.method not in get_args(Method):
             raise _refused("method", self.method, f"must be one of {', '.join(get_args(Method))}")
         if not isinstance(self.on, tuple) or not all(isinstance(place, str) for place in self.on):
@@ -148,6 +158,24 @@ class Hyperparameters:
             if not _is_number(getattr(self, name)):
                 raise _refused(name, getattr(self, name), "must be a number")
 
+    def _check_program(self) -> None:
+        if (self.method == "program") != (self.program is not None):
+            raise _refused(
+                "program",
+                None if self.program is None else "a program",
+                "goes with the method program, and that with it",
+            )
+        if not isinstance(self.train, tuple) or not all(isinstance(n, str) for n in self.train):
+            raise _refused("train", self.train, "must be a list of names")
+        if not isinstance(self.blobs, Mapping):
+            raise _refused("blobs", self.blobs, "must be ids by name")
+        if not _is_number(self.sparsity):
+            raise _refused("sparsity", self.sparsity, "must be a number")
+        if self.program is None and (self.train or self.blobs or self.sparsity):
+            raise _refused("program", None, "is missing: train, blobs and sparsity belong to one")
+        if self.program is not None and (self.on or self.layers is not None):
+            raise _refused("on", self.on, "places are named in the program", "Leave it out")
+
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Hyperparameters:
         """From keyword arguments or JSON; places and layers may be lists, or a text ("q,v").
@@ -169,7 +197,9 @@ class Hyperparameters:
         for name in ("n_epochs", "batch_size"):
             if plain.get(name) == "auto":
                 del plain[name]
-        for name, of_item in (("on", str), ("layers", int)):
+        if plain.get("program") is not None:
+            plain.setdefault("method", "program")
+        for name, of_item in (("on", str), ("layers", int), ("train", str)):
             value = plain.get(name)
             if isinstance(value, str):
                 try:
@@ -194,6 +224,7 @@ class Hyperparameters:
         """As JSON has it."""
         whole = asdict(self)
         whole["on"] = list(self.on)
+        whole["train"] = list(self.train)
         whole["layers"] = None if self.layers is None else list(self.layers)
         return whole
 

@@ -61,6 +61,7 @@ from invivo.marked_prompt import (
 from invivo.models.load import LoadedModel, load_model
 from invivo.models.sites import sites_of
 from invivo.passing_thread import in_passing_thread
+from invivo.program_body import program_of_job
 from invivo.program_result import Array, ProgramResult
 from invivo.programs import GivenProgram, Programs, as_array
 from invivo.sampling import CHAT_TOKENS, GENERATE_TOKENS, Asked, asked_of
@@ -340,6 +341,9 @@ class LocalLM(LM):
     def stored_program(self, name: str) -> dict[str, Any]:
         return self.programs.stored(name).to_dict()
 
+    def _program_of_job(self, program: ProgramLike, blobs: Blobs) -> dict[str, Any]:
+        return program_of_job(program, blobs, self.store_blob)
+
     def store_blob(self, value: Any) -> str:
         return self.programs.store_blob(value)
 
@@ -428,7 +432,9 @@ class LocalLM(LM):
                         remedy="Run: pip install 'invivo[serve]'",
                     ) from error
                 folder = self.state or default_state(self.model.name, self.model.fingerprint)
-                service = in_passing_thread(lambda: JobService(self.engine, self.model, folder))
+                service = in_passing_thread(
+                    lambda: JobService(self.engine, self.model, folder, self.programs)
+                )
                 self._services.append(service)
             return self._services[0]
 

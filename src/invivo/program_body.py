@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,26 @@ def program_body(program: Any) -> tuple[Any, dict[str, Array]]:
         given=type(program).__name__,
         remedy="Give JSON data, a Program, what the builder gives, or the hash of a stored one",
     )
+
+
+def program_of_job(
+    program: Any, blobs: Mapping[str, Any], store: Callable[[Any], str]
+) -> dict[str, Any]:
+    """The hyperparameters ``program`` and ``blobs`` of a fine-tuning job.
+
+    Args:
+        blobs: tensors, arrays, lists or ids by the names in the program.
+        store: keeps a tensor and gives its id.
+
+    Raises:
+        InvalidRequest: it is no program, or a value no tensor.
+    """
+    written, tensors = program_body(program)
+    ids = {
+        name: value.removeprefix("blob:") if isinstance(value, str) else store(value)
+        for name, value in {**tensors, **blobs}.items()
+    }
+    return {"program": written, "blobs": ids}
 
 
 def array_of(value: Any, field: str) -> Array:

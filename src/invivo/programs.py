@@ -223,6 +223,35 @@ class Programs:
         resolved = self._resolve(program, prompt, given.blobs, n_new)
         return Intervention(resolved, given.blobs, given.params)
 
+    def for_text(
+        self,
+        given: GivenProgram,
+        ids: Sequence[int],
+        n_prompt: int,
+        runs: Mapping[str, Sequence[int]],
+    ) -> ResolvedProgram:
+        """A program for a text of which all tokens are known.
+
+        Args:
+            n_prompt: how many of them are the prompt; the others count as generated.
+            runs: prompts of the program's other runs, where the text has its own.
+
+        Raises:
+            InvalidRequest, TooLarge: whatever is wrong with the program for this text.
+        """
+        program = given.program
+        for name in runs:
+            if name not in program.runs or program.runs[name].prompt is None:
+                raise InvalidRequest(
+                    "the program has no run of this name with a prompt of its own",
+                    field=f"runs.{name}",
+                )
+        own = {name: replace(program.runs[name], prompt=tuple(ids)) for name, ids in runs.items()}
+        program = replace(program, runs={**program.runs, **own})
+        return self._resolve(
+            program, MarkedPrompt(tuple(ids[:n_prompt])), given.blobs, 0, tuple(ids[n_prompt:])
+        )
+
     def n_tokens(self, intervention: Intervention) -> int:
         """Tokens that go through the whole model in all passes, nothing shared."""
         whole = cost(intervention.resolved)["token_layers"]
@@ -285,13 +314,21 @@ class Programs:
         return found
 
     def _resolve(
-        self, program: Program, prompt: MarkedPrompt, blobs: Blobs, n_new: int
+        self,
+        program: Program,
+        prompt: MarkedPrompt,
+        blobs: Blobs,
+        n_new: int,
+        following: tuple[int, ...] = (),
     ) -> ResolvedProgram:
+        """``following``: tokens behind the prompt that are known already."""
         names = _named_blobs(program.to_dict())
-        key = (program.hash, prompt.ids, prompt.sets, prompt.turns, n_new, blobs.hashes(names))
+        asked = (prompt.ids, prompt.sets, prompt.turns, n_new, following)
+        key = (program.hash, *asked, blobs.hashes(names))
 
         def make() -> ResolvedProgram:
-            prompts = {"main": self._text_of(prompt, n_new)}
+            text = self._text_of(prompt, n_new)
+            prompts = {"main": self._continued(text, following) if following else text}
             for name, run in program.runs.items():
                 if run.prompt is not None:
                     ids = (
@@ -318,6 +355,17 @@ class Programs:
         made = make()  # outside the lock: a large sweep takes a while
         with self._lock:
             return self._resolved.get(key, lambda: made)
+
+    def _continued(self, text: PromptText, following: tuple[int, ...]) -> PromptText:
+        """``text`` with known tokens behind it; no selector looks at their texts."""
+        end = len(text.text)
+        return replace(
+            text,
+            ids=text.ids + following,
+            texts=text.texts + tuple(self._detokenize([token]) for token in following),
+            offsets=text.offsets + ((end, end),) * len(following),
+            n_new=len(following),
+        )
 
     def _check_ids(self, ids: Sequence[int], field: str) -> None:
         most = self._model.config.vocab_size

@@ -33,7 +33,13 @@ from invivo.lm import (
     Sampling,
     ScoreItem,
 )
-from invivo.program_body import array_of, program_body, read_arrays, write_arrays
+from invivo.program_body import (
+    array_of,
+    program_body,
+    program_of_job,
+    read_arrays,
+    write_arrays,
+)
 from invivo.program_result import Array, ProgramResult, result_of
 from invivo.remote_jobs import RemoteJobs
 from invivo.transport import Transport
@@ -235,6 +241,9 @@ class RemoteLM(LM):
     def stored_program(self, name: str) -> dict[str, Any]:
         path = f"/v1/programs/{quote(name, safe='')}"
         return cast(dict[str, Any], self._http.wait(self._http.request("GET", path))["program"])
+
+    def _program_of_job(self, program: ProgramLike, blobs: Blobs) -> dict[str, Any]:
+        return program_of_job(program, blobs, self.store_blob)
 
     def store_blob(self, value: Any) -> str:
         sent = self._upload({"value": array_of(value, "value")}, lasting=True)

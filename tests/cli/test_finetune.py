@@ -224,3 +224,23 @@ def test_a_job_of_a_server_is_followed_paused_and_called_off(
     listed = invivo("jobs", "list", "--url", url, "--json").json()
     assert [job["name"] for job in listed] == ["mate"]
     assert "tiny-llama" in invivo("jobs", "list", "--url", url).out
+
+
+def test_a_program_is_trained_and_written_to_two_files(
+    invivo: Invivo, tiny: str, data: str, tmp_path: Path
+) -> None:
+    out, given = tmp_path / "vector", tmp_path / "steer.json"
+    steer = {
+        "params": {"v": {"shape": [32]}},
+        "steps": [{"at": "layers.1.resid.post", "do": "add", "v": {"param": "v"}}],
+    }
+    given.write_text(json.dumps(steer))
+    ran = invivo(
+        *("finetune", data, "-m", tiny, "--steps", "3", "--lr", "0.1", "--program", str(given)),
+        *("--train", "v", "--out", str(out)),
+    )
+    assert ran.code == 0, ran.err
+    made = f"{out}/program.json --blob v={out}/program.safetensors:v"
+    assert f"invivo look -m {tiny} PROMPT --program {made}" in ran.err
+    looked = invivo("look", "hello", "-m", tiny, "--program", *made.split(), "--json")
+    assert looked.code == 0, looked.err

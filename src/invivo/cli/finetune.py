@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from invivo.cli import options
+from invivo.cli import options, programs
 from invivo.cli.output import examples, note, print_json
 from invivo.errors import Conflict, InvalidRequest, InvivoError, NotFound
 
@@ -29,6 +30,8 @@ EXAMPLES = examples(
     'A line of chats.jsonl: {"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": ...}',
 )
 ALONE_MS = 1000.0
+PROGRAM_FILES = ("program.json", "program.safetensors")
+_BLOB = re.compile(r"blob:sha256:[0-9a-f]{64}")
 STATE = "job"  # folder within --out of what resuming needs
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -76,6 +79,30 @@ def finetune(
         typer.Option(
             "--method",
             help="lora (default), ia3, adapter, prefix, soft_prompt, steering.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    program: Annotated[
+        Path | None,
+        typer.Option(
+            "--program",
+            "-p",
+            help="Train parameters of this program (YAML or JSON) in place of an adapter.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            "--train", help="Those of --program to train, with commas.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    blob: programs.Blobs = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            "--sparsity",
+            help="What it costs that masks and vectors of --program change anything. 0.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -174,6 +201,10 @@ def finetune(
 
     given = {
         "method": method,
+        "program": None if program is None else programs.read_program(program, [], None),
+        "train": train,
+        "blobs": programs.read_blobs(blob) or None,
+        "sparsity": sparsity,
         "on": on,
         "r": r,
         "alpha": alpha,
@@ -225,7 +256,9 @@ def finetune(
             else:
                 job = lm.finetune(source, name=name or _name_of(out.resolve()), **asked)
             info = _watched_here(job, out, model, quiet=as_json)
-        if info.status == "succeeded":
+            if info.status == "succeeded" and _is_program(info):
+                _put_program_out(lm, out, info)
+        if info.status == "succeeded" and not _is_program(info):
             _put_out(out, info.name)
     if as_json:
         print_json(asdict(info) | ({} if out is None else {"adapter": str(out)}))
@@ -318,6 +351,30 @@ def _put_out(out: Path, name: str) -> None:
         shutil.copyfile(out / STATE / "adapters" / name / file, out / file)
 
 
+def _is_program(info: JobInfo) -> bool:
+    return info.hyperparameters["method"] == "program"
+
+
+def _put_program_out(lm: LM, out: Path, info: JobInfo) -> None:
+    """The trained program as two files: its JSON, and the tensors by the names in it."""
+    from safetensors.numpy import save_file
+
+    assert info.fine_tuned_model is not None
+    text = json.dumps(lm.stored_program(info.fine_tuned_model), indent=1)
+    params = lm.stored_program(info.fine_tuned_model)["params"]
+    names = {
+        param["init"]: name for name, param in params.items() if isinstance(param["init"], str)
+    }
+    for number, other in enumerate(sorted(set(_BLOB.findall(text)) - set(names))):
+        names[other] = f"tensor{number}"
+    tensors = {}
+    for place, name in names.items():
+        tensors[name] = lm.stored_blob(place.removeprefix("blob:"))
+        text = text.replace(place, f"blob:{name}")
+    (out / PROGRAM_FILES[0]).write_text(text + "\n", encoding="utf-8")
+    save_file(tensors, out / PROGRAM_FILES[1])
+
+
 def losses_shown(losses: list[float | None]) -> str:
     """The first and the last."""
     first, last = ("-" if loss is None else f"{loss:.4f}" for loss in (losses[0], losses[-1]))
@@ -331,9 +388,21 @@ def _tell_done(info: JobInfo, out: Path | None, model: str | None, url: str | No
         note(f"held-out loss: {losses_shown([one.loss for one in info.validations])}")
     if out is None:
         sys.stdout.write(f"{info.fine_tuned_model}\n")
+        if _is_program(info):
+            note(
+                "it stands for the program with its trained values wherever a program is asked for"
+            )
+            return
         note(f"try it: invivo chat --url {url} --use {info.name}")
         return
     sys.stdout.write(f"{out}\n")
+    if _is_program(info):
+        program, tensors = (out / name for name in PROGRAM_FILES)
+        given = "".join(
+            f" --blob {name}={tensors}:{name}" for name in info.hyperparameters["train"]
+        )
+        note(f"try it: invivo look{_model_option(model)} PROMPT --program {program}{given}")
+        return
     note(f"try it: invivo chat{_model_option(model)} --adapter {info.name}={out} --use {info.name}")
 
 

@@ -74,6 +74,10 @@ class Blobs:
             )
         return self._tensors[name]
 
+    def names(self) -> list[str]:
+        """Under which tensors were handed in, in order."""
+        return sorted(name for name, digest in self._hashes.items() if name != digest)
+
     def digest(self) -> tuple[tuple[str, str], ...]:
         """Names and content hashes of all tensors."""
         return tuple(sorted(self._hashes.items()))

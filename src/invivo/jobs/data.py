@@ -47,8 +47,11 @@ class TrainingData:
         if self._n_texts is not None and self._at >= self._n_texts:
             return None
         epoch, index = divmod(self._at, len(self._examples))
-        example = int(self._order(epoch)[index])
         self._at += 1
+        return self.text(int(self._order(epoch)[index]))
+
+    def text(self, example: int) -> Text:
+        """The example of this number."""
         examples = self._examples
         start, stop = int(examples.starts[example]), int(examples.starts[example + 1])
         tokens = examples.tokens[start:stop]

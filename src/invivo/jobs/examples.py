@@ -44,12 +44,14 @@ class Examples:
         learned: [N] bool, whether the token is predicted with a loss.
         starts: [n + 1] int64, example i is tokens[starts[i] : starts[i + 1]].
         n_truncated: examples that were cut off.
+        runs: prompts of other runs of each example, as token ids; empty where there are none.
     """
 
     tokens: NDArray[np.int32]
     learned: NDArray[np.bool_]
     starts: NDArray[np.int64]
     n_truncated: int = 0
+    runs: tuple[Mapping[str, tuple[int, ...]], ...] = ()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -60,6 +62,8 @@ class Examples:
         told = hashlib.sha256()
         for part in (self.tokens, self.learned, self.starts):
             told.update(np.ascontiguousarray(part).tobytes())
+        if self.runs:
+            told.update(repr([sorted(runs.items()) for runs in self.runs]).encode())
         return told.hexdigest()[:16]
 
 
@@ -122,6 +126,7 @@ class ExampleReader:
                 for tokens, learned in self._encoded(record):
                     n_truncated += len(tokens) > self._longest
                     gathered.add(*self._fitting(tokens, learned))
+                    gathered.runs.append(self._runs(record))
             except BadLine as problem:
                 problems.append(problem.at(number))
             except InvivoError as error:  # the chat template refuses the messages
@@ -151,6 +156,13 @@ class ExampleReader:
                 "Leave it out, or shorten what stands before the answer",
             )
         return tokens, learned
+
+    def _runs(self, record: Record) -> Mapping[str, tuple[int, ...]]:
+        given = record.runs if isinstance(record, Completed) else {}
+        return {
+            name: tuple(self._tokenizer.encode(text, add_special_tokens=True).ids)
+            for name, text in given.items()
+        }
 
     def _encoded(self, record: Record) -> Iterator[tuple[list[int], list[bool]]]:
         if isinstance(record, Chat):
@@ -244,6 +256,7 @@ class _Gathered:
     tokens: array[int] = field(default_factory=lambda: array("i"))
     learned: bytearray = field(default_factory=bytearray)
     starts: list[int] = field(default_factory=lambda: [0])
+    runs: list[Mapping[str, tuple[int, ...]]] = field(default_factory=list)
 
     def add(self, tokens: Sequence[int], learned: Sequence[bool]) -> None:
         self.tokens.extend(tokens)
@@ -258,6 +271,7 @@ class _Gathered:
             np.frombuffer(bytes(self.learned), np.bool_),
             np.array(self.starts, np.int64),
             n_truncated,
+            tuple(self.runs) if any(self.runs) else (),
         )
 
 

@@ -1,15 +1,16 @@
 """Training data as it is written: one JSON object a line, or a plain text.
 
 A line is a conversation (``messages``, and ``tools`` if any), a ``prompt`` with its
-``completion``, or a ``text``. Other fields of a line are passed over. An assistant's message may
-have a ``weight`` of 0 (it is context only) or 1, as in OpenAI's format.
+``completion``, or a ``text``. A prompt with its completion may have ``runs``: other prompts by the
+names that the job's program gives them. Other fields of a line are passed over. An assistant's
+message may have a ``weight`` of 0 (it is context only) or 1, as in OpenAI's format.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
@@ -72,10 +73,11 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """A prompt and the continuation to learn."""
+    """A prompt and the continuation to learn; ``runs``: prompts of other runs by name."""
 
     prompt: str
     completion: str
+    runs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ def parse_record(value: Any) -> Record:
         completion = _text(value, "completion")
         if not completion:
             raise BadLine("completion", "is empty, so there is nothing to learn")
-        return Completed(_text(value, "prompt"), completion)
+        return Completed(_text(value, "prompt"), completion, _runs(value))
     if "text" in value:
         text = _text(value, "text")
         if not text:
@@ -156,6 +158,13 @@ def _text(value: Mapping[str, Any], name: str) -> str:
     if name not in value:
         raise BadLine(name, "is missing")
     return _unicode(value[name], name)
+
+
+def _runs(value: Mapping[str, Any]) -> dict[str, str]:
+    given = value.get("runs") or {}
+    if not isinstance(given, Mapping):
+        raise BadLine("runs", "must be prompts by the name of their run", given)
+    return {str(name): _unicode(text, f"runs.{name}") for name, text in given.items()}
 
 
 def _unicode(text: Any, place: str) -> str:

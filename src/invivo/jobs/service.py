@@ -29,6 +29,7 @@ from invivo.engine.checkpoint import step_of
 from invivo.engine.engine import Engine
 from invivo.engine.finetune import JobHandle
 from invivo.engine.job_spec import JobSpec
+from invivo.engine.trained_program import ProgramParameters, check_trained
 from invivo.errors import (
     Conflict,
     InvalidRequest,
@@ -38,8 +39,16 @@ from invivo.errors import (
     Unavailable,
 )
 from invivo.jobs.data import TrainingData, steps_and_texts
-from invivo.jobs.examples import PIECE, ExampleReader, Interrupted, longest_example
+from invivo.jobs.examples import PIECE, ExampleReader, Examples, Interrupted, longest_example
 from invivo.jobs.folder import JobFolder, already_ended
+from invivo.jobs.program_jobs import (
+    ProgramData,
+    given_program,
+    keep_result,
+    keep_tensors,
+    program_spec,
+    result_of,
+)
 from invivo.jobs.records import InvalidData
 from invivo.lm_jobs import (
     BAD_FILE,
@@ -55,6 +64,7 @@ from invivo.lm_jobs import (
 )
 from invivo.models.load import LoadedModel
 from invivo.passing_thread import in_passing_thread
+from invivo.programs import GivenProgram, Programs
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +87,8 @@ class Live:
     Attributes:
         done: (time, tokens trained) of the latest steps.
         checkpoint: the newest that was written or gone on from.
+        given: the program whose parameters it trains, for ``owner``.
+        result: hash of the program with the values last published.
     """
 
     job_id: str
@@ -85,6 +97,9 @@ class Live:
     data: TrainingData
     n_texts: int
     validation: TrainingData | None = None
+    given: GivenProgram | None = None
+    owner: str = ""
+    result: str | None = None
     handle: JobHandle | None = None
     done: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RATE_OVER))
     checkpoint: Path | None = None
@@ -100,14 +115,18 @@ class JobService(JobFolder):
         engine: that trains; running, or stepped by the caller.
         model: that it serves.
         folder: of these jobs; made if missing.
+        programs: where jobs that train a program find it, and put what they have learned.
 
     Raises:
         Conflict: another process holds the folder, or it holds jobs of another model.
         InvalidRequest: the folder cannot be used.
     """
 
-    def __init__(self, engine: Engine, model: LoadedModel, folder: Path) -> None:
+    def __init__(
+        self, engine: Engine, model: LoadedModel, folder: Path, programs: Programs | None = None
+    ) -> None:
         super().__init__(folder)
+        self._programs = programs
         try:
             owner = self.store.about("model", model.fingerprint)
             if owner != model.fingerprint:
@@ -135,6 +154,7 @@ class JobService(JobFolder):
         self._recorder = threading.Thread(target=self._record, name="invivo-record", daemon=True)
         self._recorder.start()
         self._load_adapters()
+        self._load_results()
         engine.adapters.finder = self.checkpoint_folder_of
         for info in self.store.unfinished():
             if info.status == "running":
@@ -173,8 +193,20 @@ class JobService(JobFolder):
             Conflict: a job of this name has not ended.
         """
         asked = request.hyperparameters
-        spec = self._spec("check", asked, 1)
-        checked = checked_specs(self._model.config, spec.bypasses)
+        given: GivenProgram | None = None
+        shown = asked.as_dict()
+        if asked.program is not None:
+            given = given_program(self._with_programs(), asked, request.owner)
+            # A stored program may be forgotten; the job keeps it.
+            shown |= {"program": given.program.to_dict(), "blobs": {}}
+        spec = self._spec("check", asked, 1, given)
+        if spec.program is not None:
+            config = self._model.config
+            check_trained(spec.program, config, weight_decay=spec.weight_decay)
+            ProgramParameters(spec.program, config, self._model.decoder.embed)  # their start values
+        else:
+            checked = checked_specs(self._model.config, spec.bypasses)
+            shown |= {"on": list(checked[0].on), "r": asked.size or None}
         self._check_size(asked, spec)
         longest_example(asked.max_length, self._can_train(spec))
         file = self._usable(request.training_file, "training_file")
@@ -186,7 +218,6 @@ class JobService(JobFolder):
                 "validation_content": self.store.content_of(other.id),
                 "validation_filename": other.filename,
             }
-        shown = asked.as_dict() | {"on": list(checked[0].on), "r": asked.size or None}
         with self._lock:
             names = {info.name for info in self.store.unfinished()}
             name = request.name or _made_up(names | self._names_in_use())
@@ -208,9 +239,16 @@ class JobService(JobFolder):
                 owner=request.owner,
                 **held_out,
             )
+        if given is not None:
+            keep_tensors(given, self.checkpoint_folder(info.id))
         self.store.add_event(info.id, f"Created: the file {file.filename} is being validated")
         self._prepare_later(info.id)
         return info
+
+    def _with_programs(self) -> Programs:
+        if self._programs is None:
+            raise InvalidRequest("programs are not trained here", field="program")
+        return self._programs
 
     def _usable(self, file_id: str, field: str) -> FileInfo:
         """The file of examples that ``field`` names."""
@@ -343,7 +381,13 @@ class JobService(JobFolder):
             if info.status not in ("validating_files", "queued") or job_id in self._live:
                 return
         asked = _asked(info)
-        longest = longest_example(asked.max_length, self._can_train(self._spec("check", asked, 1)))
+        given: GivenProgram | None = None
+        if asked.program is not None:
+            folder = self.checkpoint_folder(job_id)
+            given = given_program(self._with_programs(), asked, info.owner, folder)
+        longest = longest_example(
+            asked.max_length, self._can_train(self._spec("check", asked, 1, given))
+        )
         reader = ExampleReader(
             self._model.tokenizer,
             self._model.config.eos_token_ids,
@@ -354,12 +398,13 @@ class JobService(JobFolder):
         content, filename = self.store.data_of(job_id)
         piece = PIECE if asked.max_length is None else asked.max_length
         examples = reader.read(self.folder / "files" / content, filename, piece)
-        validation = self._held_out(job_id, reader, piece)
+        validation = self._held_out(job_id, reader, piece, given)
         n_steps, n_texts = steps_and_texts(
             len(examples), n_epochs=asked.n_epochs, steps=asked.steps, batch_size=asked.batch_size
         )
-        spec = self._spec(info.name, asked, n_steps)
-        data = TrainingData(examples, seed=asked.seed, shuffle=asked.shuffle, n_texts=n_texts)
+        spec = self._spec(info.name, asked, n_steps, given)
+        order = {"seed": asked.seed, "shuffle": asked.shuffle, "n_texts": n_texts}
+        data = self._data(examples, given, **order)
         live = Live(
             job_id,
             info.name,
@@ -367,6 +412,8 @@ class JobService(JobFolder):
             data,
             n_steps * asked.batch_size if n_texts is None else n_texts,
             validation,
+            given,
+            info.owner,
         )
         if info.status == "validating_files":
             tokens = len(examples.tokens)
@@ -394,7 +441,16 @@ class JobService(JobFolder):
             self._live[job_id] = live
             self._waiting.append(live)
 
-    def _held_out(self, job_id: str, reader: ExampleReader, piece: int) -> TrainingData | None:
+    def _data(self, examples: Examples, given: GivenProgram | None, **order: Any) -> TrainingData:
+        if given is None:
+            return TrainingData(examples, **order)
+        data = ProgramData(examples, given, self._with_programs(), **order)
+        data.check()
+        return data
+
+    def _held_out(
+        self, job_id: str, reader: ExampleReader, piece: int, given: GivenProgram | None
+    ) -> TrainingData | None:
         """The examples of the job's validation file, in the order of the file."""
         file = self.store.validation_of(job_id)
         if file is None:
@@ -404,7 +460,7 @@ class JobService(JobFolder):
             examples = reader.read(self.folder / "files" / content, filename, piece)
         except InvalidData as error:
             raise InvalidData(error.problems, "validation_file") from None
-        return TrainingData(examples, seed=0, shuffle=False, n_texts=len(examples))
+        return self._data(examples, given, seed=0, shuffle=False, n_texts=len(examples))
 
     def _start_waiting(self) -> None:
         """Hand jobs to the engine, first come first served, as long as it takes them."""
@@ -434,7 +490,9 @@ class JobService(JobFolder):
             live.spec, live.data, partial(self._hear, live), folder, validation=live.validation
         )
 
-    def _spec(self, name: str, asked: Hyperparameters, n_steps: int) -> JobSpec:
+    def _spec(
+        self, name: str, asked: Hyperparameters, n_steps: int, given: GivenProgram | None
+    ) -> JobSpec:
         often = min(50, math.ceil(n_steps / 10))
         save, validate = (
             often if every is None else every
@@ -442,17 +500,8 @@ class JobService(JobFolder):
         )
         return JobSpec(
             name=name,
-            bypasses=(
-                BypassSpec(
-                    asked.method,
-                    asked.on,
-                    asked.size,
-                    asked.layers,
-                    asked.alpha,
-                    asked.rank_stabilized,
-                    asked.activation,
-                ),
-            ),
+            bypasses=_bypasses(asked),
+            program=None if given is None else program_spec(given, asked),
             steps=n_steps,
             learning_rate=asked.learning_rate,
             schedule=asked.schedule,
@@ -500,10 +549,24 @@ class JobService(JobFolder):
         with self._changed:
             self._changed.notify_all()
 
+    def _load_results(self) -> None:
+        """Keep again what earlier jobs have made of programs, which may have lain in memory."""
+        for info in self.store.succeeded():
+            kept = self.store.checkpoints(info.id, 1, None)
+            if info.hyperparameters.get("program") is None or self._programs is None or not kept:
+                continue
+            try:
+                folder = self.checkpoint_folder(info.id)
+                given = given_program(self._programs, _asked(info), info.owner, folder)
+                keep_result(self._programs, given, result_of(Path(kept[0].path)), info.owner)
+            except (InvivoError, OSError) as error:
+                log.warning("what the job %s has trained cannot be kept: %s", info.id, error)
+
     def _load_adapters(self) -> None:
         """Serve what earlier jobs have made, unless something of that name is there."""
         taken = {adapter.name for adapter in self._engine.adapters.list()}
-        for info in {info.name: info for info in self.store.succeeded()}.values():
+        done = [info for info in self.store.succeeded() if not info.hyperparameters.get("program")]
+        for info in {info.name: info for info in done}.values():
             if info.name in taken:
                 continue
             folder = self.adapter_folder(info.name)
@@ -544,6 +607,11 @@ class JobService(JobFolder):
         elif kind == "validation":
             self._validated(live, event)
         elif kind == "published":
+            if live.given is not None:
+                programs = self._with_programs()
+                live.result = keep_result(programs, live.given, event["values"], live.owner)
+                self._tell(live, event, f"The values of step {step} are in {live.result}")
+                return
             served = f"{self._base_name}:{live.name}"
             self._tell(live, event, f"Served as {served}, version {event['version']}")
         elif kind == "checkpoint":
@@ -634,15 +702,22 @@ class JobService(JobFolder):
             return
         self._write_results(job_id)
         if kind == "succeeded":
-            self._export(live)
+            result = f"{self._base_name}:{live.name}" if live.given is None else live.result
+            if result is None:
+                message = "the trained values could not be kept among the stored programs"
+                self._fail(job_id, "result_not_kept", message, None)
+                self._later(self._start_waiting)
+                return
+            if live.given is None:
+                self._export(live)
             self.store.set_job(
                 job_id,
                 status="succeeded",
                 finished=event["time"],
-                fine_tuned_model=f"{self._base_name}:{live.name}",
+                fine_tuned_model=result,
                 error=None,
             )
-            self._tell(live, event, f"Succeeded: served as {self._base_name}:{live.name}")
+            self._tell(live, event, f"Succeeded: served as {result}")
         elif kind == "cancelled":
             self.store.set_job(job_id, status="cancelled", finished=event["time"])
             self._tell(live, event, "Cancelled")
@@ -693,13 +768,29 @@ class JobService(JobFolder):
 
 def _told(event: dict[str, Any]) -> dict[str, Any]:
     """What the engine says, without what the record has anyway and without folders."""
-    left_out = ("event", "job", "time", "path", "from")
+    left_out = ("event", "job", "time", "path", "from", "values")
     return {key: value for key, value in event.items() if key not in left_out}
 
 
 def _asked(info: JobInfo) -> Hyperparameters:
     """As they were when the job was created: what has been chosen since gives the same again."""
     return Hyperparameters.of(info.hyperparameters)
+
+
+def _bypasses(asked: Hyperparameters) -> tuple[BypassSpec, ...]:
+    if asked.method == "program":
+        return ()
+    return (
+        BypassSpec(
+            asked.method,
+            asked.on,
+            asked.size,
+            asked.layers,
+            asked.alpha,
+            asked.rank_stabilized,
+            asked.activation,
+        ),
+    )
 
 
 def _made_up(taken: set[str]) -> str:

@@ -228,7 +228,7 @@ def _job(services: Services, info: JobInfo) -> FineTuningJob:
         created_at=info.created_at,
         finished_at=info.finished_at,
         model=base,
-        fine_tuned_model=None if info.fine_tuned_model is None else f"{base}:{info.name}",
+        fine_tuned_model=_result(info, base),
         status=info.status,
         hyperparameters=shown,
         method=JobMethod(type="supervised", supervised=Supervised(hyperparameters=shown)),
@@ -255,6 +255,12 @@ def _job(services: Services, info: JobInfo) -> FineTuningJob:
         ],
         tokens_per_second=info.tokens_per_second,
     )
+
+
+def _result(info: JobInfo, base: str) -> str | None:
+    """``base:name``, or the hash of the program that was trained."""
+    made = info.fine_tuned_model
+    return f"{base}:{info.name}" if made and info.hyperparameters["method"] != "program" else made
 
 
 def _event(event: Event) -> JobEvent:

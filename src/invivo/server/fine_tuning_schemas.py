@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from invivo.server.schemas import ADAPTER_NAME, ModelName, Strict
+from invivo.server.schemas import ADAPTER_NAME, BlobNames, ModelName, ProgramData, Strict
 
 MAX_STEPS = 10_000_000
 _EXT = " (extension)"
@@ -29,9 +29,9 @@ class HyperparametersBody(Strict):
     learning_rate: Annotated[float, Field(gt=0, le=1e3)] | None = Field(
         None, description="The highest of the schedule" + _EXT
     )
-    method: Literal["lora", "ia3", "adapter", "prefix", "soft_prompt", "steering"] | None = Field(
-        None, description="Kind of adapter" + _EXT
-    )
+    method: (
+        Literal["lora", "ia3", "adapter", "prefix", "soft_prompt", "steering", "program"] | None
+    ) = Field(None, description="Kind of adapter; program: see there" + _EXT)
     on: Annotated[list[_Place], Field(max_length=64)] | None = Field(
         None,
         description="Linear maps (lora, ia3: q, k, v, o, gate, up, down) or sites (adapter, "
@@ -99,6 +99,20 @@ class HyperparametersBody(Strict):
     )
     share: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="Weight of this job among those that run at the same time" + _EXT
+    )
+    program: ProgramData | None = Field(
+        None,
+        description="Parameters of this program are trained (docs/interventions.md), in place of "
+        "an adapter; fine_tuned_model is then the hash of a program with their values" + _EXT,
+    )
+    train: Annotated[list[_Place], Field(max_length=256)] | None = Field(
+        None, description="Names of the program's parameters that are trained" + _EXT
+    )
+    blobs: BlobNames | None = None
+    sparsity: Annotated[float, Field(ge=0, le=1e9)] | None = Field(
+        None,
+        description="Times the distance of trained masks and vectors from changing nothing, added "
+        "to the loss" + _EXT,
     )
 
     @model_validator(mode="after")
