@@ -6,6 +6,8 @@ is what is read, so that no data set's own loading code or format matters.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from invivo.errors import Forbidden, InvalidRequest, NotFound, Unavailable
@@ -31,7 +33,7 @@ def hub_files(source: Source, where: str) -> list[SourceFile]:
         Forbidden: it stands behind an agreement.
         Unavailable: the Hub cannot be reached and the data set is not in its cache.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -42,8 +44,11 @@ def hub_files(source: Source, where: str) -> list[SourceFile]:
     )
 
     assert source.hub is not None
-    pattern = "*.parquet" if source.subset is None else f"{source.subset}/*.parquet"
     try:
+        pattern = "*.parquet"  # without a network: whatever is in the cache
+        with contextlib.suppress(OfflineModeIsEnabled, LocalEntryNotFoundError):
+            names = list_repo_files(source.hub, repo_type="dataset", revision=_TABLES)
+            pattern = f"{_subset(names, source, where)}/*.parquet"
         folder = snapshot_download(
             source.hub, repo_type="dataset", revision=_TABLES, allow_patterns=[pattern]
         )
@@ -70,23 +75,33 @@ def hub_files(source: Source, where: str) -> list[SourceFile]:
     return _tables(Path(folder), source, where)
 
 
-def _tables(folder: Path, source: Source, where: str) -> list[SourceFile]:
-    paths = sorted(p.relative_to(folder) for p in folder.rglob("*.parquet"))
-    subsets = sorted({path.parts[0] for path in paths if len(path.parts) > 1})
-    subset = source.subset or ("default" if "default" in subsets else None)
-    if subset is None and len(subsets) == 1:
-        subset = subsets[0]
-    if subset not in subsets:
+def _subset(names: Iterable[str], source: Source, where: str) -> str:
+    """Which of the subsets that these files belong to is meant.
+
+    Raises:
+        InvalidRequest: none of them, or any of several.
+    """
+    parts = (PurePosixPath(name).parts for name in names if name.endswith(".parquet"))
+    subsets = sorted({part[0] for part in parts if len(part) > 1})
+    chosen = source.subset or ("default" if "default" in subsets else None)
+    if chosen is None and len(subsets) == 1:
+        chosen = subsets[0]
+    if chosen is None or chosen not in subsets:
         raise InvalidRequest(
             "is not a subset of this data set" if source.subset else "name one of the subsets",
             field=f"{where}.subset",
             given=source.subset,
             remedy=f"There are: {', '.join(subsets)}" if subsets else None,
         )
+    return chosen
+
+
+def _tables(folder: Path, source: Source, where: str) -> list[SourceFile]:
+    paths = sorted(PurePosixPath(p.relative_to(folder)) for p in folder.rglob("*.parquet"))
+    subset = _subset(map(str, paths), source, where)
     chosen = [path for path in paths if path.parts[0] == subset]
     return [
-        SourceFile(folder / path, source.column, source.split or _split(PurePosixPath(path)))
-        for path in chosen
+        SourceFile(folder / path, source.column, source.split or _split(path)) for path in chosen
     ]
 
 
