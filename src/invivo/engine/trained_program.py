@@ -4,7 +4,7 @@ A parameter is what a program declares under ``params``: the weight of a ``lerp`
 vector of an ``add`` (steering), the coordinates of a ``set_coords``, the basis of a low-rank
 operation (a rotation), any other number that an operation takes. What an optimizer changes are
 *masters*. Those of a basis are unconstrained numbers behind torch's orthogonal parametrisation
-(Householder reflections; Mathiasen et al., 2020), all others are the values themselves.
+(``torch.nn.utils.parametrizations.orthogonal``, Householder), all others are the values.
 """
 
 from __future__ import annotations
