@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -35,7 +36,8 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: list(names))
+        info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: info)
         return asked
 
     return put
@@ -98,7 +100,7 @@ def test_without_a_network_the_cache_is_read(
         raise OfflineModeIsEnabled("no network")
 
     asked = serve("default/train/0000.parquet")
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
     assert found(tmp_path) == [("default/train/0000.parquet", "train")]
     assert asked[0]["allow_patterns"] == ["*.parquet"]
 
@@ -108,6 +110,6 @@ def test_without_a_network_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
     with pytest.raises(Unavailable, match=r"data\.sources\[0\]\.hub: is not on this machine"):
         find_files([Source(hub="owner/name")])

@@ -6,7 +6,6 @@ is what is read, so that no data set's own loading code or format matters.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -33,7 +32,7 @@ def hub_files(source: Source, where: str) -> list[SourceFile]:
         Forbidden: it stands behind an agreement.
         Unavailable: the Hub cannot be reached and the data set is not in its cache.
     """
-    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -44,11 +43,9 @@ def hub_files(source: Source, where: str) -> list[SourceFile]:
     )
 
     assert source.hub is not None
+    names = _listed(source.hub)
+    pattern = "*.parquet" if names is None else f"{_subset(names, source, where)}/*.parquet"
     try:
-        pattern = "*.parquet"  # without a network: whatever is in the cache
-        with contextlib.suppress(OfflineModeIsEnabled, LocalEntryNotFoundError):
-            names = list_repo_files(source.hub, repo_type="dataset", revision=_TABLES)
-            pattern = f"{_subset(names, source, where)}/*.parquet"
         folder = snapshot_download(
             source.hub, repo_type="dataset", revision=_TABLES, allow_patterns=[pattern]
         )
@@ -73,6 +70,17 @@ def hub_files(source: Source, where: str) -> list[SourceFile]:
             remedy="Check the network, or give the files' path",
         ) from error
     return _tables(Path(folder), source, where)
+
+
+def _listed(name: str) -> list[str] | None:
+    """All files of the data set; None where the Hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().dataset_info(name, revision=_TABLES, timeout=20)
+    except Exception:  # whatever it is, the download meets it too, or finds all in the cache
+        return None
+    return [file.rfilename for file in found.siblings or []]
 
 
 def _subset(names: Iterable[str], source: Source, where: str) -> str:
