@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,10 +20,17 @@ from invivo.kernels.linear import pack
     rows=st.integers(1, 20),
     softcap=st.sampled_from([None, 2.0]),
     weighted=st.booleans(),
+    every_row=st.booleans(),
     seed=st.integers(0, 10_000),
 )
 def test_pieces_give_what_all_logits_give(
-    n_rows: int, vocabulary: int, rows: int, softcap: float | None, weighted: bool, seed: int
+    n_rows: int,
+    vocabulary: int,
+    rows: int,
+    softcap: float | None,
+    weighted: bool,
+    every_row: bool,
+    seed: int,
 ) -> None:
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n_rows, 6, generator=rng, dtype=torch.float64)
@@ -29,14 +38,12 @@ def test_pieces_give_what_all_logits_give(
     labels = torch.randint(vocabulary, (n_rows,), generator=rng)
     labels[torch.rand(n_rows, generator=rng) < 0.4] = IGNORED
     weights = torch.rand(n_rows, generator=rng, dtype=torch.float64) if weighted else None
-    wanted = cross_entropy_reference(
-        hidden, head, labels, weights, softcap=softcap, want_logprobs=True
-    )
-    got = cross_entropy(
-        hidden, head, labels, weights, softcap=softcap, want_logprobs=True, rows=rows
-    )
+    asked: dict[str, Any] = {"softcap": softcap, "want_logprobs": True, "want_head_grad": True}
+    wanted = cross_entropy_reference(hidden, head, labels, weights, **asked)
+    got = cross_entropy(hidden, head, labels, weights, every_row=every_row, rows=rows, **asked)
     torch.testing.assert_close(got.loss, wanted.loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got.d_hidden, wanted.d_hidden, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(got.d_head, wanted.d_head, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(got.logprobs, wanted.logprobs, rtol=1e-11, atol=1e-12)
     assert int(got.n_labels) == int(wanted.n_labels) == int((labels != IGNORED).sum())
 

@@ -7,6 +7,7 @@ piece of logits exists; rows without a label cost nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,7 @@ def cross_entropy_reference(
     want_grad: bool = True,
     want_logprobs: bool = False,
     want_head_grad: bool = False,
+    every_row: bool = False,
     packed: torch.Tensor | None = None,
     rows: int | None = None,
 ) -> CrossEntropy:
@@ -67,6 +69,8 @@ def cross_entropy_reference(
         want_grad: whether the gradient is computed.
         want_logprobs: whether log-probabilities are returned.
         want_head_grad: whether the gradient by ``head`` is computed too; needs ``want_grad``.
+        every_row: also compute rows without a label, so that the host need not wait to learn which
+            they are; not used here.
         packed: of ``head``, see :func:`invivo.kernels.linear.pack`; not used here.
         rows: how many rows at a time; not used here.
     """
@@ -104,14 +108,14 @@ def cross_entropy(
     want_grad: bool = True,
     want_logprobs: bool = False,
     want_head_grad: bool = False,
+    every_row: bool = False,
     packed: torch.Tensor | None = None,
     rows: int | None = None,
 ) -> CrossEntropy:
-    """:func:`cross_entropy_reference`, ``rows`` labelled rows at a time (None: by memory)."""
+    """:func:`cross_entropy_reference`, ``rows`` rows at a time (None: by memory)."""
     assert want_grad or not want_head_grad, "the gradient by the head comes with the other"
     wide = _wide(hidden)
     hidden, head = hidden.detach(), head.detach()
-    at = torch.nonzero(labels != IGNORED).squeeze(1)
     fast = runs_triton(hidden)
     if rows is None:
         rows = _piece_rows(head.shape[0], hidden.element_size() if fast else wide.itemsize, fast)
@@ -122,12 +126,20 @@ def cross_entropy(
     logprobs = None
     if want_logprobs:
         logprobs = torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device)
+    labelled = labels != IGNORED
+    pieces: Sequence[torch.Tensor | slice]
+    if every_row:
+        weights = labelled.to(wide) if weights is None else weights.where(labelled, 0.0)
+        labels = labels.where(labelled, 0)
+        pieces = [slice(i, i + rows) for i in range(0, hidden.shape[0], rows)]
+    else:
+        pieces = torch.nonzero(labelled).squeeze(1).split(rows)
     with torch.no_grad():
-        for piece in at.split(rows):
+        for piece in pieces:
             target = labels[piece]
             weight = None if weights is None else weights[piece].to(wide)
             logits = linear(hidden[piece], head, packed=packed)
-            n_correct += (logits.argmax(-1) == target).sum()
+            n_correct += (labelled[piece] & (logits.argmax(-1) == target)).sum()
             if fast:
                 from invivo.kernels.triton_cross_entropy import label_logprobs_triton
 
@@ -165,8 +177,9 @@ def cross_entropy(
             d_hidden[piece] = grad @ head
             if d_head is not None:
                 d_head += grad.T @ hidden[piece]
-    n_labels = torch.tensor(at.shape[0], device=hidden.device)
-    return CrossEntropy(loss, n_labels, n_correct, d_hidden, logprobs, d_head)
+    if logprobs is not None and every_row:
+        logprobs *= labelled
+    return CrossEntropy(loss, labelled.sum(), n_correct, d_hidden, logprobs, d_head)
 
 
 def _piece_rows(vocabulary: int, itemsize: int, fast: bool) -> int:
