@@ -169,10 +169,10 @@ def _tell(folder: RunFolder, findings: Findings, *, as_json: bool) -> None:
         print_json({"folder": str(folder.path), **findings.to_dict()})
         return
     out = stdout()
-    out.print(findings.summary, markup=False)
+    out.print(findings.summary, markup=False, soft_wrap=True)
     marks = {"holds": "[green]✓[/green]", "fails": "[red]✗[/red]", "open": "?", None: "·"}
     from rich.markup import escape
 
     for one in findings.statements:
-        out.print(f"{marks[one.verdict]} {escape(said(one))}")
+        out.print(f"{marks[one.verdict]} {escape(said(one))}", soft_wrap=True)
     note(f"report: {folder.report}")

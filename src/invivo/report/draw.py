@@ -37,13 +37,16 @@ def dots(figure: Dots) -> Drawn:
         if band is not None:
             low, high, what = band
             axes.axvspan(scale * low, scale * high, color=_BAND, alpha=0.15, label=what)
-            axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.16))
+            if axes is both[0]:
+                drawing.legend(frameon=False, fontsize=9, loc="outside lower left")
         if figure.zero:
             axes.axvline(0, color=INK, linewidth=1, linestyle=":")
         for i, (_, found) in enumerate(rows):
             axes.plot([scale * found.low, scale * found.high], [i, i], color=_COLOUR, linewidth=2.4)
             axes.plot([scale * found.value], [i], "o", color=_COLOUR, markersize=6)
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows], parse_math=False)
+        labels = [label for label, _ in rows]
+        again = axes is not both[0] and labels == [label for label, _ in figure.groups[0][1]]
+        axes.set_yticks(range(len(rows)), [""] * len(rows) if again else labels, parse_math=False)
         axes.set_ylim(n_rows - 0.4, -0.6)
         axes.set_xlabel(figure.axis)
         axes.grid(axis="x", alpha=0.15, color=INK)

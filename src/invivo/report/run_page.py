@@ -65,12 +65,12 @@ def number(x: float) -> str:
 
 def said(statement: Statement) -> str:
     """A statement as one line of text."""
-    parts = [statement.text]
-    if statement.figure is not None:
-        parts.append(shown(statement.figure))
-    if statement.p is not None:
-        parts.append(f"p = {number(statement.p)}")
-    return " · ".join(parts)
+    return " · ".join([statement.text, *_figures(statement)])
+
+
+def _figures(statement: Statement) -> list[str]:
+    figures = [] if statement.figure is None else [shown(statement.figure)]
+    return figures if statement.p is None else [*figures, f"p = {number(statement.p)}"]
 
 
 def _statements(statements: list[Statement]) -> str:
@@ -78,9 +78,12 @@ def _statements(statements: list[Statement]) -> str:
     for one in statements:
         mark = _MARKS[one.verdict] if one.verdict else "·"
         word = _SAID[one.verdict] if one.verdict else "measured"
+        told = " · ".join(
+            [escape(one.text), *(f"<span>{escape(text)}</span>" for text in _figures(one))]
+        )
         rows += (
-            f'<li data-verdict="{one.verdict or ""}"><b title="{word}">{mark}</b> '
-            f"{escape(said(one))}</li>"
+            f'<li data-verdict="{one.verdict or ""}"><b title="{word}">{mark}</b>'
+            f"<div>{told}</div></li>"
         )
     return f'<ul class="statements">{rows}</ul>'
 

@@ -115,7 +115,9 @@ def _measure(
 def _concluded(study: Study[Any], settings: Any, folder: RunFolder) -> Findings:
     findings = study.conclude(settings, folder.read_records())
     folder.write_json(folder.findings, findings.to_dict())
-    page = run_page(study.title, f"After {study.paper}", findings, folder.read_manifest())
+    manifest = folder.read_manifest()
+    model = f"{manifest['about']['model']}, {manifest['model']['dtype']}"
+    page = run_page(study.title, f"After {study.paper}. Asked of {model}.", findings, manifest)
     folder.write_text(folder.report, page)
     return findings
 

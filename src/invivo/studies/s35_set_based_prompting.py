@@ -333,7 +333,7 @@ def conclude(settings: Settings, records: Sequence[Record]) -> Findings:
     findings.facts = _facts(answers)
     findings.figures = _figures(answers)
     findings.tables = [_accuracies(records), _spread(answers)]
-    findings.limits = _limits(settings)
+    findings.limits = _limits(answers)
     return findings
 
 
@@ -370,12 +370,14 @@ def _statements(
             _within(against, _MARGIN),
         ),
         Statement(
-            f"{source}: it is at least that of items right in both directions; difference",
+            f"{source}: the set's accuracy is at least the share of items that are right in both "
+            "directions; difference",
             above,
             _above(above, 0),
         ),
         Statement(
-            f"{source}: it is at most that of items right in either direction; difference",
+            f"{source}: the set's accuracy is at most the share of items that are right in "
+            "either direction; difference",
             below,
             _above(below, 0),
         ),
@@ -430,7 +432,10 @@ def _facts(answers: Mapping[str, Answers]) -> list[tuple[str, str]]:
     moved = sum(int((found.distinct() > 1).sum()) for found in answers.values())
     n = sum(found.n for found in answers.values())
     return [
-        (f"{most:.0e}", "largest change of a log-probability over layouts of a set"),
+        (
+            "0" if most == 0 else f"{most:.0e}",
+            "largest change of a log-probability over layouts of a set",
+        ),
         (f"{orders:.1f}", "the same over orders of plain text"),
         (f"{moved / n:.0%}", "of items get different answers in different orders"),
         (f"{n}", "items"),
@@ -453,7 +458,7 @@ def _figures(answers: Mapping[str, Answers]) -> list[Dots | Bars]:
             **{f"{half}, mean": value for half, value in halves.items()},
         }
         title = f"{source} (n = {found.n})"
-        accuracy.append((title, tuple((k, bootstrap_mean(v)) for k, v in values.items())))
+        accuracy.append((title, tuple((k, _estimate(v)) for k, v in values.items())))
         both = (found.right["normal"] & found.right["reversed"]).mean()
         either = (found.right["normal"] | found.right["reversed"]).mean()
         bands.append((float(both), float(either), "right in both directions … in either"))
@@ -485,7 +490,8 @@ def _figures(answers: Mapping[str, Answers]) -> list[Dots | Bars]:
     return [
         Dots(
             "accuracy", "Accuracy", tuple(accuracy), "items answered rightly (%)", percent=True,
-            bands=tuple(bands), note="Mean over items with a bootstrap interval (95 %).",
+            bands=tuple(bands),
+            note="Intervals (95 %): Wilson's; of means over orders a bootstrap over items.",
         ),
         Dots(
             "paired", "Against the mean over orders, item by item", tuple(paired),
@@ -545,6 +551,11 @@ def _share(right: Array) -> Interval:
     return wilson(int(right.sum()), len(right))
 
 
+def _estimate(right: Array) -> Interval:
+    """Of truth values, or of shares of them by item."""
+    return _share(right) if right.dtype == bool else bootstrap_mean(right)
+
+
 def _spread(answers: Mapping[str, Answers]) -> Table:
     rows: list[tuple[Any, ...]] = []
     for source, found in answers.items():
@@ -566,18 +577,31 @@ def _spread(answers: Mapping[str, Answers]) -> Table:
     )
 
 
-def _limits(settings: Settings) -> list[str]:
+def _limits(answers: Mapping[str, Answers]) -> list[str]:
+    limits = []
+    for source, found in answers.items():
+        against = paired_difference(found.right["set"], found.mean_right)
+        seen = 100 * (against.high - against.low) / 2
+        limits.append(
+            f"{source}: with {found.n} items, differences of accuracy below about {seen:.0f} "
+            "points cannot be told from none."
+        )
+        chance = float(np.mean(1 / found.n_options))
+        if _share(found.right["set"]).low <= chance:
+            limits.append(
+                f"{source}: the model is not clearly above chance there, so that accuracies say "
+                "little; what depends on the order does not need them."
+            )
+        limits.append(f"{source}: {len(found.orders)} orders of an item were asked, not all.")
     return [
-        "Models of this size are near chance on hard questions (MMLU): differences of accuracy "
-        "there say little.",
-        "The staged CommonsenseQA items are from its training split: fine for what depends on "
-        "order, of no use as a benchmark of models that may have read them.",
+        *limits,
+        "The model may have read the items in training (the training split of CommonsenseQA is "
+        "public); that does not touch what depends on the order alone.",
         "Options are scored by the log-probability of their text. The paper's other score "
         "(greedy text that holds one option) is not run.",
         "Prompts are plain text, without a chat template, for base and chat models alike.",
-        f"{settings.orders + 2} orders at most are asked, not all of them.",
-        "Records repeat to rounding, not to the bit: a batch's rows round together.",
-        "Nested sets are undefined in the paper and refused.",
+        "Records repeat to rounding, not to the bit: the rows of a batch round together.",
+        "Sets within sets are undefined in the paper and refused.",
     ]
 
 
