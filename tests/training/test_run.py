@@ -7,9 +7,11 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,34 @@ def test_a_run_that_is_done_stays_as_it_is(tmp_path: Path) -> None:
     assert lines_of(again) == before
 
 
+def test_a_run_that_is_done_without_its_checkpoints_is_left_alone(tmp_path: Path) -> None:
+    outcome = train(small(tmp_path), runs=tmp_path)
+    shutil.rmtree(outcome.folder / "checkpoints")
+    with pytest.raises(Conflict, match="its checkpoints are gone"):
+        train(small(tmp_path), runs=tmp_path)
+
+
+def test_what_came_before_the_first_checkpoint_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, calls = LossModel.forward, itertools.count(1)
+
+    def breaking(*args: Any) -> Any:
+        if next(calls) == 4:
+            raise RuntimeError("the device is gone")
+        return given(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LossModel, "forward", breaking)
+        with pytest.raises(RuntimeError):
+            train(small(tmp_path), runs=tmp_path / "runs")
+    assert len(curve(lines_of(tmp_path / "runs" / "small"))) == 3
+    # Nothing is lost by beginning with other values, so nobody has to insist on it.
+    config = small(tmp_path, "seed=5")
+    outcome = train(config, runs=tmp_path / "runs")
+    assert curve(lines_of(outcome)) == whole_curve(config, tmp_path)
+
+
 def test_fresh_sets_the_old_run_aside(tmp_path: Path) -> None:
     config = small(tmp_path)
     train(config, runs=tmp_path)
@@ -188,6 +218,24 @@ def test_minutes_end_at_a_checkpoint_in_time(tmp_path: Path) -> None:
     assert load_model(str(stopped.model)).config.n_layers == 2
     outcome = train(config, runs=tmp_path / "runs")
     assert curve(lines_of(outcome)) == whole_curve(config, tmp_path)
+
+
+def test_held_out_text_that_was_not_read_in_time_is_read_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, now = small(tmp_path), [0.0]
+
+    def told(line: Mapping[str, Any]) -> None:
+        if line["step"] == 12:  # it took the whole minute
+            now[0] = 60.0
+
+    first = train(config, runs=tmp_path, minutes=1, told=told, clock=lambda: now[0])
+    assert (first.status, first.step, first.evaluation) == ("time", 12, None)
+    second = train(config, runs=tmp_path)
+    assert second.status == "done"
+    assert second.evaluation is not None
+    assert events(second)[-2:] == [(12, "resumed"), (12, "done")]
+    assert len(curve(lines_of(second))) == 12
 
 
 # What goes wrong

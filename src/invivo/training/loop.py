@@ -154,6 +154,7 @@ class Training:
     ) -> Status:
         """Train until the last step, until ``stop()``, or until a checkpoint just fits before
         ``deadline`` (in the clock's seconds). However it ends, the last step is in a checkpoint.
+        After the last step all held-out text is read.
 
         Raises:
             Diverged: a loss or gradient is not a number; earlier checkpoints stay.
@@ -177,12 +178,20 @@ class Training:
                 self._save()
             self._slowest = max(self._slowest, self._clock() - began)
         self._read()
-        if status == "done":
-            self._look(None)
         self._finish_saving()
         if self._saved != self.step:
             self._save(last=True)
+        if status == "done":
+            # Nothing is lost if this takes too long: the next call begins here.
+            late = self._clock() + self._slowest >= deadline
+            if self._processes.decided(late):
+                status = "time"
+            else:
+                self._look(None)
         self.tell({"kind": "event", "event": status})
+        refused = self._write_lines() if self._is_first else None
+        if refused is not None:
+            raise _unsaved(self.step, self._folder, refused)
         return status
 
     def _before_step(self, stop: Callable[[], bool], deadline: float) -> Status | None:
@@ -370,7 +379,7 @@ def _unsaved(step: int, folder: RunFolder, error: OSError) -> StorageRefused:
     saved = checkpoints(folder.checkpoints)
     kept = f"goes on from step {step_of(saved[-1])}" if saved else "begins anew"
     return StorageRefused(
-        f"step {step} could not be saved: {error}",
+        f"step {step} could not be written down: {error}",
         field="checkpoint",
         given=str(folder.checkpoints),
         remedy=f"Make room; the same command then {kept}",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from invivo.errors import Diverged, NotFound, StorageRefused
+from invivo.errors import Conflict, Diverged, NotFound, StorageRefused
 from invivo.models.decoder import Decoder
 from invivo.models.load import load_tokenizer
 from invivo.training.checkpoint import checkpoint_path, step_of
@@ -101,9 +101,10 @@ def train(
         training = _build(config, material, folder, processes, told, clock)
         found = latest(folder) if is_first else None
         step = int(processes.decided(-1 if found is None else step_of(found)))
+        finished = step >= training.steps and is_first and _is_finished(folder, step)
+        if is_first and not finished:
+            folder.cut_after(step)
         if step >= 0:
-            if is_first:
-                folder.cut_after(step)
             training.load(checkpoint_path(folder.checkpoints, step))
         manifest = _manifest(config, material, training, folder, processes, command)
         note = partial(_note, folder, manifest) if is_first else _no_note
@@ -113,10 +114,10 @@ def train(
             sizes = {"steps": training.steps, "parameters": manifest["parameters"]}
             if step < 0:
                 training.tell({"kind": "event", "event": "started"} | sizes)
-            elif training.step < training.steps:
+            elif not finished:
                 more = sizes | ({"changed": changed} if changed else {})
                 training.tell({"kind": "event", "event": "resumed"} | more)
-            if step < 0 or training.step < training.steps:
+            if not processes.decided(finished):
                 status = training.run(stop=stop, deadline=deadline)
         except Exception as error:
             with contextlib.suppress(OSError):
@@ -166,9 +167,24 @@ def _open(
     folder.path.mkdir(parents=True, exist_ok=True)
     if not folder.exists:
         return {}
+    if latest(folder) is None:
+        if folder.manifest()["status"] == "done":
+            raise Conflict(
+                "the run is done and its checkpoints are gone",
+                field="run",
+                given=str(folder.path),
+                remedy="--fresh begins anew (the old run is set aside), or give it another name",
+            )
+        return {}
     return check_same_run(
         folder.manifest(), asdict(config), material.digest, may_change=mode == "resume"
     )
+
+
+def _is_finished(folder: RunFolder, step: int) -> bool:
+    """Whether what follows the last step was done as well."""
+    lines = folder.metrics.read()
+    return any(line.get("event") == "done" and line["step"] == step for line in lines)
 
 
 def _build(
