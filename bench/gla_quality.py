@@ -40,6 +40,7 @@ import torch
 
 from engine_gpu import serve
 from invivo.engine.engine import Engine, EngineConfig
+from invivo.errors import MissingDependency
 from invivo.models.cache import bytes_per_block, bytes_per_slot
 from invivo.models.load import load_model
 from invivo.training.config import (
@@ -419,7 +420,17 @@ class Comparison:
         weights = self.runs / asset.name / "model" / "model.safetensors"
         if weights.exists():
             (self.out / f"{asset.name}.safetensors").write_bytes(weights.read_bytes())
+        pages = []
+        try:
+            for name, some in groups.items():
+                if some:
+                    folders = [run.folder for run in some]
+                    pages.append(write_comparison(folders, self.runs.parent / f"{name}.html"))
+        except MissingDependency as error:  # `invivo runs report` makes them elsewhere
+            self.say(f"no pages: {error}")
         with tarfile.open(self.out / "runs.tar.gz", "w:gz") as packed:
+            for page in pages:
+                packed.add(page, page.name)
             for run in there:
                 for name in ("manifest.json", "metrics.jsonl", "samples.jsonl"):
                     if (run.folder / name).exists():
@@ -427,11 +438,6 @@ class Comparison:
             for path in sorted(weights.parent.glob("*")):
                 if path != weights:
                     packed.add(path, f"{asset.name}/{path.name}")
-            for name, some in groups.items():
-                if some:
-                    page = self.runs.parent / f"{name}.html"
-                    write_comparison([run.folder for run in some], page)
-                    packed.add(page, page.name)
         return True
 
     def records(self, configs: Sequence[TrainConfig]) -> list[RunRecord]:

@@ -15,6 +15,7 @@ import pytest
 from tests.training.small_run import GLA, LLAMA, small
 
 from invivo.errors import NotFound
+from invivo.training import seeds
 from invivo.training.evaluate import PositionBucket
 from invivo.training.recall import RecallScore
 from invivo.training.report import run_page, write_comparison, write_report
@@ -183,9 +184,11 @@ def test_intervals_over_seeds_are_students_and_welchs() -> None:
     assert apart.value == pytest.approx(7 / 3 - 5.25)
     assert apart.low is not None
     assert apart.high is not None
-    from scipy.stats import ttest_ind
+    from scipy.stats import t, ttest_ind
 
     expected = ttest_ind([1.0, 2.0, 4.0], [5.0, 5.5], equal_var=False).confidence_interval()
     assert (apart.low, apart.high) == pytest.approx((expected.low, expected.high))
+    for freedom in (1.0, 1.3, 2.862, 4.0, 30.0, 1e5):
+        assert seeds._quantile(freedom) == pytest.approx(t.ppf(0.975, freedom), rel=1e-5)
     assert difference([1.0, 1.0], [2.0, 2.0]).high == -1.0
     assert difference([1.0], [2.0, 3.0]).low is None

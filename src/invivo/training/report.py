@@ -39,7 +39,7 @@ def write_comparison(folders: Sequence[Path], target: Path) -> Path:
 
     Raises:
         NotFound: one of the folders has no run.
-        MissingDependency: matplotlib or scipy is not installed.
+        MissingDependency: matplotlib is not installed.
     """
     _write(target, comparison_page([read_run(folder) for folder in folders]))
     return target

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from invivo.errors import MissingDependency
-
 CONFIDENCE = 0.95
 
 
@@ -27,11 +25,7 @@ class Estimate:
 
 
 def mean_over(values: Sequence[float]) -> Estimate:
-    """Mean with Student's interval.
-
-    Raises:
-        MissingDependency: scipy is not installed and there are several values.
-    """
+    """Mean with Student's interval."""
     n = len(values)
     mean = sum(values) / n
     if n < 2:
@@ -41,11 +35,7 @@ def mean_over(values: Sequence[float]) -> Estimate:
 
 
 def difference(one: Sequence[float], other: Sequence[float]) -> Estimate:
-    """Mean of ``one`` less mean of ``other``, with Welch's interval (Welch 1947).
-
-    Raises:
-        MissingDependency: scipy is not installed and there are several values of each.
-    """
+    """Mean of ``one`` less mean of ``other``, with Welch's interval (Welch 1947)."""
     value = sum(one) / len(one) - sum(other) / len(other)
     n = min(len(one), len(other))
     if n < 2:
@@ -66,11 +56,26 @@ def _variance(values: Sequence[float]) -> float:
 
 
 def _quantile(freedom: float) -> float:
-    """Of Student's distribution, so that ``CONFIDENCE`` lies between it and its negative."""
-    try:
-        from scipy.stats import t
-    except ImportError as error:
-        raise MissingDependency(
-            "intervals over several runs need scipy", remedy="pip install 'invivo[study]'"
-        ) from error
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
+    """Of Student's distribution, so that ``CONFIDENCE`` lies between it and its negative.
+
+    With t = sqrt(freedom) tan(angle) the density is a power of the cosine, which is summed by
+    Simpson's rule; the angle is found by bisection.
+    """
+    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    scale = 2 * math.exp(scale) / math.sqrt(math.pi)
+    low, high = 0.0, math.pi / 2
+    for _ in range(50):
+        angle = (low + high) / 2
+        if scale * _simpson(angle, freedom - 1) < CONFIDENCE:
+            low = angle
+        else:
+            high = angle
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _simpson(angle: float, power: float, n: int = 1000) -> float:
+    """Integral of ``cos(x) ** power`` from 0 to ``angle``."""
+    width = angle / n
+    values = [math.pow(math.cos(i * width), power) for i in range(n + 1)]
+    odd, even = sum(values[1:-1:2]), sum(values[2:-1:2])
+    return width / 3 * (values[0] + values[-1] + 4 * odd + 2 * even)
