@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from tests.edits.small_models import CONFIGS, MAIN, OTHER, encode, model, random_ids, words
 from tests.engine.drive import Inquiry, run, settle, small_engine
 
+from invivo.edits.apply import change_together
 from invivo.edits.blobs import Blobs
 from invivo.edits.oracle import RowResult, run_program
 from invivo.edits.program import parse_program
 from invivo.edits.prompt_text import PromptText
 from invivo.edits.resolve import resolve
 from invivo.edits.results import ProgramOutput
+from invivo.edits.site_names import SiteRef
 from invivo.engine.engine import Engine
 from invivo.engine.types import Intervention, Request, SamplingParams
 from invivo.errors import InvalidRequest, TooLarge
@@ -366,3 +368,45 @@ def test_a_program_that_lost_its_memory_says_the_same() -> None:
         whole = carried(engine, program, words(written, n_prompt=len(prompt), n_new=n_new))
         same(result(got), oracle(engine, whole))
     no_runs_left(engine)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_the_same_operation_of_many_requests_is_done_at_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+
+    def counted(do: str, ref: SiteRef, value: torch.Tensor, rows: Any, by: Any) -> torch.Tensor:
+        together.append(len(rows))
+        return change_together(do, ref, value, rows, by)
+
+    n_new = 4
+    steps: list[dict[str, Any]] = [
+        {"at": "layers.1.resid.post", "do": "add", "v": "blob:v", "c": 0.5},
+        {"at": "layers.0.attn.head.[1,3].z", "do": "zero"},
+        {"at": "layers.2.mlp.neuron[1-4]", "do": "scale", "a": -2.0},
+        {"at": "layers.1.attn.head.2.out", "do": "set", "x": 0.1},
+    ]
+    blobs = Blobs()
+    blobs.add("v", torch.linspace(-1, 1, 16, dtype=torch.float64))
+    monkeypatch.setattr("invivo.engine.edit_taps.change_together", counted)
+    engine = engine_of(family, max_batch_tokens=64)
+    asked, expected = [], []
+    for i in range(5):
+        ids = random_ids(i)
+        chosen = [step | {"pos": "@generated"} for k, step in enumerate(steps) if k != i]
+        program = {"steps": chosen, "out": [{"capture": "layers.2.resid.post", "pos": "@all"}]}
+        text = words(ids, n_prompt=len(ids), n_new=n_new)
+        asked.append(
+            ask(engine, carried(engine, program, text, blobs=blobs), words(ids), "generate",
+                max_tokens=n_new, temperature=0.0, ignore_eos=True)
+        )  # fmt: skip
+        expected.append((program, ids))
+    run(engine, *asked)
+    assert together.count(4) >= n_new - 1
+    for got, (program, ids) in zip(asked, expected, strict=True):
+        written = ids + got.tokens()[:-1]
+        whole = carried(
+            engine, program, words(written, n_prompt=len(ids), n_new=n_new), blobs=blobs
+        )
+        same(result(got), oracle(engine, whole))

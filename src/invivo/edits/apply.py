@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -47,23 +47,36 @@ def whole_text(touch: Touch, n_rows: int) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What arguments are looked up in, and the numbers' type."""
+    """What arguments are looked up in, and the numbers' type.
+
+    Constants go to the device once.
+    """
 
     dtype: torch.dtype
     device: torch.device
     blobs: Blobs
     params: Mapping[str, torch.Tensor]
+    _known: dict[Value, torch.Tensor] = field(default_factory=dict)
 
     def tensor(self, value: Value) -> torch.Tensor:
-        """An argument as a tensor."""
-        match value:
-            case Blob(name):
-                return self.blobs.get(name, "blobs").to(self.device, self.dtype)
-            case Param(name):
-                return self.params[name]
-            case _:
-                return torch.tensor(value, dtype=self.dtype, device=self.device)
+        """An argument as a tensor, which is not to be written to."""
+        if isinstance(value, Param):
+            return self.params[value.name]
+        if isinstance(value, float | int):
+            return torch.full((), value, dtype=self.dtype, device=self.device)
+        found = self._known.get(value)
+        if found is None:
+            with torch.inference_mode(False):  # gradients may be taken later
+                if isinstance(value, Blob):
+                    found = self.blobs.get(value.name, "blobs").to(self.device, self.dtype)
+                else:
+                    found = torch.tensor(value, dtype=self.dtype, device=self.device)
+            self._known[value] = found
+        return found
 
+
+# Operations that need nothing but the row and a constant: those of many runs are one launch.
+TOGETHER = frozenset({"zero", "scale", "add", "set"})
 
 Index = tuple[slice | torch.Tensor, ...]
 
@@ -83,11 +96,15 @@ def _index(value: torch.Tensor, rows: Sequence[int], ref: SiteRef) -> Index:
         return tuple(s for s in slices if s is not None)
     # Several lists of indices pick every combination if each has a dimension of its own.
     return tuple(
-        torch.tensor(list(wanted), dtype=torch.int64, device=value.device).view(
-            [-1] + [1] * (len(picked) - 1 - i)
-        )
+        _numbers(wanted, value.device).view([-1] + [1] * (len(picked) - 1 - i))
         for i, wanted in enumerate(picked)
     )
+
+
+def _numbers(wanted: Sequence[int], device: torch.device) -> torch.Tensor:
+    """An index on the device, for which the host waits for nothing."""
+    index = torch.tensor(list(wanted), dtype=torch.int64)
+    return index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)
 
 
 def _as_slice(wanted: Sequence[int]) -> slice | None:
@@ -129,6 +146,45 @@ def change_rows(
     # Of that copy, because the model may go on in place in ``value``.
     x = new[index].clone() if isinstance(index[0], slice) else new[index]
     new[index] = _changed(touch, x, rows, value, sources, context).expand_as(x)
+    return new
+
+
+def own_value(touch: Touch, context: Context) -> torch.Tensor | None:
+    """What :data:`TOGETHER` changes by, where that is the same at all its positions."""
+    if any(isinstance(value, Param) for value in touch.args.values()):
+        return None  # it may be another one in the next step
+    match touch.do:
+        case "zero":
+            return context.tensor(0.0)
+        case "scale":
+            value = context.tensor(touch.args["a"])
+        case "add":
+            value = context.tensor(touch.args["c"]) * context.tensor(touch.args["v"])
+        case _:
+            value = context.tensor(touch.args["x"])
+    return value if value.dim() < (2 if touch.ref.heads is None else 3) else None
+
+
+def change_together(
+    do: str, ref: SiteRef, value: torch.Tensor, rows: Sequence[int], by: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """``value`` [T, ...] after one operation of :data:`TOGETHER` for many, a row and a tensor each.
+
+    Args:
+        ref: the heads and numbers, the same for all.
+        by: of each row, what :func:`own_value` gives.
+    """
+    index = _index(value, rows, ref)
+    new = value.clone()
+    x = new[index]
+    other = torch.stack([b.expand(x.shape[1:]) for b in by])
+    match do:
+        case "scale":
+            new[index] = x * other
+        case "add":
+            new[index] = x + other
+        case _:
+            new[index] = other
     return new
 
 

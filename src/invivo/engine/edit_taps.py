@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from invivo.edits.apply import change_together
+from invivo.edits.site_names import SiteRef
 from invivo.engine.run_edits import OPEN_SITES, STATE_SITES, RunEdits
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
@@ -33,6 +35,19 @@ class EditedSpan:
     def of(self, value: torch.Tensor) -> torch.Tensor:
         """This span's rows of a tensor of the flat batch."""
         return value[self.row : self.row + len(self.window)]
+
+
+@dataclass(slots=True)
+class _Group:
+    """The same operation at the same part of a site, in several runs, a row each."""
+
+    do: str
+    ref: SiteRef
+    spans: list[EditedSpan] = field(default_factory=list)
+    by: list[torch.Tensor] = field(default_factory=list)
+
+    def change(self, value: torch.Tensor) -> torch.Tensor:
+        return change_together(self.do, self.ref, value, [s.row for s in self.spans], self.by)
 
 
 class EditTaps:
@@ -68,9 +83,36 @@ class EditTaps:
             for layer in span.edits.state_layers(span.window):
                 self._states.setdefault(layer, {})[span.span] = span
             hides = span.edits.hides(span.window)
+            if not hides and not span.edits.numbered:
+                continue
             for layer, kind in enumerate(config.layers):
                 if hides or (span.edits.numbered and kind.window is not None):
                     self._open.setdefault(layer, {})[span.span] = span
+        self._together = {
+            key: groups for key, there in self._at.items() if (groups := self._groups(key, there))
+        }
+
+    def _groups(self, key: tuple[str, int], there: list[EditedSpan]) -> list[_Group]:
+        """Changes at a site that are one launch each; their spans are taken out of ``there``."""
+        if len(there) == 1:
+            return []
+        groups: dict[object, _Group] = {}
+        for span in there:
+            found = span.edits.alone(*key, span.window)
+            if found is not None:
+                touch, value = found
+                group = _Group(touch.do, touch.ref)
+                group = groups.setdefault((touch.do, touch.ref), group)
+                group.spans.append(span)
+                group.by.append(value)
+        several = [group for group in groups.values() if len(group.spans) > 1]
+        taken = {id(span) for group in several for span in group.spans}
+        there[:] = [span for span in there if id(span) not in taken]
+        return several
+
+    def touched(self) -> set[tuple[str, int]]:
+        """Sites where something happens; those of logits left out."""
+        return {*self._at, *((OPEN_SITES[0], layer) for layer in (*self._open, *self._states))}
 
     def wants(self, site: str, layer: int) -> bool:
         if (site, layer) in self._at:
@@ -79,6 +121,10 @@ class EditTaps:
 
     def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
         answer = value
+        for group in self._together.get((site, layer), ()):
+            answer = group.change(answer)
+        if answer is not value and value.is_cpu and torch.equal(answer, value):
+            answer = value  # what has not changed is bit for bit the untouched pass
         for span in self._at.get((site, layer), ()):
             part = span.of(value)
             new = span.edits.apply(site, layer, part, span.window, keep=True)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from invivo.edits.apply import (
+    TOGETHER,
     Context,
     Rows,
     apply_switch,
     change_rows,
     key_share,
+    own_value,
     tapped_at,
 )
 from invivo.edits.resolved import RunPlan, SourceRef, Touch
@@ -31,7 +33,7 @@ STATE_EDGE = "gla.edge"
 _ROUTER = "moe.router"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Placed:
     """A touch with its positions as a list."""
 
@@ -71,6 +73,7 @@ class RunEdits:
         self._kept: dict[Key, list[KeptRows]] = {}
         self._read: dict[tuple[SiteRef, tuple[int, ...]], KeptRows] = {}
         self._routers: dict[int, torch.Tensor] = {}
+        self._constants: dict[_Placed, torch.Tensor | None] = {}
         self._shares: dict[int, list[FollowedShare]] = {}
         for touch in plan.touches:
             if touch.ref.site == STATE_EDGE:
@@ -136,6 +139,20 @@ class RunEdits:
 
     def _shares_in(self, layer: int, window: range) -> list[FollowedShare]:
         return [s for s in self._shares.get(layer, ()) if s.meets(window)]
+
+    def alone(self, site: str, layer: int, window: range) -> tuple[Touch, torch.Tensor] | None:
+        """The one change of a window of one row, and by what, if nothing else is done there and
+        others can be done in the same launch; None otherwise."""
+        placed = self._touches.get((site, layer), ())
+        if len(window) != 1 or len(placed) != 1 or (site, layer) in self._kept or self.spoiled:
+            return None
+        touch = placed[0].touch
+        if touch.do not in TOGETHER or site == _ROUTER or not rows_of(placed[0].at, window).index:
+            return None
+        if placed[0] not in self._constants:
+            self._constants[placed[0]] = own_value(touch, self._context)
+        value = self._constants[placed[0]]
+        return None if value is None else (touch, value)
 
     def hides(self, window: range) -> bool:
         """Whether a query in ``window`` has a mask of its own."""

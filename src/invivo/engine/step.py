@@ -26,7 +26,7 @@ from invivo.engine.types import Plan, Sequence, StepResult, TokenLogprob
 from invivo.models.bypass import Bypass
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder
-from invivo.models.sites import Taps
+from invivo.models.sites import Taps, offer
 
 LOGITS_BYTES = 64 << 20  # prompt log-probabilities are computed in pieces of at most this size
 
@@ -248,7 +248,7 @@ class Stepper:
         """Final states of all rows, logits of the sampled ones, and what programs do to logits.
 
         A replayed graph gives no states: where every row is sampled nobody asks for them. Batches
-        with a run of a program are never replayed.
+        with a run of a program are replayed in pieces.
         """
         tokens, layout = batch.tokens, batch.layout
         if layout.n_rows == 0:
@@ -257,9 +257,11 @@ class Stepper:
             tokens[batch.pending_index] = self._last_token[batch.pending_rows]
         n_sampled, n_rows = len(batch.sample_spans), layout.n_rows
         slots = batch.adapters if batch.adapter_slots else None
-        graphs = None if work.edited else self._graphs
+        graphs = self._graphs
         if graphs is not None and n_sampled == n_rows and graphs.fits(layout):
-            return None, graphs.run(tokens, layout, slots), None
+            if not work.edited:
+                return None, graphs.run(tokens, layout, slots), None
+            return self._replay_touched(graphs, batch, work, slots)
         bypass = self._bypass(batch, slice(None))
         taps: Taps | None = None
         if riders is not None:
@@ -279,6 +281,20 @@ class Stepper:
             starts = layout.span_start_host
             on_logits = edits.on_logits([starts[i + 1] - 1 for i in batch.sample_spans])
         return hidden, self._decoder.logits(rows, taps=on_logits), edits
+
+    def _replay_touched(
+        self, graphs: DecodeGraphs, batch: FlatBatch, work: Work, slots: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, EditTaps]:
+        """:meth:`_forward` of decodes alone, some of them runs of programs."""
+        edits = EditTaps(self._decoder.config, _edited(batch, work.edited))
+        hidden, logits = graphs.run_touched(
+            batch.tokens, batch.layout, edits, edits.touched(), slots
+        )
+        edits.keep_logits(self._decoder, hidden, self._logit_rows)
+        on_logits = edits.on_logits(range(batch.layout.n_rows))
+        if on_logits is not None:
+            logits = offer(on_logits, "logits", -1, logits)
+        return hidden, logits, edits
 
     def _bypass(self, batch: FlatBatch, rows: slice | torch.Tensor) -> Bypass | None:
         """The bypass of some rows of a batch; of all of them where tokens are virtual."""
