@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.edits.small_models import CONFIGS, MAIN, encode, random_ids, words
 from tests.engine.drive import Inquiry, run
+from tests.engine.test_programs_recurrent import engine_of as recurrent_engine
 from tests.engine.test_programs_runs import ask, carried, engine_of, no_runs_left, result
+from tests.engine.test_programs_runs import programs as random_programs
 
 from invivo.edits.program import parse_program
 from invivo.edits.resolve import resolve
@@ -93,13 +96,12 @@ BROKEN: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("where", BROKEN)
-@pytest.mark.parametrize("family", ["llama", "moe"])
+@pytest.mark.parametrize(("family", "overlap"), [("llama", False), ("llama", True), ("moe", True)])
 def test_an_operation_that_raises_ends_its_own_request_alone(
-    where: str, family: str, monkeypatch: pytest.MonkeyPatch
+    where: str, family: str, overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [alone(family, 9, 3), alone(family, 4, 5)]
-    engine = engine_of(family)
-    twin = ask(engine_of(family), None, MAIN, "generate", **GREEDY)
+    engine = engine_of(family, overlap=overlap)
     breaking(monkeypatch, where, Fault)
     neighbours = [plain(engine, 9, 3)]
     broken = ask(engine, writing(engine, BROKEN[where]), MAIN, "generate", **GREEDY)
@@ -150,8 +152,13 @@ def test_one_run_of_a_sweep_that_raises_ends_the_whole_request(
     no_runs_left(engine)
 
 
-def test_keys_that_were_not_changed_as_asked_are_found_by_nobody(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "made",
+    [partial(engine_of, "llama"), partial(recurrent_engine, "hybrid")],
+    ids=["keys", "states"],
+)
+def test_what_was_not_changed_as_asked_is_found_by_nobody(
+    made: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same program again shares the changed keys, but never those of a run that failed."""
     ids = random_ids(8, 18)
@@ -161,10 +168,10 @@ def test_keys_that_were_not_changed_as_asked_are_found_by_nobody(
         prompt = words(ids, n_prompt=len(ids), n_new=N_NEW)
         return ask(engine, carried(engine, program, prompt), prompt, "generate", **GREEDY)
 
-    fresh = engine_of("llama")
+    fresh = made()
     wanted = asked(fresh)
     run(fresh, wanted)
-    engine = engine_of("llama", max_batch_tokens=64)
+    engine = made(max_batch_tokens=64)
     with monkeypatch.context() as patch:
         breaking(patch, "start", Fault)
         twins = [asked(engine), asked(engine)]  # the second shares what the first computes
@@ -176,7 +183,30 @@ def test_keys_that_were_not_changed_as_asked_are_found_by_nobody(
     assert again.outputs[-1].cached_tokens == 0
 
 
-# Random hostile programs beside plain requests.
+# Random programs, and hostile ones, beside plain requests.
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    family=st.sampled_from(["llama", "gemma", "moe", "gpt2"]),
+    changes=st.lists(random_programs(), min_size=1, max_size=3),
+    rows=st.sampled_from([7, 64]),
+    overlap=st.booleans(),
+)
+def test_no_program_changes_a_neighbour(
+    family: str, changes: list[dict[str, Any]], rows: int, overlap: bool
+) -> None:
+    engine = engine_of(family, max_batch_tokens=rows, overlap=overlap)
+    neighbours = [plain(engine, 9, 3)]
+    edited = [ask(engine, carried(engine, change)) for change in changes]
+    neighbours.append(plain(engine, 4, 5))
+    run(engine, *neighbours, *edited)
+    for got, (n, seed) in zip(neighbours, [(9, 3), (4, 5)], strict=True):
+        assert_same(got, _alone(family, n, seed))
+    no_runs_left(engine)
+
 
 HUGE = 1e300
 HOSTILE = st.sampled_from(
