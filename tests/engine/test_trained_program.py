@@ -143,7 +143,7 @@ class Case:
             order="window",
             hooks=hooks_from(config, lowest_layer(self.spec, config)),
         )
-        for run in training_runs(self.resolved, self.context):
+        for run in training_runs(self.resolved, self.context, max_bytes=1 << 20):
             sequence = self._forward(run, trainer, pages, rng)
             run.through()
         while (unit := trainer.next_unit(sequence, rng.randint(1, LENGTH))) is not None:

@@ -25,7 +25,7 @@ from invivo.engine.engine import Engine
 from invivo.engine.job_spec import JobSpec, Text
 from invivo.engine.optimizer import learning_rate
 from invivo.engine.trained_program import ProgramParameters, ProgramSpec
-from invivo.errors import Conflict, InvalidRequest
+from invivo.errors import Conflict, InvalidRequest, TooLarge
 from invivo.instruments.planted import induction
 from invivo.models.load import LoadedModel
 
@@ -219,6 +219,17 @@ def test_what_a_job_does_not_take_is_refused() -> None:
     nobody = spec_of(train=())
     with pytest.raises(InvalidRequest):
         start(engine, nobody, texts(nobody))
+
+
+def test_what_runs_read_of_each_other_is_bounded() -> None:
+    spec = spec_of()
+    engine = served("llama", max_capture_bytes=100)
+    job = start(engine, spec, texts(spec))
+    drive(engine, job)
+    assert job.kinds()[-1] == "failed"
+    assert job.handle is not None
+    assert isinstance(job.handle.error, TooLarge)
+    nothing_is_held(engine)
 
 
 # What training finds.

@@ -175,6 +175,7 @@ class Engine:
             policy=policy_of(c.policy),
             max_rows=max_batch_tokens,
             max_jobs=c.max_jobs,
+            max_kept_bytes=c.max_capture_bytes,
             wake=self._wake,
         )
         self._busy_until: float | None = None  # when the step in flight will be done

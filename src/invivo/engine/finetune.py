@@ -185,6 +185,7 @@ class FineTuning:
         max_rows: rows of a flat batch.
         max_jobs: jobs at once; paused ones keep their parameters and no place. One that is resumed
             while all places are taken stands in line, before newcomers.
+        max_kept_bytes: most that the runs of a trained program keep for each other.
         wake: called when the engine's thread has something to do.
     """
 
@@ -200,6 +201,7 @@ class FineTuning:
         policy: Policy,
         max_rows: int,
         max_jobs: int,
+        max_kept_bytes: int,
         wake: Callable[[], None],
     ) -> None:
         self._decoder = decoder
@@ -211,6 +213,7 @@ class FineTuning:
         self._policy = policy
         self._max_rows = max_rows
         self._max_jobs = max_jobs
+        self._max_kept_bytes = max_kept_bytes
         self._wake = wake
         self._lock = threading.Lock()
         self._jobs: list[TuningJob] = []  # that have not ended
@@ -243,7 +246,16 @@ class FineTuning:
             writer = CheckpointWriter(
                 folder, config, self._base_name, keep=spec.keep, done=self._wake
             )
-        job = TuningJob(spec, data, on_event, self._decoder, self._cache, writer, validation)
+        job = TuningJob(
+            spec,
+            data,
+            on_event,
+            self._decoder,
+            self._cache,
+            writer,
+            validation,
+            self._max_kept_bytes,
+        )
         if job.program is None:
             self._adapters.check(spec.name, job.specs, job.parameters)
         if folder is not None:

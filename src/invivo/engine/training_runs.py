@@ -6,14 +6,19 @@ forward under its touches, and its backward reruns them under autograd.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+
+import torch
 
 from invivo.edits.apply import Context
 from invivo.edits.program import MAIN
 from invivo.edits.resolved import ResolvedProgram, ResolvedRow, RunPlan
+from invivo.edits.value_shapes import touched_shape
 from invivo.engine.kept_rows import KeptRows
 from invivo.engine.run_edits import RunEdits, source_positions
-from invivo.errors import InvalidRequest
+from invivo.errors import InvalidRequest, TooLarge
+from invivo.models.config import ModelConfig
 
 
 @dataclass(slots=True, eq=False)
@@ -42,16 +47,20 @@ class TrainingRun:
             rows.out_of_inference()
 
 
-def training_runs(resolved: ResolvedProgram, context: Context) -> list[TrainingRun]:
+def training_runs(
+    resolved: ResolvedProgram, context: Context, *, max_bytes: int
+) -> list[TrainingRun]:
     """The runs that the text's own one needs, sources first, and it last.
 
     Args:
         resolved: for the text: its tokens are the run "main", with those that are learned behind
             its prompt.
         context: the trained parameters among its ``params``.
+        max_bytes: most that may be kept of all runs that are read.
 
     Raises:
         InvalidRequest: the engine cannot train with this program.
+        TooLarge: what the runs read of each other takes more than ``max_bytes``.
     """
     (row,) = resolved.rows
     if row.expanded:
@@ -60,6 +69,7 @@ def training_runs(resolved: ResolvedProgram, context: Context) -> list[TrainingR
         )
     needed = _needed(row)
     runs: list[TrainingRun] = []
+    n_numbers = 0
     done: dict[str, RunEdits] = {}
     for name, plan in row.runs.items():
         if name not in needed:
@@ -69,7 +79,21 @@ def training_runs(resolved: ResolvedProgram, context: Context) -> list[TrainingR
         edits = RunEdits(plan, context, dict(done), kept)
         done[name] = edits
         runs.append(TrainingRun(plan, edits, kept))
+        n_numbers += sum(_numbers_of(rows, resolved.config, plan) for rows in kept)
+    n_bytes = n_numbers * torch.empty((), dtype=context.dtype).element_size()
+    if n_bytes > max_bytes:
+        raise TooLarge(
+            f"what the runs of a text read of each other takes at most {max_bytes} bytes",
+            field="program.steps",
+            given=n_bytes,
+            remedy="Read fewer sites or positions, or train on shorter texts",
+        )
     return runs
+
+
+def _numbers_of(rows: KeptRows, config: ModelConfig, plan: RunPlan) -> int:
+    """How many numbers are kept."""
+    return math.prod(touched_shape(config, rows.ref, len(rows.positions), plan.prompt.length))
 
 
 def _needed(row: ResolvedRow) -> set[str]:

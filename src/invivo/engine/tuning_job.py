@@ -78,10 +78,13 @@ class TuningJob:
         cache: KVCache,
         writer: CheckpointWriter | None,
         validation: DataSource | None = None,
+        max_kept_bytes: int = 1 << 30,
     ) -> None:
         """
         Args:
             validation: held-out texts, from the first to the last at every look.
+
+            max_kept_bytes: what the runs of a program may read of each other, in each text.
 
         Raises:
             InvalidRequest: the bypasses do not fit the model or each other.
@@ -152,6 +155,7 @@ class TuningJob:
         self._data = data
         self._position = data.position()  # after the texts of the last optimizer step
         self._validation = validation
+        self._max_kept_bytes = max_kept_bytes
         self._validation_start = None if validation is None else validation.position()
         self._validated = 0  # the last step after which the held-out texts were run through
         self._held_out: HeldOut | None = None  # under way
@@ -233,7 +237,9 @@ class TuningJob:
         check_text(text, vocab_size=self._config.vocab_size, longest=longest - n)
         if self.program is not None:
             assert text.resolved is not None, "texts of a program come resolved"
-            self._runs.extend(training_runs(text.resolved, self._context))
+            self._runs.extend(
+                training_runs(text.resolved, self._context, max_bytes=self._max_kept_bytes)
+            )
             self._text = text, held_out
             self._next_run(longest)
             return
