@@ -86,30 +86,30 @@ def head_patching(
 
 
 def consistent_heads(
-    patched: Sequence[HeadPatching], *, floor: float = 0.01, alpha: float = 0.01
+    effects: Sequence[Array], *, floor: float = 0.01, alpha: float = 0.01
 ) -> list[tuple[int, int]]:
-    """The heads (layer, head) that move the answer the same way over many prompts.
+    """The heads that move the answer the same way over many prompts: rows and columns of effects.
 
     A sign test over the prompts for each head, corrected for their number (Holm).
 
     Args:
+        effects: one [L, H] for each prompt, of :class:`HeadPatching` or of direct shares.
         floor: an effect below it counts as none, however regular: it may be rounding.
         alpha: chance of naming any head where there is nothing.
 
     Raises:
         InvalidRequest: so few prompts that nothing could be found.
     """
-    effects = np.stack([one.effects for one in patched])
-    least = sign_test(len(effects), 0) * effects[0].size
-    if least > alpha:
+    table = np.stack(effects)
+    n_prompts, _, n_heads = table.shape
+    if sign_test(n_prompts, 0) * table[0].size > alpha:
         raise InvalidRequest(
             "too few prompts to find anything",
-            field="patched",
-            given=len(effects),
-            remedy=f"{effects[0].size} heads at alpha {alpha} need more",
+            field="effects",
+            given=n_prompts,
+            remedy=f"{table[0].size} heads at alpha {alpha} need more",
         )
-    positive, negative = (effects > floor).sum(0), (effects < -floor).sum(0)
+    positive, negative = (table > floor).sum(0), (table < -floor).sum(0)
     p = [sign_test(int(a), int(b)) for a, b in zip(positive.flat, negative.flat, strict=True)]
     found = np.flatnonzero(np.array(holm(p)) < alpha)
-    n_heads = effects.shape[2]
-    return [(patched[0].layers[i // n_heads], int(i % n_heads)) for i in found.tolist()]
+    return [divmod(i, n_heads) for i in found.tolist()]

@@ -17,7 +17,7 @@ from tests.instruments.planted.test_planted import BUILDERS
 from invivo.errors import InvalidRequest
 from invivo.instruments.attention_pattern import attention_pattern
 from invivo.instruments.direct_attribution import direct_attribution
-from invivo.instruments.head_patching import HeadPatching, consistent_heads, head_patching
+from invivo.instruments.head_patching import consistent_heads, head_patching
 from invivo.instruments.planted.checkpoint import PlantedModel
 from invivo.instruments.planted.nulls import random_weights, shuffled_truth, silenced
 
@@ -46,30 +46,36 @@ def table(model: PlantedModel, figures: dict[tuple[int, int], float]) -> np.ndar
     return found
 
 
-def patched(lm: Any, model: PlantedModel, n: int) -> list[HeadPatching]:
-    return [
+def patched(lm: Any, model: PlantedModel, n: int) -> list[np.ndarray]:
+    """Effects [L, H] for each of the first cases."""
+    found = [
         head_patching(
             lm, list(case.tokens), list(case.counterfactual), answer=case.answer,
             other=case.other, keep_scale=True,
         )
         for case in model.cases[:n]
     ]  # fmt: skip
+    assert all(one.layers == list(range(model.decoder.config.n_layers)) for one in found)
+    return [one.effects for one in found]
 
 
-def test_patching_finds_the_planted_effects(asked):
+def shares(lm: Any, model: PlantedModel, n: int) -> list[np.ndarray]:
+    """Direct shares [L, H] for each of the first cases."""
+    return [
+        direct_attribution(lm, list(case.tokens), token=case.answer, minus=case.other).heads
+        for case in model.cases[:n]
+    ]
+
+
+READINGS = {"patching": patched, "attribution": shares}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_every_head_has_the_planted_effect(asked, reading):
     model, lm, tolerance = asked
-    expected = table(model, model.truth.of_heads(model.truth.patching))
-    for one in patched(lm, model, 3):
-        assert one.layers == list(range(model.decoder.config.n_layers))
-        np.testing.assert_allclose(one.effects, expected, rtol=0, atol=tolerance)
-
-
-def test_direct_shares_are_the_planted_ones(asked):
-    model, lm, tolerance = asked
-    expected = table(model, model.truth.of_heads(model.truth.attribution))
-    for case in model.cases[:3]:
-        found = direct_attribution(lm, list(case.tokens), token=case.answer, minus=case.other)
-        np.testing.assert_allclose(found.heads, expected, rtol=0, atol=tolerance)
+    expected = table(model, model.truth.of_heads(getattr(model.truth, reading)))
+    for one in READINGS[reading](lm, model, 3):
+        np.testing.assert_allclose(one, expected, rtol=0, atol=tolerance)
 
 
 def test_every_edge_that_is_needed_and_none_in_other_layers(asked):
@@ -144,7 +150,7 @@ def test_decoys_look_like_the_mechanism_and_are_not(asked):
     """Attention and size name the decoys; what is found by changing does not."""
     model, lm, tolerance = asked
     case = model.cases[0]
-    effects = patched(lm, model, 1)[0].effects
+    effects = patched(lm, model, 1)[0]
     for role, reading in model.truth.decoys.items():
         head = model.truth.heads[role]
         assert abs(effects[head.layer, head.head]) < tolerance
@@ -165,9 +171,11 @@ def test_decoys_look_like_the_mechanism_and_are_not(asked):
 @pytest.mark.parametrize("name", BUILDERS)
 def test_only_planted_heads_are_consistent(name, models, tmp_path):
     model = models[name]
-    expected = [at for at, effect in model.truth.of_heads(model.truth.patching).items() if effect]
     with served(model, tmp_path, "engine") as lm:
-        assert consistent_heads(patched(lm, model, N_CASES)) == sorted(expected)
+        for reading, read in READINGS.items():
+            planted = model.truth.of_heads(getattr(model.truth, reading))
+            expected = sorted(at for at, effect in planted.items() if effect)
+            assert consistent_heads(read(lm, model, N_CASES)) == expected
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -175,16 +183,15 @@ def test_only_planted_heads_are_consistent(name, models, tmp_path):
 def test_nothing_is_found_on_the_nulls(null, name, models, tmp_path):
     model = null(models[name])
     with served(model, tmp_path, "engine") as lm:
-        found = patched(lm, model, N_CASES)
-        assert consistent_heads(found) == []
-        effects = np.stack([one.effects for one in found])
-        if null is silenced:
-            assert np.abs(effects).max() < TOLERANCE["engine"]
-        else:  # there is much that moves the answer, now here, now there
-            assert np.abs(effects).max() > 0.1
+        found = {reading: read(lm, model, N_CASES) for reading, read in READINGS.items()}
+        for effects in found.values():
+            assert consistent_heads(effects) == []
+            if null is silenced:
+                assert np.abs(effects).max() < TOLERANCE["engine"]
+        if null is not silenced:  # there is much that moves the answer, now here, now there
+            assert np.abs(found["patching"]).max() > 0.1
 
 
 def test_too_few_prompts_are_refused():
-    one = HeadPatching(0.0, [0, 1], np.ones((2, 4)))
     with pytest.raises(InvalidRequest, match="too few prompts"):
-        consistent_heads([one] * 4)
+        consistent_heads([np.ones((2, 4))] * 4)
