@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,26 @@ def test_very_long_lines_are_cut_between_characters(tmp_path: Path) -> None:
     passages = read(path)
     assert "".join(p.text for p in passages) == text
     assert max(len(p.text) for p in passages) <= (1 << 20) + PASSAGE
+
+
+@pytest.mark.parametrize("name", ["big.txt", "big.txt.gz", "big.jsonl"])
+def test_a_file_is_never_whole_in_memory(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    line = story(3, 400)
+    record = json.dumps({"text": line}) + "\n" if name.endswith("jsonl") else line
+    with (gzip.open if name.endswith("gz") else open)(path, "wt", encoding="utf-8") as file:
+        for _ in range(2000):
+            file.write(record)
+    size = 2000 * len(record.encode())
+    tracemalloc.start()
+    try:
+        read_bytes = sum(len(p.text.encode()) for p in Reader(SourceFile(path)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert read_bytes == 2000 * len(line.encode())
+    assert size > 3_000_000
+    assert peak < size / 2
 
 
 def test_json_lines_are_documents(tmp_path: Path) -> None:
