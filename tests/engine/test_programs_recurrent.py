@@ -18,6 +18,7 @@ from invivo.edits.blobs import Blobs
 from invivo.edits.oracle import run_program
 from invivo.edits.program import parse_program
 from invivo.edits.resolve import resolve
+from invivo.engine import run_edits
 from invivo.engine.engine import Engine
 from invivo.engine.types import Intervention
 from invivo.models.cache import bytes_per_block, bytes_per_slot
@@ -241,6 +242,35 @@ def test_a_key_is_followed_from_before_the_first_query_that_misses_it() -> None:
         run(engine, inquiry)
         assert inquiry.outputs[-1].cached_tokens == cached
         assert_as_the_oracle(inquiry, "gla", program)
+
+
+@pytest.mark.parametrize("where", ["state", "share"])
+def test_an_operation_that_raises_ends_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine, ids = engine_of("gla", max_batch_tokens=7), random_ids(6, 12)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("made to fail")
+
+    name = "change_rows" if where == "state" else "key_share"
+    monkeypatch.setattr(run_edits, name, fails)
+    step: dict[str, Any] = {"at": "layers.1.gla.head.0.state", "do": "scale", "a": 2}
+    if where == "share":
+        step = {"at": "layers.1.gla.edge", "do": "edge_block", "from": {"index": 1}, "to": "@all"}
+    broken = generate(engine, ids, {"steps": [step]})
+    plain = generate(engine, ids, None)
+    run(engine, broken, plain)
+    assert broken.reason() == "error"
+    assert "made to fail" in str(broken.outputs[-1].error)
+    run_alone = engine_of("gla", prefix_cache=False)
+    alone = generate(run_alone, ids, None)
+    run(run_alone, alone)
+    assert plain.logprobs() == pytest.approx(alone.logprobs(), abs=1e-10)
+    monkeypatch.undo()
+    again = generate(engine, ids, {"steps": [step]})  # nothing wrong was left to be found
+    run(engine, again)
+    assert_as_the_oracle(again, "gla", {"steps": [step]})
 
 
 def test_an_abort_leaves_nothing() -> None:

@@ -194,6 +194,12 @@ def test_gates_from_logits_and_the_scale_given() -> None:
     want, _ = gla(q, k, v, g, span_start=start, scale=0.7)
     got, _ = gla_from_logits(q, k, v, logits, span_start=start, tau=4, scale=0.7)
     assert torch.equal(got, want)
+    pools = [torch.zeros(3, 2, q.shape[-1], v.shape[-1], dtype=torch.float64) for _ in range(2)]
+    row, slots = slice(3, 5), torch.tensor([2, 1])
+    want = gla_step(q[row], k[row], v[row], g[row], pools[0], slots)
+    got = gla_step(q[row], k[row], v[row], logits[row], pools[1], slots, tau=4)
+    assert torch.equal(got, want)
+    assert torch.equal(*pools)
 
 
 def test_nothing_is_a_batch_too() -> None:

@@ -17,7 +17,7 @@ from invivo.models.cache import allocate_kv_cache
 from invivo.models.decoder import Decoder
 from invivo.models.gla_config import gla_1b3, gla_340m
 from invivo.models.hub_config import config_from_hf, config_to_hf
-from invivo.models.load import read_json, read_weights
+from invivo.models.load import random_model, read_json, read_weights
 from invivo.models.save import save_model
 from invivo.models.sites import KeyShare, sites_of, why_lacking
 from invivo.models.tensor_names import tensor_parts
@@ -214,6 +214,35 @@ def test_spans_laid_open_leave_the_others_their_bits_and_the_states_what_they_ar
     assert torch.equal(changed[others], plain[others])
     assert torch.equal(states[:, [1, 3]], plain_states[:, [1, 3]])
     assert not torch.allclose(states[:, 2], plain_states[:, 2])
+
+
+def test_gates_that_change_leave_all_other_gates_their_bits() -> None:
+    """In float32, where the logarithm of a gate near one has few bits left."""
+    config = tiny_gla()
+    decoder = random_model(config, dtype=torch.float32)
+    spans = [(0, 1, 1), (0, 9, 2), (0, 20, 3)]
+    tokens = torch.cat((TOKENS[:1], TOKENS[:9], TOKENS[:20]))
+
+    class Halves:
+        def wants(self, site: str, layer: int) -> bool:
+            return site == "gla.head.gate"
+
+        def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+            value = value.clone()
+            value[4, 0] *= 0.5
+            return value
+
+    def run(taps: Halves | None) -> torch.Tensor:
+        cache = allocate_kv_cache(
+            config, n_blocks=40, block_size=4, device="cpu", dtype=torch.float32, n_slots=8
+        )
+        with torch.inference_mode():
+            return decoder(tokens, spans_layout(spans), cache, taps=taps)
+
+    plain, changed = run(None), run(Halves())
+    assert torch.equal(plain[:4], changed[:4])
+    assert torch.equal(plain[10:], changed[10:])
+    assert not torch.equal(plain[4:10], changed[4:10])
 
 
 def test_a_key_of_nothing_and_an_open_gate_leave_the_state() -> None:

@@ -209,6 +209,7 @@ def gla_step(
     slots: torch.Tensor,
     *,
     scale: float | None = None,
+    tau: float | None = None,
 ) -> torch.Tensor:
     """One token of each of B sequences; their states move on in place. No gradients.
 
@@ -219,6 +220,7 @@ def gla_step(
         state: [n_slots, H, K, V] float32 or float64, rows ``slots`` changed in place.
         slots: [B] integers; no slot but 0, the scratch slot of padding rows, comes twice.
         scale: of the queries; None = K ** -0.5.
+        tau: ``g`` are gate logits, see :func:`log_gates`; None: log gates.
 
     Returns:
         [B, H, V] in the dtype of ``v``.
@@ -227,7 +229,9 @@ def gla_step(
         from invivo.kernels.triton_gla import ops, step
 
         if ops.supports(q, v):
-            return step.step(q, k, v, g, state, slots, scale=_scale(q, scale))
+            return step.step(q, k, v, g, state, slots, scale=_scale(q, scale), tau=tau)
+    if tau is not None:
+        g = log_gates(g, tau)
     wide = state.dtype
     moved = state.index_select(0, slots).mul_(g.to(wide).exp().unsqueeze(-1))
     moved.addcmul_(k.to(wide).unsqueeze(-1), v.to(wide).unsqueeze(-2))

@@ -7,6 +7,7 @@ flash-linear-attention the norm is RMS and a short convolution may follow q, k a
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from invivo.kernels.device import wants_grad
-from invivo.kernels.gla import gla, gla_step, log_gates
+from invivo.kernels.gla import gla, gla_from_logits, gla_step, log_gates
 from invivo.kernels.linear import linear, pack
 from invivo.kernels.norm import rms_norm
 from invivo.kernels.paging import PagedLayout
@@ -94,18 +95,14 @@ class GatedLinearAttention(nn.Module):
         q, k = (t.unflatten(1, (sizes.n_heads, sizes.head_k)) for t in (q, k))
         v = v.unflatten(1, (sizes.n_heads, sizes.head_v))
         logits = linear(linear(x, self.gate_a), self.gate_b, self.gate_b_bias)
-        g = log_gates(logits, sizes.tau).view(q.shape)
-        if taps is not None:
+        logits = logits.view(q.shape)
+        if taps is None:  # the kernels make the gates from their logits
+            z = _mix(q, k, v, logits, sizes.tau, layout, memory[0])
+        else:
             q = offer(taps, "gla.head.q", layer, q)
             k = offer(taps, "gla.head.k", layer, k)
             v = offer(taps, "gla.head.v", layer, v)
-            g = _gates_open(taps, layer, g)
-        open_taps = state_taps(taps)
-        spans = () if open_taps is None else open_taps.open_states(layer)
-        if open_taps is not None and spans:
-            z = _mix_split(q, k, v, g, layout, memory[0], open_taps, sorted(spans), layer)
-        else:
-            z = _mix(q, k, v, g, layout, memory[0])
+            z = _tapped(q, k, v, logits, sizes.tau, layout, memory[0], taps, layer)
         if taps is not None:
             z = offer(taps, "gla.head.z", layer, z)
         r = linear(x, self.r, None, self.r_packed)
@@ -122,23 +119,29 @@ def _mix(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    g: torch.Tensor,
+    gates: torch.Tensor,
+    tau: float | None,
     layout: PagedLayout,
     states: torch.Tensor,
 ) -> torch.Tensor:
-    """What the heads read from their states [T, H, V]: decodes by steps, longer spans by chunks."""
+    """What the heads read from their states [T, H, V]: decodes by steps, longer spans by chunks.
+
+    ``gates`` are logits, or, without ``tau``, log gates.
+    """
     n, slots = layout.n_decode, layout.state_slots
+    by_chunks = gla if tau is None else partial(gla_from_logits, tau=tau)
     if slots is None:
-        return gla(q, k, v, g, span_start=_starts(layout), span_start_device=layout.span_start)[0]
-    if wants_grad(q, k, v, g, states):
+        starts, on_device = _starts(layout), layout.span_start
+        return by_chunks(q, k, v, gates, span_start=starts, span_start_device=on_device)[0]
+    if wants_grad(q, k, v, gates, states):
         n = 0  # a step has no gradient
     parts = []
     if n:
-        parts.append(gla_step(q[:n], k[:n], v[:n], g[:n], states, slots[:n]))
+        parts.append(gla_step(q[:n], k[:n], v[:n], gates[:n], states, slots[:n], tau=tau))
     if n < layout.n_spans:
         own = slots[n:]
-        out, final = gla(
-            *(t[n:] for t in (q, k, v, g)),
+        out, final = by_chunks(
+            *(t[n:] for t in (q, k, v, gates)),
             span_start=[start - n for start in _starts(layout)[n:]],
             span_start_device=layout.span_start[n:] - n,
             initial_state=states.index_select(0, own),
@@ -150,6 +153,35 @@ def _mix(
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if parts else torch.empty_like(v)
+
+
+def _tapped(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logits: torch.Tensor,
+    tau: float,
+    layout: PagedLayout,
+    states: torch.Tensor,
+    taps: Taps,
+    layer: int,
+) -> torch.Tensor:
+    """:func:`_mix` with gates and states open to ``taps``: what is not asked for is not made."""
+    g: torch.Tensor | None = None
+    if taps.wants("gla.head.gate", layer):
+        plain = log_gates(logits, tau)
+        offered = plain.exp()
+        answer = offer(taps, "gla.head.gate", layer, offered)
+        if answer is not offered:  # gates that nobody changes keep their bits
+            g = torch.where(answer == offered, plain, answer.clamp(0.0, 1.0).log())
+    open_taps = state_taps(taps)
+    spans = () if open_taps is None else open_taps.open_states(layer)
+    if open_taps is not None and spans:
+        g = log_gates(logits, tau) if g is None else g
+        return _mix_split(q, k, v, g, layout, states, open_taps, sorted(spans), layer)
+    if g is not None:
+        return _mix(q, k, v, g, None, layout, states)
+    return _mix(q, k, v, logits, tau, layout, states)
 
 
 def _mix_split(
@@ -168,7 +200,7 @@ def _mix_split(
     memory = states.new_zeros(len(spans), *states.shape[1:])
     if slots is not None:
         memory = states.index_select(0, slots[torch.tensor(spans, device=slots.device)])
-    z = _mix(q, k, v, g, layout, states)
+    z = _mix(q, k, v, g, None, layout, states)
     parts = list(z.split([stop - start for start, stop in pairwise(starts)]))
     for span, before in zip(spans, memory, strict=True):
         rows = slice(starts[span], starts[span + 1])
@@ -183,15 +215,6 @@ def _mix_split(
             looked_at = taps.state_rows(span, layer)
             parts[span] = reweigh(parts[span], *here, before, looked_at, shares)
     return torch.cat(parts)
-
-
-def _gates_open(taps: Taps, layer: int, g: torch.Tensor) -> torch.Tensor:
-    """Offer the gates themselves; return the logarithms of the answers, cut to [0, 1]."""
-    if not taps.wants("gla.head.gate", layer):
-        return g
-    gates = g.exp()
-    answer = offer(taps, "gla.head.gate", layer, gates)
-    return g if answer is gates else answer.clamp(0.0, 1.0).log()
 
 
 def _starts(layout: PagedLayout) -> list[int]:
