@@ -22,7 +22,9 @@ from tests.waiting import PATIENCE, wait_for
 
 import invivo
 from invivo.errors import Conflict, Diverged, InvalidRequest, NotFound, StorageRefused
+from invivo.models import shipped
 from invivo.models.load import load_model
+from invivo.models.resolve import list_models, resolve
 from invivo.training import checkpoint, processes
 from invivo.training.checkpoint import checkpoints
 from invivo.training.config import TrainConfig
@@ -410,6 +412,30 @@ def test_the_engine_says_what_the_training_pass_finds_likeliest(tmp_path: Path, 
     with invivo.load(str(outcome.model)) as lm:
         found = lm.generate(text, max_tokens=24, temperature=0, ignore_eos=True)
     assert found.choices[0].tokens == tokens[len(text) :]
+
+
+def test_a_model_has_a_card_and_may_come_with_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path, 'export.about="Speaks of cats."', "export.license=apache-2.0")
+    outcome = train(config, runs=tmp_path)
+    card = (outcome.model / "README.md").read_text()
+    assert outcome.evaluation is not None
+    assert f"| held out | {outcome.evaluation['bits_per_byte']:.4f} bits a byte" in card
+    assert "| parameters | 16,056 |" in card
+    assert "| text | texts (" in card
+
+    monkeypatch.setattr(shipped, "ASSETS", tmp_path / "assets")
+    shutil.copytree(outcome.model, tmp_path / "assets" / "small-cats")
+    assert resolve("small-cats") == tmp_path / "assets" / "small-cats"
+    entry = next(entry for entry in list_models() if entry.name == "small-cats")
+    assert (entry.description, entry.licence, entry.state) == (
+        "Speaks of cats.",
+        "apache-2.0",
+        "ready",
+    )
+    with pytest.raises(NotFound, match="small-cats"):
+        resolve("no-such-model")
 
 
 def test_weights_are_exported_in_half_precision(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """From a name to a folder in the Hub's format.
 
-A name is a local folder or GGUF file, the name of a packaged model, or an id at the Hub. GGUF files
-are converted once; the result is kept in the user's cache.
+A name is a local folder or GGUF file, the name of a packaged model or of one that comes with
+invivo, or an id at the Hub. GGUF files are converted once; the result is kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from invivo.errors import Conflict, Forbidden, InvivoError, NotFound, Unavailable, UnsupportedModel
 from invivo.models.convert import CONVERTER, convert_gguf
 from invivo.models.packaged import PACKAGED, Progress, assembled, downloaded, installed_files
+from invivo.models.shipped import shipped_models
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
@@ -28,7 +29,7 @@ class ModelEntry:
     """One line of :func:`list_models`.
 
     Attributes:
-        state: "ready" (a folder in the cache), "installed" (its package is there and will be
+        state: "ready" (a folder is there), "installed" (its package is there and will be
             converted at first use) or "available" (``pull`` gets it).
         n_bytes: size of the folder when ready, else of the file to convert.
     """
@@ -58,6 +59,9 @@ def resolve(name: str) -> Path:
     """
     if name in PACKAGED:
         return _packaged(name)
+    shipped = shipped_models()
+    if name in shipped:
+        return shipped[name].path
     path = Path(name).expanduser()
     if path.is_file():
         return _converted(path)
@@ -72,7 +76,7 @@ def resolve(name: str) -> Path:
         field="model",
         given=name,
         remedy="Give a folder, a GGUF file, a Hub id (owner/name) or one of: "
-        + ", ".join(PACKAGED),
+        + ", ".join((*PACKAGED, *shipped)),
     )
 
 
@@ -109,8 +113,11 @@ def pull(name: str, *, progress: Progress | None = None, accept_license: bool = 
 
 
 def list_models() -> list[ModelEntry]:
-    """The packaged models and everything in the cache."""
-    entries = []
+    """The packaged models, those that come with invivo, and everything in the cache."""
+    entries = [
+        ModelEntry(m.name, m.description, m.licence, "ready", m.path, _size(m.path))
+        for m in shipped_models().values()
+    ]
     home = models_home()
     for model in PACKAGED.values():
         folder = home / model.name

@@ -205,9 +205,13 @@ class Export:
 
     Attributes:
         dtype: of the weights.
+        license: of the model, for its card; the Hub's short name.
+        about: a sentence for the card.
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    license: str = ""
+    about: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,10 @@ from invivo.models.load import LoadedModel
 from invivo.models.save import save_model
 
 
-def export_model(decoder: Decoder, tokenizer: Path, dtype: torch.dtype, target: Path) -> Path:
-    """Write config, weights in ``dtype`` and the tokenizer's files, in the place of ``target``.
+def export_model(
+    decoder: Decoder, tokenizer: Path, dtype: torch.dtype, card: str, target: Path
+) -> Path:
+    """Write config, weights in ``dtype``, tokenizer and ``card``, in the place of ``target``.
 
     Args:
         tokenizer: folder with tokenizer.json.
@@ -31,6 +33,7 @@ def export_model(decoder: Decoder, tokenizer: Path, dtype: torch.dtype, target: 
     shutil.rmtree(draft, ignore_errors=True)
     try:
         save_model(model, draft)
+        (draft / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
     finally:

@@ -19,6 +19,7 @@ import torch
 from invivo.errors import Conflict, Diverged, NotFound, StorageRefused
 from invivo.models.decoder import Decoder
 from invivo.models.load import load_tokenizer
+from invivo.training.card import model_card
 from invivo.training.checkpoint import checkpoint_path, step_of
 from invivo.training.config import TrainConfig
 from invivo.training.export import export_model
@@ -124,10 +125,15 @@ def train(
                 note("diverged" if isinstance(error, Diverged) else "failed", training.step)
             raise
         whole = processes.gathered(training.decoder)
+        measured = [line for line in folder.metrics.read() if line["kind"] == "evaluation"]
+        evaluation = measured[-1] if measured else None
         try:
             if whole is not None:
                 dtype = DTYPES[config.export.dtype]
-                export_model(whole, material.tokenizer, dtype, folder.model)
+                card = model_card(
+                    manifest, whole.config, tokens=training.tokens, evaluation=evaluation
+                )
+                export_model(whole, material.tokenizer, dtype, card, folder.model)
             note(status, training.step)
         except OSError as error:
             raise StorageRefused(
@@ -136,14 +142,13 @@ def train(
                 given=str(folder.model),
                 remedy="Make room; the same command then writes it",
             ) from error
-    measured = [line for line in folder.metrics.read() if line["kind"] == "evaluation"]
     return Outcome(
         status=status,
         step=training.step,
         steps=training.steps,
         folder=folder.path,
         model=folder.model,
-        evaluation=measured[-1] if measured else None,
+        evaluation=evaluation,
     )
 
 
