@@ -6,7 +6,8 @@
 The first line prepares text (tokenizer, token shards), the second runs the comparison on it:
 
 - both models from scratch with the same tokens, rows, order, optimizer and number of steps, for
-  each seed; held-out bits per byte with intervals over seeds (Student, Welch);
+  each seed; held-out bits per byte with intervals over seeds (Student, Welch), of the books that
+  are evaluated during training and of others that are not;
 - held-out text in rows of 16,384 tokens, 16 times those of training: perplexity by position;
 - recall of key-value pairs by two-layer models trained on that task alone;
 - a step of decoding and the memory of a sequence, by the length of its context, in the engine;
@@ -56,7 +57,7 @@ from invivo.training.config import (
     TokenizerSettings,
     TrainConfig,
 )
-from invivo.training.evaluate import by_position, decoder_nats
+from invivo.training.evaluate import by_position, decoder_nats, held_out
 from invivo.training.prepare import prepare
 from invivo.training.report import write_comparison
 from invivo.training.run import train
@@ -216,6 +217,7 @@ class Comparison:
         text, recall, asset = self.configs()
         parts: list[tuple[str, Callable[[], bool]]] = [
             *((config.name, partial(self.trained, config)) for config in text),
+            ("test", self.test),
             ("positions", self.positions),
             ("decode", self.decode),
             (asset.name, partial(self.trained, asset)),
@@ -379,6 +381,24 @@ class Comparison:
         """Whether all models of text are trained."""
         folders = [RunFolder(self.runs / config.name) for config in self.configs()[0]]
         return all(f.exists and f.manifest()["status"] == "done" for f in folders)
+
+    def test(self) -> bool:
+        """Bits per byte of books that no evaluation during training has read."""
+        if "test" in self.results or not self.complete():
+            return "test" in self.results
+        found, values = {}, {kind: [] for kind in KINDS}
+        for seed in self.seeds:
+            for kind in KINDS:
+                name = f"{kind}-seed{seed}"
+                model = load_model(str(self.runs / name / "model"), device=self.device)
+                nats = decoder_nats(model.decoder)
+                read = held_out(nats, self.shards, split="test", length=self.size.length)
+                found[name] = asdict(read)
+                values[kind].append(read.bits_per_byte)
+                self.say(f"test {name}: {read.bits_per_byte:.4f} bits per byte")
+        gap = difference(values["gla"], values["transformer"])
+        self.note("test", {"runs": found, "gla less transformer": asdict(gap)})
+        return True
 
     def positions(self) -> bool:
         """Perplexity by position in rows longer than those of training."""
