@@ -11,23 +11,32 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.tiny import tiny_loaded
+from tests.models.gla_models import tiny_decoder
+from tests.tiny import tiny_loaded, tiny_model_folder
+from transformers import AutoTokenizer
 
 from invivo.errors import InvalidRequest
 from invivo.local import LocalLM
+from invivo.models.load import LoadedModel
 
 OUT = [
     {"capture": "logits", "pos": "@all", "name": "logits"},
     {"capture": "layers.1.resid.post", "pos": "@all", "name": "stream"},
 ]
-EDIT = {"at": "layers.0.attn.head.*.z", "pos": "@last", "do": "scale", "a": 0.5}
+EDIT = {"at": "layers.1.attn.head.*.z", "pos": "@last", "do": "scale", "a": 0.5}
 EXACT: dict[str, Any] = {"numerics": "exact", "steps": [EDIT], "out": OUT}
 PROMPTS = ["the cat is red", "hello world and you", "the dog", "not the red cat of the blue world"]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2", "qwen2_moe"])
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2", "qwen2_moe", "hybrid gla"])
 def lm(request, tmp_path_factory) -> Iterator[LocalLM]:
-    model = tiny_loaded(tmp_path_factory.mktemp("model"), request.param, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("model")
+    if request.param == "hybrid gla":
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder(folder))
+        decoder = tiny_decoder("hybrid", vocab_size=len(tokenizer)).float()
+        model = LoadedModel("gla", folder, decoder.config, decoder, tokenizer, "fingerprint")
+    else:
+        model = tiny_loaded(folder, request.param, dtype=torch.float32)
     with LocalLM(model) as made:
         yield made
 

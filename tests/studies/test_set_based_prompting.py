@@ -57,6 +57,21 @@ def test_every_layout_of_a_set_gives_the_same_scores_and_nothing_else_does(lm) -
     assert len(sums) == 5 + 8
 
 
+def test_exact_numerics_give_the_same_records_to_the_bit(tmp_path) -> None:
+    exact, unit = replace(SETTINGS, numerics="exact", orders=1), Unit("u", ("made", ITEM))
+    with LocalLM(tiny_loaded(tmp_path, dtype=torch.float32)) as lm:
+        alone = s35.measure(lm, exact, unit)
+        stream = lm.stream("the", max_tokens=64, ignore_eos=True)
+        next(stream)  # the engine is in the middle of something else
+        assert s35.measure(lm, exact, unit) == alone
+        stream.close()
+        fast = s35.measure(lm, replace(exact, numerics="fast"), unit)
+        for one, other in zip(alone, fast, strict=True):
+            assert one["condition"] == other["condition"]
+            for a, b in zip(one["logprobs"], other["logprobs"], strict=True):
+                assert a == pytest.approx(b, abs=1e-4)
+
+
 def test_known_masks_and_positions() -> None:
     """The card's example: two tokens before, options of two and one, one token after."""
     asked = s35.Asked((7, 8), ((1, 2), (3,)), (9,), ((1, 2), (3,)), ())

@@ -33,7 +33,7 @@ from invivo.statistics import (
 )
 from invivo.studies.study import Record, Study, Unit, Work
 from invivo.tasks.items import Item, digest, load_items
-from invivo.tasks.options import OptionScores, best, score_options
+from invivo.tasks.options import OptionScores, best, score_options, score_options_exactly
 
 Program = dict[str, Any]
 Range = tuple[int, int]
@@ -55,6 +55,7 @@ class Settings:
         seed: of the drawn items and orders.
         tolerance: largest difference of log-probabilities that counts as rounding; it fits
             float32.
+        numerics: "exact": the same records to the last bit, many times slower.
     """
 
     items: tuple[str, ...]
@@ -63,6 +64,7 @@ class Settings:
     score: Literal["sum", "per token"] = "sum"
     seed: int = 0
     tolerance: float = 1e-3
+    numerics: Literal["fast", "exact"] = "fast"
 
 
 # What is asked.
@@ -95,7 +97,7 @@ class Asked:
     options: tuple[tuple[int, ...], ...]
     suffix: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
-    texts: tuple[Any, ...]
+    texts: tuple[str | Mapping[str, Any], ...]
 
     @property
     def longest(self) -> int:
@@ -174,6 +176,17 @@ def position_only(layout: Layout, longest_answer: int) -> Program:
     return {"steps": [step | {"pos": {"range": [layout.start, whole]}}]}
 
 
+def _score_one(
+    lm: LM,
+    context: Sequence[int],
+    options: Sequence[Sequence[int]],
+    *,
+    interventions: Program,
+) -> OptionScores:
+    (found,) = score_options(lm, [context], options, interventions=interventions)
+    return found
+
+
 def orders_of(item: Item, settings: Settings) -> dict[str, tuple[int, ...]]:
     """The orders of an item's options by name; the random ones are its own, all different."""
     given = tuple(range(len(item.options)))
@@ -213,23 +226,34 @@ def measure(lm: LM, settings: Settings, unit: Unit) -> list[Record]:
     asked = ask(lm, item)
     orders = orders_of(item, settings)
     layouts = {name: asked.layout(order) for name, order in orders.items()}
-    plain = score_options(lm, [lay.ids for lay in layouts.values()], asked.answers)
+    contexts = [layout.ids for layout in layouts.values()]
+    exact = settings.numerics == "exact"
+    if exact:
+        plain = [score_options_exactly(lm, ids, asked.answers) for ids in contexts]
+    else:
+        plain = score_options(lm, contexts, asked.answers)
     scores: dict[str, OptionScores] = dict(zip(orders, plain, strict=True))
 
-    def under(name: str, context: Any, program: Program | None) -> None:
-        (scores[name],) = score_options(lm, [context], asked.answers, interventions=program)
+    def under(name: str, layout: Layout, program: Program) -> None:
+        score = score_options_exactly if exact else _score_one
+        scores[name] = score(lm, layout.ids, asked.answers, interventions=program)
 
-    under("set", list(asked.texts), None)
+    if exact:
+        # Sorted by their tokens, as the LM lays sets out.
+        in_order = asked.layout(sorted(range(len(item.options)), key=asked.options.__getitem__))
+        under("set", in_order, as_set(in_order))
+    else:
+        (scores["set"],) = score_options(lm, [asked.texts], asked.answers)
     longest_answer = max(len(answer) for answer in asked.answers)
     for order, suffix in (("normal", " as given"), ("reversed", " reversed")):
         layout = layouts[order]
-        under(f"set{suffix}", layout.ids, as_set(layout))
+        under(f"set{suffix}", layout, as_set(layout))
         half = "" if order == "normal" else suffix
-        under(f"mask only{half}", layout.ids, mask_only(layout))
-        under(f"position only{half}", layout.ids, position_only(layout, longest_answer))
+        under(f"mask only{half}", layout, mask_only(layout))
+        under(f"position only{half}", layout, position_only(layout, longest_answer))
     padded = asked.layout(orders["normal"], padded=True)
     lengths = [len(option) for option in asked.options]
-    under("set padded", padded.ids, as_padded_set(padded, lengths))
+    under("set padded", padded, as_padded_set(padded, lengths))
     return [
         {
             "source": source,
@@ -333,7 +357,7 @@ def conclude(settings: Settings, records: Sequence[Record]) -> Findings:
     findings.facts = _facts(answers)
     findings.figures = _figures(answers)
     findings.tables = [_accuracies(records), _spread(answers)]
-    findings.limits = _limits(answers)
+    findings.limits = _limits(answers, settings)
     return findings
 
 
@@ -577,7 +601,7 @@ def _spread(answers: Mapping[str, Answers]) -> Table:
     )
 
 
-def _limits(answers: Mapping[str, Answers]) -> list[str]:
+def _limits(answers: Mapping[str, Answers], settings: Settings) -> list[str]:
     limits = []
     for source, found in answers.items():
         against = paired_difference(found.right["set"], found.mean_right)
@@ -600,7 +624,11 @@ def _limits(answers: Mapping[str, Answers]) -> list[str]:
         "Options are scored by the log-probability of their text. The paper's other score "
         "(greedy text that holds one option) is not run.",
         "Prompts are plain text, without a chat template, for base and chat models alike.",
-        "Records repeat to rounding, not to the bit: the rows of a batch round together.",
+        *(
+            ["Records repeat to rounding, not to the bit: the rows of a batch round together."]
+            if settings.numerics == "fast"
+            else []
+        ),
         "Sets within sets are undefined in the paper and refused.",
     ]
 
