@@ -12,6 +12,7 @@ import pytest
 from tests.training.small_run import curve, written
 from tests.waiting import PATIENCE, wait_for
 
+from invivo.cli.train import _command, _Stopping
 from invivo.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -77,3 +78,22 @@ def test_an_interruption_saves_the_step_and_says_how_to_go_on(
     ran = invivo("train", str(path), "--runs", str(runs), *more, "--resume")
     assert ran.code == 0, ran.err
     assert f"going on from step {step} of {step + 2}" in ran.err
+
+
+def test_among_several_processes_signals_only_ask() -> None:
+    """torchrun repeats what the terminal has sent, and before the first step at some of them."""
+    stopping = _Stopping(several=True)
+    with stopping.listening():
+        assert not stopping()
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert stopping()
+
+
+def test_the_command_to_go_on_with_starts_as_many_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    command = _command(Path("a.toml"), ["seed=1"], Path("runs"), None)
+    assert command == "torchrun --nproc-per-node 4 -m invivo.cli train a.toml --set seed=1"

@@ -71,7 +71,7 @@ def train(
 
     settings = read_config(config, sets or ())
     again = _command(config, sets, runs, device)
-    stopping = _Stopping()
+    stopping = _Stopping(several=_n_processes() > 1)
     # Of the processes that torchrun starts, the first one speaks.
     silent = os.environ.get("RANK", "0") != "0"
 
@@ -102,9 +102,17 @@ def train(
         raise typer.Exit(130)
 
 
+def _n_processes() -> int:
+    """How many torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _command(config: Path, sets: list[str] | None, runs: Path, device: str | None) -> str:
     """What goes on with the run."""
     words = ["invivo", "train", str(config)]
+    if _n_processes() > 1:
+        here = os.environ.get("LOCAL_WORLD_SIZE", str(_n_processes()))
+        words[:1] = ["torchrun", "--nproc-per-node", here, "-m", "invivo.cli"]
     for item in sets or ():
         words += ["--set", item]
     if runs != Path("runs"):
@@ -141,10 +149,13 @@ def _held_out(numbers: Mapping[str, Any]) -> str:
 class _Stopping:
     """Whether a signal asked to stop; a second one ends the process as usual.
 
-    Until training takes steps (``arm``) signals act as ever, since nothing is to be saved.
+    Until training takes steps (``arm``) signals act as ever, since nothing is to be saved. With
+    ``several`` processes they only ask: torchrun passes on what the terminal has sent already, and
+    ends those that stay.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, several: bool = False) -> None:
+        self._several = several
         self._asked = False
         self._armed = False
 
@@ -166,6 +177,9 @@ class _Stopping:
                 signal.signal(number, handler)
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self._several:
+            self._asked = True
+            return
         if self._asked or not self._armed:
             raise KeyboardInterrupt
         self._asked = True
