@@ -16,14 +16,15 @@ The first line prepares text (tokenizer, token shards), the second runs the comp
 How many steps fit into ``--seconds`` is measured first, all models of a kind then take the same
 number; the plan is kept in ``--work``, and a second call with the same folder goes on where the
 first stopped (exit 3: call again; exit 1: a part failed, and the others are there). DIR gets
-gla_quality.json, runs.tar.gz (pages, curves, samples, the small model's config and tokenizer) and
-the small model's weights.
+gla_quality.json, runs.tar.gz (the same, pages, curves, samples, the small model's config and
+tokenizer) and the small model's weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 import tarfile
@@ -68,8 +69,9 @@ from invivo.training.shards import open_shards
 
 KINDS = ("gla", "transformer")
 # Shares of the time that is left when speeds are known; the rest is for evaluation and decoding.
-SHARES = {"text": 0.54, "asset": 0.12, "recall": 0.14}
+SHARES = {"text": 0.46, "asset": 0.24, "recall": 0.15}
 SPEED_STEPS = 12
+PREFILL = 16384  # tokens of an iteration while prompts are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class Size:
         epochs: most of them.
         steps: most of them; None: no limit but the time's.
         contexts, batches: of decoding.
+        decoded: tokens that all rows of a batch write together.
     """
 
     model: tuple[int, int, int, int]
@@ -99,6 +102,7 @@ class Size:
     long_rows: int
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
+    decoded: int
 
 
 FULL = Size(
@@ -116,6 +120,7 @@ FULL = Size(
     long_rows=32,
     contexts=(1024, 4096, 16000),
     batches=(1, 16),
+    decoded=64,
 )
 SMALL = Size(
     model=(32, 2, 48, 2),
@@ -132,6 +137,7 @@ SMALL = Size(
     long_rows=2,
     contexts=(16, 64),
     batches=(1, 2),
+    decoded=4,
 )
 
 
@@ -327,7 +333,7 @@ class Comparison:
         left, plan = self.seconds - self.spent(), {}
         for name, each in seconds.items():
             repeated = 1 if name == "asset" else n
-            steps = int(0.85 * SHARES[name] * left / (repeated * sum(each)))
+            steps = int(0.9 * SHARES[name] * left / (repeated * sum(each)))
             if name != "recall":
                 tokens = self.shards.tokens["train"]
                 steps = min(steps, int(size.epochs * tokens / (size.batch * size.length)))
@@ -358,7 +364,8 @@ class Comparison:
             model = load_model(str(self.runs / f"{kind}-seed0" / "model"), device=self.device)
             dtype = model.decoder.embed.dtype
             settings = EngineConfig(
-                max_model_len=max(size.contexts) + 64,
+                max_batch_tokens=PREFILL,
+                max_model_len=size.long,
                 max_running=max(size.batches),
                 prefix_cache=False,
             )
@@ -367,8 +374,9 @@ class Comparison:
             per_sequence = bytes_per_slot(model.config, dtype=dtype)
             for context in size.contexts:
                 for batch in size.batches:
-                    serve(engine, batch, context, 8)
-                    _, step_ms = serve(engine, batch, context, 40)
+                    # While the last prompts are read the first ones write already.
+                    meanwhile = 2 * math.ceil(batch * context / PREFILL)
+                    _, step_ms = serve(engine, batch, context, size.decoded + meanwhile)
                     memory = per_sequence + per_token * context
                     row = {"kind": kind, "context": context, "batch": batch}
                     rows.append(row | {"step_ms": round(step_ms, 4), "bytes_a_sequence": memory})
@@ -449,7 +457,7 @@ class Comparison:
         except MissingDependency as error:  # `invivo runs report` makes them elsewhere
             self.say(f"no pages: {error}")
         with tarfile.open(self.out / "runs.tar.gz", "w:gz") as packed:
-            for page in pages:
+            for page in (self.out / "gla_quality.json", *pages):
                 packed.add(page, page.name)
             for run in there:
                 for name in ("manifest.json", "metrics.jsonl", "samples.jsonl"):
