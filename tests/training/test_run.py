@@ -184,6 +184,15 @@ def test_other_texts_never_go_on(tmp_path: Path) -> None:
     assert error.value.field == "data.sources"
 
 
+def test_the_same_text_from_another_place_goes_on(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    train(small(tmp_path, "train.steps=2"), runs=runs)
+    prepared = next(path.parent for path in (runs / ".prepared").glob("*/manifest.json"))
+    moved = prepared.rename(tmp_path / "moved")
+    here = ("train.steps=3", "data.sources=[]", f"data.prepared={moved}")
+    assert train(small(tmp_path, *here), runs=runs, mode="resume").step == 3
+
+
 def test_how_it_is_trained_changes_on_request_alone(tmp_path: Path) -> None:
     train(small(tmp_path), runs=tmp_path)
     longer = small(tmp_path, "train.steps=14", "optimizer.learning_rate=1e-3")

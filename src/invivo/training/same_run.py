@@ -9,7 +9,7 @@ from typing import Any
 from invivo.errors import Conflict
 from invivo.training.typed_tables import flat
 
-# What changes no number, or only its rounding.
+# What changes no number, or only its rounding; of the text its hash is compared.
 _FREE = (
     "name",
     "evaluation.",
@@ -17,6 +17,7 @@ _FREE = (
     "export.",
     "parallel.",
     "data.sources",
+    "data.prepared",
     "train.micro_batch",
     "train.compile",
     "train.recompute",
