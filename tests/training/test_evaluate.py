@@ -121,6 +121,21 @@ def test_the_interval_is_that_of_a_mean_over_rows() -> None:
     assert held_out(varied, data, length=10**6).low is None
 
 
+def test_differences_of_models_are_measured_on_the_same_rows() -> None:
+    data, length = shards(), 16
+
+    def other(batch: Batch) -> torch.Tensor:
+        return varied(batch) * 1.1
+
+    gap = held_out(lambda b: other(b) - varied(b), data, length=length)
+    both = [held_out(nats, data, length=length) for nats in (varied, other)]
+    assert gap.bits_per_byte == pytest.approx(both[1].bits_per_byte - both[0].bits_per_byte)
+    assert gap.low is not None
+    assert both[0].low is not None
+    # Rows that are hard for both do not count twice.
+    assert gap.bits_per_byte - gap.low < 0.2 * (both[0].bits_per_byte - both[0].low)
+
+
 def test_positions_sum_to_the_whole() -> None:
     data, length = shards(), 150
     buckets = by_position(varied, data, length=length)

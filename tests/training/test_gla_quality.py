@@ -48,7 +48,10 @@ def test_the_comparison_resumes_and_measures_everything(
     assert one["tokens"] == other["tokens"]
     gap = found["text"]["gla less transformer"]["value"]
     assert gap == pytest.approx(one["bits_per_byte"] - other["bits_per_byte"])
-    assert found["test"]["runs"]["gla-seed0"]["split"] == "test"
+    tested = {name: run["bits_per_byte"] for name, run in found["test"]["runs"].items()}
+    assert tested["gla less transformer-seed0"] == pytest.approx(
+        tested["gla-seed0"] - tested["transformer-seed0"]
+    )
     assert {row["kind"] for row in found["decode"]} == {"gla", "transformer"}
     memory = {(r["kind"], r["context"]): r["bytes_a_sequence"] for r in found["decode"]}
     assert memory["gla", 16] == memory["gla", 64]

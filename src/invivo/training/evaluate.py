@@ -123,7 +123,8 @@ def held_out(
     """Read a split in rows of ``length``.
 
     Args:
-        nats: of each label of a batch, [b, length], 0 where there is none.
+        nats: of each label of a batch, [b, length], 0 where there is none. One model's less
+            another's gives their difference, with the interval of pairs of rows.
         batch: rows at once.
         rows: how many are read, evenly spaced; None: all, every token once.
         rank, world: this process of how many; each reads its part, all call ``nats`` equally
