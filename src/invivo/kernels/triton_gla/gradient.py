@@ -20,14 +20,21 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from invivo.kernels.triton_gla.loads import anchored, load_gates, load_rows, store_rows
+from invivo.kernels.triton_gla.loads import (
+    aligned,
+    anchored,
+    ends,
+    load_gates,
+    load_rows,
+    store_rows,
+)
 from invivo.kernels.triton_gla.pairs import Within
 from invivo.kernels.triton_gla.tables import CHUNK, SUB, Chunks, gradient_tile, padded
 
 
 @triton.jit
 def _read_states(
-    dz, v, kept, d_kept, place, row, real, head, dz_stride, v_stride,
+    dz, v, kept, d_kept, place, row, real, head, tile, dz_stride, v_stride,
     V: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -41,12 +48,50 @@ def _read_states(
         dz_rows = load_rows(dz, row, real, values, head, dz_stride, V).to(kind)
         v_rows = load_rows(v, row, real, values, head, v_stride, V).to(kind)
         at = (place * V_PAD + begin).to(tl.int32)
-        state = kept.load([at, tl.program_id(0) * BLOCK_K])
-        d_state = d_kept.load([at, tl.program_id(0) * BLOCK_K])
+        state = kept.load([at, tile * BLOCK_K])
+        d_state = d_kept.load([at, tile * BLOCK_K])
         read = tl.dot(dz_rows, state, read, input_precision=PRECISION)
         d_written = tl.dot(v_rows, d_state, d_written, input_precision=PRECISION)
         both += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
     return read, d_written, both
+
+
+@triton.jit
+def _read_states_even(
+    dz_tiles, v_tiles, kept, d_kept, place, first, real, head, tile,
+    V: tl.constexpr, V_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same for V a multiple of BLOCK_V: whole tiles of rows, those beyond the chunk left out
+    at the end."""
+    kind = kept.dtype
+    read = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    d_written = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    both = tl.zeros([BLOCK_K], tl.float32)
+    for begin in range(0, V, BLOCK_V):
+        dz_rows = dz_tiles.load([first, head * V + begin]).to(kind)
+        v_rows = v_tiles.load([first, head * V + begin]).to(kind)
+        at = (place * V_PAD + begin).to(tl.int32)
+        state = kept.load([at, tile * BLOCK_K])
+        d_state = d_kept.load([at, tile * BLOCK_K])
+        read = tl.dot(dz_rows, state, read, input_precision=PRECISION)
+        d_written = tl.dot(v_rows, d_state, d_written, input_precision=PRECISION)
+        both += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
+    there = real[:, None]
+    return tl.where(there, read, 0.0), tl.where(there, d_written, 0.0), both
+
+
+@triton.jit
+def _sums(x, BY_PRODUCT: tl.constexpr):
+    """Sums along the rows. By products with ones where that is faster than a scan: of what tf32
+    holds of a number, and of the rest, which together have the digits of float32."""
+    if not BY_PRODUCT:
+        return tl.cumsum(x, 0)
+    at = tl.arange(0, x.shape[0])
+    ones = (at[:, None] >= at[None, :]).to(tl.float32)
+    held = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    rest = tl.dot(ones, x - held, input_precision="tf32")
+    return tl.dot(ones, held, rest, input_precision="tf32")
 
 
 @triton.jit
@@ -63,14 +108,14 @@ def _store_gates(
 
 @triton.jit
 def _gradient_kernel(
-    q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, d_turned, d_own, steep, chunks,
-    scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
+    q, k, g, v, dz, dq, dk, dg, kept, d_kept, v_tiles, dz_tiles, d_pairs, d_turned, d_own, steep,
+    chunks, scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
     N_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, V_PAD: tl.constexpr,
     C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+    FROM_LOGITS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chunks that are not flagged. Grid (tiles of K, N_HEADS, slots)."""
-    head, slot = tl.program_id(1), tl.program_id(2)
+    tile, head, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tl.load(chunks + 2 * slot + 1)
     if n == 0:
         return
@@ -78,31 +123,42 @@ def _gradient_kernel(
     if tl.load(steep + place) != 0:
         return
     at = tl.arange(0, C)
-    row, real = tl.load(chunks + 2 * slot) + at, at < n
-    dims = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    read, d_written, both = _read_states(
-        dz, v, kept, d_kept, place, row, real, head, dz_stride, v_stride,
-        V, V_PAD, C, BLOCK_K, BLOCK_V, PRECISION,
-    )  # fmt: skip
+    first = tl.load(chunks + 2 * slot)
+    row, real = first + at, at < n
+    dims = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    if EVEN:
+        read, d_written, both = _read_states_even(
+            dz_tiles, v_tiles, kept, d_kept, place, first, real, head, tile,
+            V, V_PAD, C, BLOCK_K, BLOCK_V, PRECISION,
+        )  # fmt: skip
+    else:
+        read, d_written, both = _read_states(
+            dz, v, kept, d_kept, place, row, real, head, tile, dz_stride, v_stride,
+            V, V_PAD, C, BLOCK_K, BLOCK_V, PRECISION,
+        )  # fmt: skip
 
+    # Each tile is read as late as it can be: few of them fit the registers at once.
     gates = load_gates(g, row, real, dims, head, g_stride, tau, K, FROM_LOGITS)
-    q_rows = load_rows(q, row, real, dims, head, q_stride, K).to(tl.float32)
-    k_rows = load_rows(k, row, real, dims, head, k_stride, K).to(tl.float32)
-    sums, last, middle, _ = anchored(gates)
+    last, middle, _ = ends(gates)
+    sums = _sums(gates, PRECISION == "tf32")
+    # The chunk is mild: no factor leaves the range of a float, nor do their products.
     down, up = tl.exp2(sums - middle[None, :]), tl.exp2(middle[None, :] - sums)
-    d_written = d_written * tl.exp2(last[None, :] - sums)
+    k_rows = load_rows(k, row, real, dims, head, k_stride, K).to(tl.float32)
+    d_written = d_written * (up * tl.exp2(last - middle)[None, :])
     carry = tl.exp2(last) * both + tl.sum(k_rows * d_written, 0)
     at_pairs = (slot * N_HEADS + head) * C
     from_keys = tl.dot(d_pairs.load([at_pairs, 0]), k_rows * up, input_precision=PRECISION)
+    own = tl.load(d_own + place * C + at)[:, None] * scale
+    dq_rows = (read * tl.exp2(middle)[None, :] + from_keys) * down * scale
+    store_rows(dq, dq_rows + own * k_rows, row, real, dims, head, N_HEADS * K, K)
+    q_rows = load_rows(q, row, real, dims, head, q_stride, K).to(tl.float32)
+    both_rows = q_rows * dq_rows
     from_queries = tl.dot(
         d_turned.load([at_pairs, 0]), q_rows * down * scale, input_precision=PRECISION
     )
-    dq_rows = (read * tl.exp2(sums) + from_keys * down) * scale
     dk_rows = d_written + from_queries * up
-    both_rows = q_rows * dq_rows - k_rows * dk_rows
-    own = tl.load(d_own + place * C + at)[:, None] * scale
-    store_rows(dq, dq_rows + own * k_rows, row, real, dims, head, N_HEADS * K, K)
     store_rows(dk, dk_rows + own * q_rows, row, real, dims, head, N_HEADS * K, K)
+    both_rows -= k_rows * dk_rows
     dg_rows = tl.cumsum(both_rows, 0, reverse=True) + carry[None, :]
     _store_gates(dg, g, dg_rows, row, real, dims, head, g_stride, tau, N_HEADS, K, FROM_LOGITS)
 
@@ -115,21 +171,38 @@ def _steep_gradient_kernel(
     C: tl.constexpr, SUB_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Flagged chunks, sub-chunk by sub-chunk from the last. Grid (tiles of K, N_HEADS, slots)."""
-    head, slot = tl.program_id(1), tl.program_id(2)
+    """Flagged chunks. Grid (N_HEADS, slots): most programs only find that theirs is not."""
+    head, slot = tl.program_id(0), tl.program_id(1)
     n = tl.load(chunks + 2 * slot + 1)
     if n == 0:
         return
     place = (slot * N_HEADS + head).to(tl.int64)
     if tl.load(steep + place) == 0:
         return
+    for tile in range(tl.cdiv(K, BLOCK_K)):
+        _steep_gradient(
+            q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, d_own, chunks, place, n, head, slot,
+            tile, scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
+            N_HEADS, K, V, V_PAD, C, SUB_ROWS, BLOCK_K, BLOCK_V, FROM_LOGITS, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _steep_gradient(
+    q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, d_own, chunks, place, n, head, slot,
+    tile, scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
+    N_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, V_PAD: tl.constexpr,
+    C: tl.constexpr, SUB_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some channels of a flagged chunk, sub-chunk by sub-chunk from the last."""
     at, sub = tl.arange(0, C), tl.arange(0, SUB_ROWS)
     first = tl.load(chunks + 2 * slot)
-    dims = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    dims = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     square = d_pairs + place * (C * C)
     gates = load_gates(g, first + at, at < n, dims, head, g_stride, tau, K, FROM_LOGITS)
     _, d_written, both = _read_states(
-        dz, v, kept, d_kept, place, first + at, at < n, head, dz_stride, v_stride,
+        dz, v, kept, d_kept, place, first + at, at < n, head, tile, dz_stride, v_stride,
         V, V_PAD, C, BLOCK_K, BLOCK_V, PRECISION,
     )  # fmt: skip
     k_chunk = load_rows(k, first + at, at < n, dims, head, k_stride, K).to(tl.float32)
@@ -151,7 +224,7 @@ def _steep_gradient_kernel(
         before = tl.sum(tl.where((at < begin)[:, None], gates, 0.0), 0)
         after = tl.sum(tl.where((at >= begin + SUB_ROWS)[:, None], gates, 0.0), 0)
         read, written, _ = _read_states(
-            dz, v, kept, d_kept, place, first + i, real, head, dz_stride, v_stride,
+            dz, v, kept, d_kept, place, first + i, real, head, tile, dz_stride, v_stride,
             V, V_PAD, SUB_ROWS, BLOCK_K, BLOCK_V, PRECISION,
         )  # fmt: skip
         dq_rows = read * tl.exp2(inside + before[None, :])
@@ -263,6 +336,12 @@ def gradient(
             for t in (kept, d_kept)
         ]
 
+    even = v.shape[2] % tile.v == 0
+    if even:
+        v, dz = aligned(v), aligned(dz)
+        whole = [_row_tiles(t, tile.v) for t in (v, dz)]
+    else:
+        whole = states(tile.v, tile.k)  # stand for tiles that are not read
     rows = (q, k, g, v, dz, dq, dk, dg)
     below, turned, own = within.d_pairs
     squares = [
@@ -282,12 +361,19 @@ def gradient(
         "PRECISION": "tf32x3" if wide else "tf32",
     }
     _gradient_kernel[(triton.cdiv(k_pad, tile.k), n_heads, chunks.n_chunks)](
-        *rows, *states(tile.v, tile.k), *squares, *rest, BLOCK_K=tile.k, BLOCK_V=tile.v,
+        *rows, *states(tile.v, tile.k), *whole, *squares, *rest,
+        BLOCK_K=tile.k, BLOCK_V=tile.v, EVEN=even,
         num_warps=tile.warps, num_stages=tile.stages, **sizes,
     )  # fmt: skip
     block_v = min(32, tile.v)
-    _steep_gradient_kernel[(triton.cdiv(k_pad, block), n_heads, chunks.n_chunks)](
+    _steep_gradient_kernel[(n_heads, chunks.n_chunks)](
         *rows, *states(block_v, block), below, *rest, SUB_ROWS=SUB, BLOCK_K=block, BLOCK_V=block_v,
         num_warps=4, num_stages=1, **sizes,
     )  # fmt: skip
     return dq, dk, dg
+
+
+def _row_tiles(x: torch.Tensor, width: int) -> TensorDescriptor:
+    """Tiles of a chunk's rows and ``width`` channels of x [T, H, V]; zeros beyond the last row."""
+    size = [x.shape[0], x.shape[1] * x.shape[2]]
+    return TensorDescriptor(x, size, [x.stride(0), 1], [CHUNK, width])

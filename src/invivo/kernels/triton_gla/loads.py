@@ -14,6 +14,12 @@ def by_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x [T, H, D] by rows so that tensor descriptors can describe it: in steps of 16 bytes."""
+    steps = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if steps else x.contiguous()
+
+
 @triton.jit
 def load_rows(x, row, real, dims, head, stride, WIDTH: tl.constexpr):
     """[rows, dims] of one head of x [T, H, WIDTH]; zeros where not ``real`` or beyond WIDTH."""
@@ -53,7 +59,13 @@ def load_gates(
 @triton.jit
 def anchored(gates):
     """Of log gates [C, K]: their sums, the last, the middle of their range, and the range."""
-    sums = tl.cumsum(gates, 0)
+    last, middle, span = ends(gates)
+    return tl.cumsum(gates, 0), last, middle, span
+
+
+@triton.jit
+def ends(gates):
+    """Of log gates [C, K]: the last of their sums, the middle of the sums' range, and the range."""
     last = tl.sum(gates, 0)
     first = tl.sum(tl.where((tl.arange(0, gates.shape[0]) == 0)[:, None], gates, 0.0), 0)
-    return sums, last, (first + last) * 0.5, first - last
+    return last, (first + last) * 0.5, first - last

@@ -84,8 +84,9 @@ def _pairs_kernel(
         k_rows = load_rows(k, row, real, dims, head, k_stride, K).to(tl.float32)
         sums, last, middle, span = anchored(gates)
         widest = tl.maximum(widest, tl.max(span, 0))
-        down = (q_rows * tl.exp2(sums - middle[None, :])).to(kind)
-        up = (k_rows * tl.exp2(middle[None, :] - sums)).to(kind)
+        # In float32, a product of tf32: rounded to bfloat16 they would be half of the error of P.
+        down = q_rows * tl.exp2(sums - middle[None, :])
+        up = k_rows * tl.exp2(middle[None, :] - sums)
         total = tl.dot(down, tl.trans(up), total, input_precision=PRECISION)
         to = (place * C + at)[:, None] * K_PAD + dims[None, :]
         tl.store(queries + to, (q_rows * tl.exp2(sums)).to(kind))
@@ -119,17 +120,31 @@ def _steep_pairs_kernel(
     C: tl.constexpr, SUB_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P between two sub-chunks of a flagged chunk. Grid ((C / SUB) ** 2, N_HEADS, slots)."""
-    parts: tl.constexpr = C // SUB_ROWS
-    part, past = tl.program_id(0) // parts, tl.program_id(0) % parts
-    head, slot = tl.program_id(1), tl.program_id(2)
+    """P of a flagged chunk. Grid (N_HEADS, slots): most programs only find that it is not."""
+    head, slot = tl.program_id(0), tl.program_id(1)
     n = tl.load(chunks + 2 * slot + 1)
-    if (past > part) | (part * SUB_ROWS >= n):
+    if n == 0:
         return
     place = (slot * N_HEADS + head).to(tl.int64)
     if tl.load(steep + place) == 0:
         return
     first = tl.load(chunks + 2 * slot)
+    for part in range(tl.cdiv(n, SUB_ROWS)):
+        for past in range(part + 1):
+            _steep_pair(
+                q, k, g, pairs, place, first, n, part, past, head, scale, tau,
+                q_stride, k_stride, g_stride, K, K_PAD, C, SUB_ROWS, BLOCK_K, FROM_LOGITS,
+                PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _steep_pair(
+    q, k, g, pairs, place, first, n, part, past, head, scale, tau, q_stride, k_stride, g_stride,
+    K: tl.constexpr, K_PAD: tl.constexpr, C: tl.constexpr, SUB_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P between the queries of one sub-chunk and the keys of another, not later."""
     sub = tl.arange(0, SUB_ROWS)
     i, j = part * SUB_ROWS + sub, past * SUB_ROWS + sub
     total = tl.zeros([SUB_ROWS, SUB_ROWS], tl.float32)
@@ -235,7 +250,7 @@ def within_chunks(
         PRECISION="tf32x3" if wide else "tf32",
         num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
-    _steep_pairs_kernel[((CHUNK // SUB) ** 2, n_heads, slots)](
+    _steep_pairs_kernel[(n_heads, slots)](
         q, k, g, chunks.chunks, out.pairs, out.steep, scale, divisor,
         q.stride(0), k.stride(0), g.stride(0),
         SUB_ROWS=SUB, BLOCK_K=min(32, k_pad), PRECISION="tf32x3" if wide else "tf32",

@@ -13,7 +13,16 @@ from invivo.kernels.triton_gla.gradient import gradient
 from invivo.kernels.triton_gla.loads import by_rows
 from invivo.kernels.triton_gla.pairs import within_chunks
 from invivo.kernels.triton_gla.stream import stream
-from invivo.kernels.triton_gla.tables import Chunks, lay_out, padded, segment_rows_for, stream_tile
+from invivo.kernels.triton_gla.tables import (
+    WANTED,
+    WANTED_WIDE,
+    WIDE_VALUES,
+    Chunks,
+    lay_out,
+    padded,
+    segment_rows_for,
+    stream_tile,
+)
 
 
 def forward_pass(
@@ -86,7 +95,10 @@ def _product_kind(q: torch.Tensor) -> torch.dtype:
 
 
 def _lay_out(q: torch.Tensor, v: torch.Tensor, span_start: torch.Tensor) -> Chunks:
-    tile = stream_tile(padded(q.shape[2]), v.shape[2], wide=_product_kind(q) == torch.float32)
-    programs = q.shape[1] * triton.cdiv(v.shape[2], tile.v)
-    rows = segment_rows_for(q.shape[0], span_start.shape[0] - 1, programs)
+    n_spans, n_heads, width = span_start.shape[0] - 1, q.shape[1], v.shape[2]
+    wide = _product_kind(q) == torch.float32
+    tile = stream_tile(padded(q.shape[2]), width, wide=wide, tracks=n_spans * n_heads)
+    programs = n_heads * triton.cdiv(width, tile.v)
+    wanted = WANTED_WIDE if tile.v == WIDE_VALUES else WANTED
+    rows = segment_rows_for(q.shape[0], n_spans, programs, wanted)
     return lay_out(span_start, q.shape[0], rows)

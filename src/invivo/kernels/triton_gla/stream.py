@@ -160,7 +160,9 @@ def stream(
     """
     n_heads, width = x.shape[1:]
     k_pad, wide = padded(channels), within.queries.dtype == torch.float32
-    tile = stream_tile(k_pad, width, wide=wide)
+    tracks = n_heads * (span_start.shape[0] - 1)
+    states = start is not None or end is not None
+    tile = stream_tile(k_pad, width, wide=wide, reverse=reverse, states=states, tracks=tracks)
     v_pad = triton.cdiv(width, tile.v) * tile.v
     sizes = {"N_HEADS": n_heads, "K": channels, "V": width}
     kept = None

@@ -30,6 +30,8 @@ STEEP = tl.constexpr(173.0)
 # Programs that keep the 132 multiprocessors of an H200 busy; fewer are split into segments.
 ENOUGH = 100
 WANTED = 264
+WANTED_WIDE = 132  # of the widest tiles, of which a multiprocessor holds one
+WIDE_VALUES = 128
 
 
 class PairTile(NamedTuple):
@@ -72,24 +74,33 @@ def padded(channels: int) -> int:
 
 def pair_tile(k: int, v: int, *, wide: bool) -> PairTile:
     """wide: the products are of float32."""
-    v_step = min(64, padded(v))
     if wide:
-        return PairTile(min(32, k), min(32, v_step), 4, 1)
-    return PairTile(min(64, k), v_step, 8, 2)
+        return PairTile(min(32, k), min(32, padded(v)), 4, 1)
+    return PairTile(min(64, k), min(WIDE_VALUES, padded(v)), 4, 3)
 
 
-def stream_tile(k: int, v: int, *, wide: bool) -> StreamTile:
-    v = padded(v)
+def stream_tile(
+    k: int, v: int, *, wide: bool, reverse: bool = False, states: bool = False, tracks: int = 0
+) -> StreamTile:
+    """states: some are given or wanted, and take registers; tracks: spans times heads."""
+    v_tile = min(padded(v), 64)
     if wide:
-        return StreamTile(min(v, 64), 8, 1)
-    return StreamTile(min(v, 64), 8 if k > 128 else 4, 2)
+        return StreamTile(v_tile, 8, 1)
+    if k <= 128:
+        return StreamTile(v_tile, 4, 3)
+    if states:
+        return StreamTile(v_tile, 8, 2)
+    # The widest, if its programs keep the device busy, or if spans will be cut in any case.
+    fits = tracks * (v // WIDE_VALUES) >= ENOUGH or tracks * (v // 64) < ENOUGH
+    if fits and not reverse and v % WIDE_VALUES == 0:
+        return StreamTile(WIDE_VALUES, 8, 2)
+    return StreamTile(v_tile, 4, 2)
 
 
 def gradient_tile(k: int, v: int, *, wide: bool) -> GradientTile:
-    v_step = min(64, padded(v))
     if wide:
-        return GradientTile(min(32, k), min(32, v_step), 4, 1)
-    return GradientTile(min(64, k), v_step, 8, 2)
+        return GradientTile(min(32, k), min(32, padded(v)), 4, 1)
+    return GradientTile(min(32, k), min(64, padded(v)), 4, 3)
 
 
 def step_tile(k: int, v: int) -> StepTile:
@@ -118,14 +129,15 @@ class Chunks(NamedTuple):
         return self.segments.shape[0]
 
 
-def segment_rows_for(n_rows: int, n_spans: int, programs: int) -> int:
+def segment_rows_for(n_rows: int, n_spans: int, programs: int, wanted: int = WANTED) -> int:
     """Rows of a segment so that the device is busy; 0: spans alone keep it so.
 
     programs: that stream one segment, heads times tiles of values.
+    wanted: programs that keep the device busy.
     """
     if n_spans * programs >= ENOUGH or n_rows <= 8 * CHUNK:
         return 0
-    rows = triton.cdiv(n_rows, max(1, WANTED // programs))
+    rows = triton.cdiv(n_rows, max(1, wanted // programs))
     rows = max(4, triton.cdiv(rows, CHUNK)) * CHUNK
     return rows if rows * n_spans < n_rows else 0
 
