@@ -36,7 +36,7 @@ from gpu_timing import event_ms, measure_ceilings, relative_error
 from invivo.engine import layer_backward
 from invivo.engine.bypasses import BypassSpec, init_parameters
 from invivo.engine.job_spec import JobSpec
-from invivo.engine.optimizer import Optimizer, clip_factor
+from invivo.engine.optimizer import Optimizer, total_norm
 from invivo.engine.recording import Recording
 from invivo.engine.train_sequence import TrainSequence, next_token_labels
 from invivo.engine.training_rows import Rows, TrainingRows
@@ -530,11 +530,10 @@ class Job:
             gradients[name] = parameter.grad
             parameter.grad = None
         assert sequence.loss is not None
-        assert sequence.n_labels is not None
-        torch._foreach_div_(list(gradients.values()), sequence.n_labels.float())
-        clip_factor(gradients, None)
+        torch._foreach_div_(list(gradients.values()), float(sequence.n_labels))
+        float(total_norm(gradients))
         self.optimizer.step(gradients, 1e-4)
-        loss = float(sequence.loss) / int(sequence.n_labels)
+        loss = float(sequence.loss) / sequence.n_labels
         return loss, marks.split()
 
 

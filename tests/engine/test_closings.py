@@ -13,7 +13,7 @@ from tests.engine.test_finetune import LORA, UNHURRIED, drive, plain_loop, start
 from tests.tiny import tiny_loaded
 
 from invivo.engine.closings import Closing, ClosingTimes
-from invivo.engine.coserve import work_of
+from invivo.engine.coserve import Coserver, work_of
 from invivo.engine.job_spec import JobSpec
 from invivo.engine.policies import Slo
 
@@ -98,7 +98,7 @@ def test_what_ends_a_step_leaves_less_to_others() -> None:
 
 @pytest.mark.parametrize("order", ["pause", "none"])
 def test_steps_that_wait_for_their_end_are_those_of_the_plain_loop(
-    tmp_path: Path, order: str
+    tmp_path: Path, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_loaded(tmp_path, dtype=torch.float64)
     spec = JobSpec("j", LORA, 5, 0.01, gradient_accumulation=2, publish_every=2, checkpoint_every=2)
@@ -109,6 +109,8 @@ def test_steps_that_wait_for_their_end_are_those_of_the_plain_loop(
     handle = job.handle
     assert handle is not None
     inner = handle._job
+    # However short it is, it waits for a plan.
+    monkeypatch.setattr(Coserver, "closes_at_once", lambda *_: False)
     drive(engine, until=lambda: inner.closing is not None)
     assert not asked.done  # so the end waited for a plan
     assert handle.step == len(job.of("step"))

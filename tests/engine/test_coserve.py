@@ -268,13 +268,20 @@ def test_the_prediction_never_passes_what_was_promised(seed: int, tpot: float) -
                 due[span.seq] = bench.now + tpot / 1e3
 
 
-@given(seed=st.integers(0, 10_000), blocks=st.sampled_from([45, 80, 400]))
+@given(
+    seed=st.integers(0, 10_000),
+    blocks=st.sampled_from([45, 80, 400]),
+    tpot=st.sampled_from([8.0, 50.0]),
+)
 @settings(max_examples=40, deadline=None)
-def test_inference_is_planned_as_if_there_were_no_training(seed: int, blocks: int) -> None:
-    """Step for step the same spans, preemptions and rows, however scarce memory is."""
+def test_inference_is_planned_as_if_there_were_no_training(
+    seed: int, blocks: int, tpot: float
+) -> None:
+    """Step for step the same spans, preemptions and rows, however scarce memory is; between two
+    steps the rest of a text may run alone."""
     rng = random.Random(seed)
     limits = limits_of(n_blocks=blocks, max_running=8, max_batch_tokens=128, max_length=640)
-    bench = Bench(limits=limits)
+    bench = Bench(limits=limits, slo=Slo(tpot_ms=tpot))
     for i in range(rng.randint(1, 3)):
         bench.job(f"j{i}", length=rng.choice([64, 200, 500]))
     alone = Scheduler(limits)
@@ -286,7 +293,12 @@ def test_inference_is_planned_as_if_there_were_no_training(seed: int, blocks: in
             (twin,) = sequences_of(seq.request)
             alone.add(twin)
         held_before = list(bench.scheduler.training)
+        paces = bench.coserver._paces
+        last = [paces[seq].last for seq in bench.scheduler.running if seq in paces]
         plan = bench.step()
+        if plan is not None and not plan.spans and bench.scheduler.running:
+            assert bench.now <= min(last, default=bench.now) + tpot / 1e3
+            continue
         undisturbed = alone.schedule(0.0)
         assert inference_of(plan) == inference_of(undisturbed)
         for span in undisturbed.spans if undisturbed else ():
@@ -475,7 +487,7 @@ def test_a_burst_gathers_the_slack_of_large_pieces_and_keeps_the_mean_pace() -> 
             assert bench.now - begun <= n * 12e-3
             pieces[burst] += [stop - start for start, stop in trained_of(plan)]
     assert max(pieces[4.0]) > 1.5 * max(pieces[1.0])
-    assert sum(pieces[4.0]) > 0.9 * sum(pieces[1.0])
+    assert sum(pieces[4.0]) > 0.8 * sum(pieces[1.0])
 
 
 def test_a_burst_does_not_starve_training_beside_answers_that_never_gather_slack() -> None:

@@ -144,16 +144,27 @@ def test_a_steady_load_does_not_make_the_rest_forgotten() -> None:
         assert model.predict(sample.work) == pytest.approx(seconds(sample.work), rel=0.1)
 
 
-def test_the_safety_factor_is_a_quantile_of_what_steps_really_took() -> None:
+def test_the_safety_factor_is_a_quantile_of_what_groups_of_steps_really_took() -> None:
     model = LatencyModel(planted_profile(300))
     assert model.safety == pytest.approx(1.0, abs=1e-4)
     window = model.largest_window(Work(8), 0, 4096, 0.02)
     rng = random.Random(0)
-    for i in range(256):  # a tenth of the steps takes a quarter longer
+    for _ in range(256):  # all of them take longer, more or less
         work = some_work(rng)
-        model.record(work, seconds(work) * (1.25 if i % 10 == 0 else 1.0))
-    assert 1.15 < model.safety < 1.3
+        model.record(work, seconds(work) * rng.uniform(1.0, 1.4))
+    assert 1.02 < model.safety < 1.3
     assert model.largest_window(Work(8), 0, 4096, 0.02) < window
+
+
+def test_what_scatters_among_short_steps_makes_long_ones_no_shorter() -> None:
+    short, long = Work(1, context=100), Work(512, context=200_000, train_rows=480)
+    model = LatencyModel(planted_profile(300))
+    rng = random.Random(0)
+    for _ in range(400):
+        model.record(short, seconds(short) * rng.uniform(0.5, 1.5))
+        model.record(long, seconds(long))
+    assert seconds(short) < 0.3 * seconds(long)
+    assert model.safety < 1.1
 
 
 def test_a_profile_of_small_batches_does_not_promise_large_ones_for_nothing() -> None:

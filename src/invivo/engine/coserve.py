@@ -15,6 +15,7 @@ iterations (one text forward and backward) to one job at a time.
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
@@ -165,6 +166,12 @@ class Coserver:
             self._add(plan, Work(0), chosen, math.inf)
             if plan.spans or plan.backward:
                 return plan
+        if self.policy.sharing == "fill" and order:
+            unit = self._tail(order[0], start)
+            if unit is not None:
+                plan = Plan(spans=[], backward=[unit])
+                self._count(order[0], unit)
+                return plan
         inference = self.scheduler.schedule(now)
         if inference is not None:
             self._since += 1
@@ -213,17 +220,31 @@ class Coserver:
         quantum = self.sizes.quantum_ms / 1e3
         if not self.scheduler.has_work:
             return quantum
-        slo, latency = self.slo, self.latency
-        patience = slo.patience * slo.ttft_ms / 1e3
-        if any(start - seq.request.arrival > patience for seq in self.scheduler.waiting):
+        if self._impatient(start):
             return 0.0
-        alone = latency.predict(work) * latency.safety if plan.spans else 0.0
+        alone = self.latency.predict(work) * self.latency.safety if plan.spans else 0.0
         planned = {span.seq for span in plan.spans if span.samples}
-        full = 0.0  # seconds of a full iteration; most of the time nobody asks
+        return min(self._due(planned, alone, start) - start, quantum)
+
+    def _impatient(self, start: float) -> bool:
+        """Whether a request has waited so long that nothing trains until it runs."""
+        patience = self.slo.patience * self.slo.ttft_ms / 1e3
+        return any(start - seq.request.arrival > patience for seq in self.scheduler.waiting)
+
+    def _due(self, planned: Container[Sequence], alone: float, start: float) -> float:
+        """When an iteration that begins at ``start`` must be over.
+
+        Args:
+            planned: sequences that get a token by it; all others need one more iteration after it,
+                of ``alone`` seconds.
+        """
+        slo = self.slo
         due = math.inf
         ahead = 0  # rows of prompts that must run before and with the one looked at
         for seq in (*self.scheduler.running, *self.scheduler.waiting):
             in_flight = seq.n_pending - (seq in planned)
+            if in_flight and seq not in planned and seq.n_tokens >= seq.limit:
+                continue  # its last token is on its way
             pace = self._paces.get(seq)
             if pace is None and in_flight:
                 pace = _Pace(start, start, 1)
@@ -239,10 +260,27 @@ class Coserver:
                 deadline = seq.request.arrival + slo.ttft_ms / 1e3
             if seq not in planned and rows > 1:
                 ahead += rows
-                full = full or self._full_iteration()
-                deadline -= full * -(-ahead // self.scheduler.limits.max_batch_tokens)
+                deadline -= self._prompts(ahead)
             due = min(due, deadline)
-        return min(due - start, quantum)
+        return due
+
+    def _tail(self, trainee: Trainee, start: float) -> BackwardUnit | None:
+        """The rest of the trainee's text, where it can run before the requests' next tokens and
+        leave time: beside them it would end the iteration early, and what is left of it would go to
+        waste, as the next text comes after it."""
+        scheduler, sizes = self.scheduler, self.sizes
+        if not scheduler.running or _left(trainee) or self._impatient(start):
+            return None
+        unit = trainee.next_unit(sizes.max_unit, trainee.n_layers)
+        if unit is None or unit.start > 0:
+            return None
+        layers = unit.last_layer - unit.first_layer
+        rest = Work(0).with_backward(unit.stop - unit.start, layers)
+        next_tokens = Work(len(scheduler.running), 0, sum(s.n_tokens for s in scheduler.running))
+        safety = self.latency.safety
+        alone = self.latency.predict(next_tokens) * safety
+        left = self._due((), alone, start) - start
+        return unit if self.latency.predict(rest) * safety <= left else None
 
     def _close(
         self, plan: Plan, work: Work, closings: Items[Closing], budget: float, start: float
@@ -357,9 +395,13 @@ class Coserver:
         if unit is None:
             return work
         plan.backward.append(unit)
-        rows, layers = unit.stop - unit.start, unit.last_layer - unit.first_layer
-        self.served[trainee.name] += rows * layers / trainee.n_layers / 2
-        return work.with_backward(rows, layers)
+        self._count(trainee, unit)
+        return work.with_backward(unit.stop - unit.start, unit.last_layer - unit.first_layer)
+
+    def _count(self, trainee: Trainee, unit: BackwardUnit) -> None:
+        layers = unit.last_layer - unit.first_layer
+        done = (unit.stop - unit.start) * layers / trainee.n_layers
+        self.served[trainee.name] += done / 2
 
     def _window(
         self, plan: Plan, work: Work, trainee: Trainee, budget: float, *, smallest: bool
@@ -410,9 +452,19 @@ class Coserver:
             return None
         return unit
 
-    def _full_iteration(self) -> float:
-        full = Work(self.scheduler.limits.max_batch_tokens)
-        return self.latency.predict(full) * self.latency.safety
+    def _prompts(self, rows: int) -> float:
+        """Seconds of the iterations that ``rows`` of prompts take."""
+        most = self.scheduler.limits.max_batch_tokens
+        whole, rest = divmod(rows, most)
+        seconds = whole * self.latency.predict(Work(most)) if whole else 0.0
+        if rest:
+            seconds += self.latency.predict(Work(rest))
+        return seconds * self.latency.safety
+
+    def closes_at_once(self, closing: Closing) -> bool:
+        """Whether the end of an optimizer step is so short that it need not be planned: within the
+        share of the pace that is left free for what cannot be foreseen."""
+        return self.closings.seconds(closing) <= self.slo.headroom * self.slo.tpot_ms / 1e3
 
     def _average(self, seconds: float) -> None:
         self._iteration += (seconds - self._iteration) / 32 if self._iteration else seconds

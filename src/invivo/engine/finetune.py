@@ -33,6 +33,7 @@ from invivo.engine.recording import Recording
 from invivo.engine.run_edits import RunEdits
 from invivo.engine.scheduler import Scheduler
 from invivo.engine.training_rows import Rows, TrainingRows
+from invivo.engine.transfer import index_on
 from invivo.engine.tuning_job import State, TuningJob
 from invivo.engine.types import BackwardUnit, Plan, Purpose, Sequence, Span
 from invivo.errors import Conflict, InvalidRequest, InvivoError, Overloaded, Unavailable
@@ -225,6 +226,7 @@ class FineTuning:
         self._seen: deque[Sample] = deque(maxlen=4 * ENOUGH)  # iterations before the first job
         self._measured: deque[tuple[str, Part, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._stopped = False
+        self._just_closed = 0.0  # seconds of ends of steps that no plan has counted yet
 
     # --- any thread -------------------------------------------------------------------------
     def add(
@@ -390,7 +392,8 @@ class FineTuning:
             # A disk that is slower than training holds up its job and nobody else.
             if job.closing is not None and not (job.writer is not None and job.writer.busy)
         ]
-        return self._coserver.plan(now, trainees, busy_until=busy_until, closings=closings)
+        start = max(now, busy_until or now) + self._just_closed
+        return self._coserver.plan(now, trainees, busy_until=start, closings=closings)
 
     def predicted(self, plan: Plan) -> float:
         """Seconds that ``plan`` will take; 0 while nothing was ever trained."""
@@ -398,6 +401,7 @@ class FineTuning:
             return 0.0
         closings = [job.closing for job in self._jobs if job.name in plan.closing]
         ends = sum(self._coserver.closings.seconds(one) for one in closings if one is not None)
+        ends, self._just_closed = ends + self._just_closed, 0.0
         return self._coserver.latency.predict(work_of(plan)) + ends
 
     def board(self, plan: Plan) -> Riders | None:
@@ -451,6 +455,8 @@ class FineTuning:
         for job in self._jobs.copy():
             if job.state == "running" and job.through():
                 self._guarded(job, self._text_through)
+            if job.state == "running":
+                self._guarded(job, self._tell_known_steps)
             if job.writer is not None and job.writer.ready:
                 self._written(job, job.writer.outcome())
         self._admit()
@@ -479,6 +485,9 @@ class FineTuning:
             job.closing = job.due(time.monotonic())
             if self._policy.sharing != "fill" or not self._scheduler.has_work:
                 self._close_step(job)
+            elif self._coserver is not None and self._coserver.closes_at_once(job.closing):
+                self._just_closed += self._coserver.closings.seconds(job.closing)
+                self._close_step(job)
             return
         self._go_on(job)
 
@@ -489,8 +498,7 @@ class FineTuning:
 
     def _step_done(self, job: TuningJob) -> None:
         with self._timed(job, "optimizer"):
-            event = job.optimize()
-        self._tell(job, event)
+            job.optimize()
         if job.complete:
             return
         spec = job.spec
@@ -522,6 +530,7 @@ class FineTuning:
 
     def _validates(self, job: TuningJob, longest: int) -> bool:
         """Whether a held-out text is next; it is at hand then."""
+        self._tell_steps(job, wait=job.validation_due)
         if not job.validation_due:
             return False
         if job.next_held_out(longest):
@@ -529,7 +538,23 @@ class FineTuning:
         self._tell(job, job.validated())
         return False
 
+    def _tell_last_steps(self, job: TuningJob) -> None:
+        """Of a job that goes: whatever is wrong with them is no news to it any more."""
+        try:
+            self._tell_steps(job, wait=True)
+        except Exception as error:
+            log.info("job %s: %s", job.name, error)
+
+    def _tell_known_steps(self, job: TuningJob) -> None:
+        self._tell_steps(job, wait=False)
+
+    def _tell_steps(self, job: TuningJob, *, wait: bool) -> None:
+        """Of optimizer steps whose loss is known by now, or with ``wait`` of all of them."""
+        for event in job.told(wait=wait):
+            self._tell(job, event)
+
     def _publish(self, job: TuningJob) -> None:
+        self._tell_steps(job, wait=True)
         if job.program is not None:
             values = job.program.trained()
             job.published += 1
@@ -547,6 +572,7 @@ class FineTuning:
             self._written(job, job.writer.outcome(wait=True))
             if job.state != "running":
                 return
+        self._tell_steps(job, wait=True)
         with self._timed(job, "snapshot"):
             snapshot = job.snapshot()
         job.writer.start(snapshot)
@@ -561,6 +587,7 @@ class FineTuning:
     def _stop(self, job: TuningJob) -> None:
         """End it with a checkpoint; in this thread, as no other can be started at exit."""
         self._interrupt(job)
+        self._tell_last_steps(job)
         if job.writer is not None and job.writer.busy:
             self._written(job, job.writer.outcome(wait=True))
         if job.writer is not None and job.step > job.saved and job.state not in ENDED:
@@ -587,6 +614,7 @@ class FineTuning:
 
     def _pause(self, job: TuningJob, reason: str) -> None:
         self._interrupt(job)
+        self._tell_last_steps(job)
         job.state = "paused"
         self._tell(job, {"event": "paused", "step": job.step, "reason": reason})
 
@@ -610,6 +638,7 @@ class FineTuning:
 
     def _close(self, job: TuningJob, state: State, more: dict[str, Any]) -> None:
         self._leave_line(job)
+        self._tell_last_steps(job)
         if job.writer is not None and job.writer.busy:
             outcome = job.writer.outcome(wait=True)
             if isinstance(outcome, Path):
@@ -663,7 +692,7 @@ class FineTuning:
         """Give the text's memory back, cleared: what a diverging job leaves may not be finite."""
         self._scheduler.let_go(job.seq)
         if job.held:
-            blocks = torch.tensor(job.held, device=self._cache.k.device)
+            blocks = index_on(job.held, self._cache.k.device)
             self._cache.k.index_fill_(1, blocks, 0)
             self._cache.v.index_fill_(1, blocks, 0)
             job.held = []

@@ -94,6 +94,7 @@ _BASE = 1
 _LEAST = 1e-6  # seconds: no step takes less
 _HICCUP = 4.0  # a step counts at most as that many times what was predicted
 _MOST_SAFETY = 1.5
+_GROUP = 8  # steps whose times are compared together
 _ENOUGH = 32  # recorded steps from which the safety factor rests on them
 Row = list[float]
 
@@ -182,7 +183,8 @@ class LatencyModel:
         edges: borders of ranges of rows with coefficients of their own (the sizes of captured
             graphs); a range without measurements starts from all of them.
         forgetting: weight of a step by each step after it; 0.995 remembers about 200.
-        quantile: of real over predicted time among the recent steps, which the budget allows for.
+        quantile: of real over predicted time among groups of recent steps, which the budget allows
+            for.
 
     Raises:
         InvalidRequest: no profile, or a time that is not positive.
@@ -194,7 +196,7 @@ class LatencyModel:
         *,
         edges: Sequence[int] = (),
         forgetting: float = 0.995,
-        quantile: float = 0.95,
+        quantile: float = 0.8,
     ) -> None:
         if not profile:
             raise InvalidRequest(
@@ -213,6 +215,8 @@ class LatencyModel:
                 ranges[self._range(sample.work)].append(sample)
             self._fits = [_fit(given) if given else self._fits[0].copy() for given in ranges]
         self._ratios: deque[float] = deque(maxlen=256)  # real over predicted time of recent steps
+        self._group: list[tuple[float, float]] = []  # real and predicted seconds
+        self._lateness: deque[float] = deque(maxlen=256 // _GROUP)  # of groups
         late = _quantile([(s.seconds / self.predict(s.work), s.weight) for s in profile], quantile)
         self._safety = min(max(1.0, late), _MOST_SAFETY)
 
@@ -230,9 +234,11 @@ class LatencyModel:
 
     @property
     def safety(self) -> float:
-        """By how much recent steps have outlasted their prediction (a quantile), from 1 to 1.5.
+        """By how much recent steps have outlasted their prediction, from 1 to 1.5.
 
-        Beyond that it is left to deadlines, which count what steps really took.
+        What is promised is the mean time of many tokens, so groups of steps are looked at and not
+        single ones: what scatters among short steps must not make long ones shorter. Beyond that it
+        is left to deadlines, which count what steps really took.
 
         Until enough steps have been recorded, that of the profile.
         """
@@ -246,9 +252,15 @@ class LatencyModel:
     def record(self, work: Work, seconds: float) -> None:
         """Learn from an iteration that took ``seconds`` (positive)."""
         assert seconds > 0, seconds
-        self._ratios.append(seconds / self.predict(work))
-        if len(self._ratios) >= _ENOUGH:
-            ratios = sorted(self._ratios)
+        predicted = self.predict(work)
+        self._ratios.append(seconds / predicted)
+        self._group.append((seconds, predicted))
+        if len(self._group) == _GROUP:
+            real, wanted = (sum(part) for part in zip(*self._group, strict=True))
+            self._lateness.append(real / wanted)
+            self._group.clear()
+        if len(self._lateness) * _GROUP >= _ENOUGH:
+            ratios = sorted(self._lateness)
             late = ratios[int(self._quantile * (len(ratios) - 1))]
             self._safety = min(max(1.0, late), _MOST_SAFETY)
         self._fits[self._range(work)].update(work, seconds, self._forgetting)

@@ -26,13 +26,16 @@ def learning_rate(spec: JobSpec, step: int) -> float:
     return spec.learning_rate
 
 
-def clip_factor(gradients: Mapping[str, torch.Tensor], clip: float | None) -> tuple[float, float]:
-    """(norm of all gradients together, what to multiply them with); waits for the device."""
+def total_norm(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The norm of all gradients together: [], on the device."""
     norms = torch._foreach_norm(list(gradients.values()))
-    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
-    if clip is None or norm <= clip:
-        return norm, 1.0
-    return norm, clip / norm
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
+def clip_factor(norm: float, clip: float | None) -> float:
+    """What to multiply gradients of this norm with."""
+    return 1.0 if clip is None or norm <= clip else clip / norm
 
 
 class Optimizer:
@@ -65,6 +68,31 @@ class Optimizer:
             self._adamw(names, parameters, ordered, rate)
         else:
             self._sgd(names, parameters, ordered, rate)
+
+    @torch.no_grad()
+    def step_if_finite(
+        self,
+        gradients: Mapping[str, torch.Tensor],
+        rate: float,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        clip: float | None,
+    ) -> None:
+        """One update of clipped gradients that the host need not wait for.
+
+        Where ``loss`` or ``norm`` [] are not finite, parameters and state are afterwards what they
+        were; ``updates`` is then one too many, until the host learns of it.
+        """
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        if clip is not None:
+            torch._foreach_mul_(list(gradients.values()), (clip / norm).clamp(max=1.0))
+        changed = [*self._parameters.values(), *self.state.values()]
+        before = _flat(changed)
+        self.step(gradients, rate)
+        kept = torch.where(finite, _flat(changed), before)
+        pieces = kept.split([tensor.numel() for tensor in changed])
+        shaped = [piece.view_as(one) for piece, one in zip(pieces, changed, strict=True)]
+        torch._foreach_copy_(changed, shaped)
 
     # All tensors together: a GPU spends longer on launching so many small operations than on them.
     def _adamw(
@@ -100,3 +128,8 @@ class Optimizer:
             torch._foreach_add_(m, gradients)
             gradients = m
         torch._foreach_add_(parameters, gradients, alpha=-rate)
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """A copy of all of them, one after the other."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])

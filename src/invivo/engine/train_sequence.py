@@ -6,12 +6,14 @@ positions start anew, and no window spans a border. Their losses and gradients a
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import torch
 
 from invivo.engine.run_edits import RunEdits
 from invivo.engine.tape import Tape
+from invivo.engine.transfer import index_on
 from invivo.kernels.cross_entropy import IGNORED
 
 Sums = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -48,7 +50,9 @@ class TrainSequence:
         job: name that its backward units bear.
         forwarded: rows that have run forward.
         loss: [] sum so far, on the device.
-        n_labels: [] int64 labelled rows so far, on the device.
+        n_labels: labelled rows so far.
+        labelled: all rows with a label, in order; None: found when they are needed, for which the
+            host waits for the device.
         n_correct: [] int64 those of them whose label was the most probable token.
         held_out: its loss is all that is wanted; nothing is kept and there is no backward.
         dx: [L, d] first the loss's gradient by the final states, then, as the backward goes down,
@@ -75,7 +79,8 @@ class TrainSequence:
     numbers: torch.Tensor | None = None
     forwarded: int = 0
     loss: torch.Tensor | None = None
-    n_labels: torch.Tensor | None = None
+    n_labels: int = 0
+    labelled: list[int] | None = None
     n_correct: torch.Tensor | None = None
     dx: torch.Tensor | None = None
     sums: dict[int, Sums] = field(default_factory=dict)
@@ -87,20 +92,20 @@ class TrainSequence:
     window: tuple[int, int] = (0, 0)
     layers: tuple[int, int] = (0, 0)
     table: torch.Tensor | None = None  # blocks on the device
+    labelled_rows: torch.Tensor | None = None  # ``labelled`` on the device
 
     @property
     def length(self) -> int:
         return int(self.tokens.shape[0])
 
-    def outcome(self) -> tuple[float, int, int]:
-        """Loss, labelled rows and right ones so far; waits for the device, once."""
-        assert self.loss is not None
-        assert self.n_labels is not None
-        assert self.n_correct is not None
-        loss, labels, correct = torch.stack(
-            [self.loss.double(), self.n_labels.double(), self.n_correct.double()]
-        ).tolist()
-        return loss, int(labels), int(correct)
+    def labelled_within(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) with a label, counted from ``start``: [n] int64 on the device."""
+        if self.labelled is None:
+            self.labelled = (self.labels != IGNORED).nonzero().squeeze(1).tolist()
+        if self.labelled_rows is None:
+            self.labelled_rows = index_on(self.labelled, self.labels.device)
+        first, last = bisect_left(self.labelled, start), bisect_left(self.labelled, stop)
+        return self.labelled_rows[first:last] - start
 
     def positions(self, start: int, stop: int) -> torch.Tensor:
         """[stop - start] int64."""

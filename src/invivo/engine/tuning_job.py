@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from invivo.edits.apply import Context
@@ -26,14 +28,16 @@ from invivo.engine.bypasses import (
 from invivo.engine.checkpoint import CheckpointWriter, Snapshot
 from invivo.engine.closings import Closing, Part
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent, Text, check_text
-from invivo.engine.optimizer import Optimizer, clip_factor, learning_rate
+from invivo.engine.optimizer import Optimizer, clip_factor, learning_rate, total_norm
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.trained_hooks import TrainedHooks, hooks_from
 from invivo.engine.trained_program import ProgramParameters, check_trained, lowest_layer
 from invivo.engine.training_runs import TrainingRun, training_runs
+from invivo.engine.transfer import index_on, to_device, to_host
 from invivo.engine.types import BackwardUnit, Request, Sequence
 from invivo.engine.window import Mode, Order, WindowTrainer
 from invivo.errors import Conflict, InvalidRequest
+from invivo.kernels.cross_entropy import IGNORED
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder
 from invivo.models.rope import long_text_offset
@@ -45,17 +49,41 @@ BAD_STEPS = 3  # without a finite loss in a row, after which a job fails
 
 
 @dataclass(slots=True)
-class HeldOut:
-    """Sums over the held-out texts that have been run through."""
+class Sums:
+    """Over texts that are through; on the device, so that nobody waits for them."""
 
-    loss: float = 0.0
+    loss: torch.Tensor
+    n_correct: torch.Tensor
     n_labels: int = 0
-    n_correct: int = 0
 
-    def add(self, loss: float, n_labels: int, n_correct: int) -> None:
-        self.loss += loss
-        self.n_labels += n_labels
-        self.n_correct += n_correct
+    def add(self, sequence: TrainSequence) -> None:
+        assert sequence.loss is not None
+        assert sequence.n_correct is not None
+        self.loss += sequence.loss
+        self.n_correct += sequence.n_correct
+        self.n_labels += sequence.n_labels
+
+
+def nothing_yet(device: torch.device) -> Sums:
+    """Sums over no text."""
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return Sums(zero, torch.zeros((), dtype=torch.int64, device=device))
+
+
+@dataclass(slots=True)
+class Taken:
+    """An optimizer step whose numbers are on their way to the host.
+
+    Attributes:
+        numbers: [3] loss (a sum), norm of the gradients, right tokens.
+        arrived: passes when they are there; None: they are.
+        applied: whether the update was made without waiting for them.
+    """
+
+    event: dict[str, Any]
+    numbers: torch.Tensor
+    arrived: torch.cuda.Event | None
+    applied: bool
 
 
 class TuningJob:
@@ -158,10 +186,11 @@ class TuningJob:
         self._max_kept_bytes = max_kept_bytes
         self._validation_start = None if validation is None else validation.position()
         self._validated = 0  # the last step after which the held-out texts were run through
-        self._held_out: HeldOut | None = None  # under way
+        self._held_out: Sums | None = None  # under way
         self._gradients: dict[str, torch.Tensor] = {}
-        self._loss, self._n_labels, self._n_texts, self._bad = 0.0, 0, 0, 0
-        self._n_correct = 0
+        self._sums = nothing_yet(device)
+        self._n_texts = self._bad = 0
+        self._taken: deque[Taken] = deque()  # steps that are yet to be told of
 
     @property
     def name(self) -> str:
@@ -211,7 +240,7 @@ class TuningJob:
             return True
         if self._held_out is None:
             self._validation.seek(self._validation_start)
-            self._held_out = HeldOut()
+            self._held_out = nothing_yet(self._device)
         text = self._validation.next()
         if text is None:
             return False
@@ -227,8 +256,8 @@ class TuningJob:
         return {
             "event": "validation",
             "step": self.step,
-            "loss": sums.loss / n,
-            "accuracy": sums.n_correct / n,
+            "loss": float(sums.loss) / n,
+            "accuracy": float(sums.n_correct) / n,
             "labels": sums.n_labels,
         }
 
@@ -244,23 +273,24 @@ class TuningJob:
             self._next_run(longest)
             return
         tokens = [0] * n + list(text.tokens)
+        labels = [IGNORED] * n + list(text.labels)
         if not held_out:
             self.trainer.check_length(len(tokens))
         offset = long_text_offset(self._config, len(tokens))
         self.seq = Sequence(Request(self.name, ()), 0, tokens, len(tokens), position_offset=offset)
         weights = None
         if text.weights is not None:
-            weights = torch.tensor(
-                [1.0] * n + list(text.weights), dtype=self._wide, device=self._device
-            )
+            factors = np.array([1.0] * n + list(text.weights))
+            weights = to_device(factors, self._device).to(self._wide)
         self.sequence = TrainSequence(
-            torch.tensor(tokens, device=self._device),
-            torch.tensor([-100] * n + list(text.labels), device=self._device),
+            index_on(tokens, self._device),
+            index_on(labels, self._device),
             [],
             weights,
             position_offset=offset,
             job=self.name,
             held_out=held_out,
+            labelled=[row for row, label in enumerate(labels) if label != IGNORED],
         )
         self.trainer.rewind(self.sequence)
 
@@ -332,14 +362,13 @@ class TuningJob:
         """Add the text's gradients; True when the optimizer step has all its texts."""
         sequence = self.sequence
         assert sequence is not None
-        loss, n_labels, n_correct = sequence.outcome()
         self.sequence = None
         if self._run is not None and not self._run.is_main:
             self._run.through()
             return False
         if sequence.held_out:
             assert self._held_out is not None
-            self._held_out.add(loss, n_labels, n_correct)
+            self._held_out.add(sequence)
             return False
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
@@ -349,9 +378,7 @@ class TuningJob:
             else:
                 self._gradients[name] = parameter.grad
             parameter.grad = None
-        self._loss += loss
-        self._n_labels += n_labels
-        self._n_correct += n_correct
+        self._sums.add(sequence)
         self._n_texts += 1
         return self._n_texts == self.spec.gradient_accumulation
 
@@ -372,18 +399,18 @@ class TuningJob:
         return self._n_texts > 0
 
     # --- optimizer steps --------------------------------------------------------------------
-    def optimize(self) -> dict[str, Any]:
-        """One optimizer step over the texts taken; the event that tells of it.
+    def optimize(self) -> None:
+        """One optimizer step over the texts taken, which :meth:`told` tells of.
+
+        On a GPU nobody waits for its loss: a step that is not finite is undone there.
 
         Raises:
-            InvalidRequest: no row had a label, or too many steps in a row had no finite loss.
+            InvalidRequest: no row had a label.
         """
         rate = learning_rate(self.spec, self.step)
-        gradients, n = self._gradients, self._n_labels
-        texts, loss = self._n_texts, self._loss / max(n, 1)
-        accuracy = self._n_correct / max(n, 1)
-        self._gradients, self._loss, self._n_labels, self._n_texts = {}, 0.0, 0, 0
-        self._n_correct = 0
+        gradients, sums, texts = self._gradients, self._sums, self._n_texts
+        self._gradients, self._sums, self._n_texts = {}, nothing_yet(self._device), 0
+        n = sums.n_labels
         self._position = self._data.position()
         self.step += 1
         self.complete = self.step == self.spec.steps
@@ -401,35 +428,74 @@ class TuningJob:
         if self.spec.program is not None and self.spec.program.sparsity:
             assert self.program is not None
             penalty = self.program.penalise(gradients, self.spec.program.sparsity)
-        norm, factor = clip_factor(gradients, self.spec.clip)
-        self.losses.append(loss)
-        event = {
-            "event": "step",
-            "step": self.step,
-            "loss": loss,
-            "accuracy": accuracy,
-            "learning_rate": rate,
-            "gradient_norm": norm,
-            "labels": n,
-        }
+        norm, clip = total_norm(gradients), self.spec.clip
+        event: dict[str, Any] = {"step": self.step, "learning_rate": rate, "labels": n}
         if penalty is not None:
             event["penalty"] = penalty
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            self._bad += 1
-            if self._bad == BAD_STEPS:
-                raise InvalidRequest(
-                    f"{BAD_STEPS} steps in a row had no finite loss, the last was {self.step}",
-                    field="data",
-                    remedy="Lower the learning rate, or look at the texts of these steps",
-                )
-            return event | {"event": "skipped", "reason": "loss or gradient is not finite"}
-        self._bad = 0
+        numbers = torch.stack([sums.loss, norm.double(), sums.n_correct.double()])
+        taken = Taken(event, to_host(numbers), self._mark(), applied=self.defers)
+        self._taken.append(taken)
+        if taken.applied:
+            self.optimizer.step_if_finite(gradients, rate, sums.loss, norm, clip)
+            return
+        loss, known, _ = _waited_for(taken)
+        if not math.isfinite(loss) or not math.isfinite(known):
+            return
+        factor = clip_factor(known, clip)
         if factor != 1.0:
             for gradient in gradients.values():
                 gradient *= factor
         self.optimizer.step(gradients, rate)
         if self.program is not None:
             self.program.confine()
+
+    @property
+    def defers(self) -> bool:
+        """Whether an update is made before its loss is known. A program's parameters have more done
+        to them than can be undone."""
+        return self._device.type == "cuda" and self.program is None
+
+    def told(self, *, wait: bool) -> Iterator[dict[str, Any]]:
+        """The events of optimizer steps whose numbers have come; with ``wait``, of all.
+
+        Raises:
+            InvalidRequest: too many steps in a row had no finite loss.
+        """
+        while self._taken:
+            taken = self._taken[0]
+            if not wait and taken.arrived is not None and not taken.arrived.query():
+                return
+            total, norm, correct = _waited_for(taken)
+            self._taken.popleft()
+            step, n = taken.event["step"], taken.event["labels"]
+            loss = total / n
+            self.losses.append(loss)
+            event = taken.event | {
+                "event": "step",
+                "loss": loss,
+                "accuracy": correct / n,
+                "gradient_norm": norm,
+            }
+            if math.isfinite(loss) and math.isfinite(norm):
+                self._bad = 0
+                yield event
+                continue
+            self._bad += 1
+            self.optimizer.updates -= taken.applied
+            if self._bad == BAD_STEPS:
+                raise InvalidRequest(
+                    f"{BAD_STEPS} steps in a row had no finite loss, the last was {step}",
+                    field="data",
+                    remedy="Lower the learning rate, or look at the texts of these steps",
+                )
+            yield event | {"event": "skipped", "reason": "loss or gradient is not finite"}
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """An event here in the device's queue; None where there is none."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
         return event
 
     def _clear(self) -> None:
@@ -507,6 +573,14 @@ class TuningJob:
             "backward_tokens": round(self.backward_tokens),
             "restarts": self.n_restarts,
         }
+
+
+def _waited_for(taken: Taken) -> tuple[float, float, float]:
+    """Loss (a sum), norm and right tokens of a step."""
+    if taken.arrived is not None:
+        taken.arrived.synchronize()
+    loss, norm, correct = taken.numbers.tolist()
+    return loss, norm, correct
 
 
 def _on_host(value: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ from invivo.engine.rerun import States, replay, rerun_backward
 from invivo.engine.tape import Tape, TapePlan, TapePlanner, layer_inputs
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.trained_hooks import TrainedHooks, trained_hooks
+from invivo.engine.transfer import index_on
 from invivo.engine.types import BackwardUnit
 from invivo.errors import UnsupportedModel
 from invivo.kernels.cross_entropy import CrossEntropy, cross_entropy
@@ -158,9 +159,9 @@ class WindowTrainer:
         device, n = sequence.tokens.device, sequence.length
         decoder = self.decoder
         wide = torch.float64 if decoder.embed.dtype == torch.float64 else torch.float32
-        sequence.table = torch.tensor(sequence.blocks, dtype=torch.int64, device=device)
+        sequence.table = index_on(sequence.blocks, device)
         sequence.loss = torch.zeros((), dtype=wide, device=device)
-        sequence.n_labels = torch.zeros((), dtype=torch.int64, device=device)
+        sequence.n_labels = 0
         sequence.n_correct = torch.zeros((), dtype=torch.int64, device=device)
         sequence.dx = None
         if not sequence.held_out:
@@ -218,6 +219,7 @@ class WindowTrainer:
         assert start == sequence.forwarded, "windows run forward in order, each row once"
         decoder = self.decoder
         weights = None if sequence.weights is None else sequence.weights[start:stop]
+        labelled = sequence.labelled_within(start, stop)
         result = cross_entropy(
             hidden,
             decoder.embed if decoder.head is None else decoder.head,
@@ -227,15 +229,15 @@ class WindowTrainer:
             want_grad=not sequence.held_out,
             want_logprobs=want_logprobs,
             packed=decoder.head_packed,
+            at=labelled,
         )
         if sequence.dx is not None:
             assert result.d_hidden is not None
             sequence.dx[start:stop] = result.d_hidden
         assert sequence.loss is not None
-        assert sequence.n_labels is not None
         assert sequence.n_correct is not None
         sequence.loss += result.loss
-        sequence.n_labels += result.n_labels
+        sequence.n_labels += len(labelled)
         sequence.n_correct += result.n_correct
         sequence.forwarded = stop
         return result

@@ -57,6 +57,7 @@ def cross_entropy_reference(
     every_row: bool = False,
     packed: torch.Tensor | None = None,
     rows: int | None = None,
+    at: torch.Tensor | None = None,
 ) -> CrossEntropy:
     """By all logits at once and autograd.
 
@@ -73,6 +74,8 @@ def cross_entropy_reference(
             they are; not used here.
         packed: of ``head``, see :func:`invivo.kernels.linear.pack`; not used here.
         rows: how many rows at a time; not used here.
+        at: [n] int64 rows with a label; None: found here, for which the fast path waits for
+            the device. Not used here.
     """
     wide = _wide(hidden)
     with torch.enable_grad():
@@ -111,6 +114,7 @@ def cross_entropy(
     every_row: bool = False,
     packed: torch.Tensor | None = None,
     rows: int | None = None,
+    at: torch.Tensor | None = None,
 ) -> CrossEntropy:
     """:func:`cross_entropy_reference`, ``rows`` rows at a time (None: by memory)."""
     assert want_grad or not want_head_grad, "the gradient by the head comes with the other"
@@ -133,7 +137,7 @@ def cross_entropy(
         labels = labels.where(labelled, 0)
         pieces = [slice(i, i + rows) for i in range(0, hidden.shape[0], rows)]
     else:
-        pieces = torch.nonzero(labelled).squeeze(1).split(rows)
+        pieces = (torch.nonzero(labelled).squeeze(1) if at is None else at).split(rows)
     with torch.no_grad():
         for piece in pieces:
             target = labels[piece]
