@@ -14,9 +14,9 @@ import argparse
 import json
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,13 +36,43 @@ PROMPT = "The capital of Italy is"
 
 @dataclass(frozen=True)
 class Row:
-    """One hostile program: milliseconds until its error over the rounds."""
+    """One hostile program: milliseconds until its error over the rounds; None: carried out."""
 
     what: str
     error: str
     median_ms: float | None
     worst_ms: float | None
-    neighbours_same: bool
+
+
+class Neighbours:
+    """Plain generations that go on and on while the block lasts.
+
+    Attributes:
+        rounds: how often all of them were written.
+        changed: texts that were not what they are alone.
+    """
+
+    def __init__(self, lm: LM) -> None:
+        self._lm = lm
+        self._alone = written(lm)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._go_on)
+        self.rounds = 0
+        self.changed: list[str] = []
+
+    def __enter__(self) -> Neighbours:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _go_on(self) -> None:
+        while not self._stop.is_set():
+            texts = written(self._lm)
+            self.changed += [new for new, old in zip(texts, self._alone, strict=True) if new != old]
+            self.rounds += 1
 
 
 def deep(n: int) -> object:
@@ -126,24 +156,19 @@ def carried() -> dict[str, dict[str, Any]]:
     }
 
 
-def measured(
-    lm: LM, alone: list[str], what: str, make: Callable[[], dict[str, Any]], rounds: int
-) -> Row:
-    """Hand one program in ``rounds`` times while neighbours write; ``alone``: what they write."""
-    times, error, same = [], "none: it was carried out", True
-    with ThreadPoolExecutor(1) as pool:
-        for _ in range(rounds):
-            kwargs = make()
-            beside = pool.submit(written, lm)
-            started = time.perf_counter()
-            try:
-                lm.run(prompt=PROMPT, **kwargs)
-            except InvivoError as refused:
-                times.append(1e3 * (time.perf_counter() - started))
-                error = type(refused).__name__
-            same &= beside.result() == alone
+def measured(lm: LM, what: str, make: Callable[[], dict[str, Any]], rounds: int) -> Row:
+    """Hand one program in ``rounds`` times."""
+    times, error = [], "none: it was carried out"
+    for _ in range(rounds):
+        kwargs = make()
+        started = time.perf_counter()
+        try:
+            lm.run(prompt=PROMPT, **kwargs)
+        except InvivoError as refused:
+            times.append(1e3 * (time.perf_counter() - started))
+            error = type(refused).__name__
     median = statistics.median(times) if times else None
-    return Row(what, error, median, max(times, default=None), same)
+    return Row(what, error, median, max(times, default=None))
 
 
 def written(lm: LM) -> list[str]:
@@ -160,20 +185,18 @@ def main() -> None:
     args = parser.parse_args()
     with invivo.load(args.model) as lm:
         lm.run({"out": last_logit()}, PROMPT)  # what is made at the first use is made
-        alone = written(lm)
-        rows = [
-            measured(lm, alone, what, make, args.rounds)
-            for what, make in hostile(lm.info().hidden_size).items()
-        ]
-        for what, program in carried().items():
-            rows.append(measured(lm, alone, what, partial(dict, program=program), 1))
-    print(f"{'hostile program':32} {'error':18} {'median':>8} {'worst':>8}  neighbours")
+        with Neighbours(lm) as neighbours:
+            rows = [
+                measured(lm, what, make, args.rounds)
+                for what, make in hostile(lm.info().hidden_size).items()
+            ]
+            for what, program in carried().items():
+                rows.append(measured(lm, what, partial(dict, program=program), 1))
+    print(f"{'hostile program':32} {'error':24} {'median':>8} {'worst':>8} ms")
     for row in rows:
         shown = ["-" if t is None else f"{t:.1f}" for t in (row.median_ms, row.worst_ms)]
-        print(
-            f"{row.what:32} {row.error[:18]:18} {shown[0]:>8} {shown[1]:>8}  "
-            f"{'same' if row.neighbours_same else 'CHANGED'}"
-        )
+        print(f"{row.what:32} {row.error:24} {shown[0]:>8} {shown[1]:>8}")
+    print(f"neighbours: {neighbours.rounds} rounds, {len(neighbours.changed)} texts changed")
     report = {
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
@@ -181,12 +204,12 @@ def main() -> None:
         "model": args.model,
         "limit_ms": LIMIT_MS,
         "rows": [asdict(row) for row in rows],
+        "neighbours": {"rounds": neighbours.rounds, "changed": len(neighbours.changed)},
     }
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     late = [row.what for row in rows if row.worst_ms is not None and row.worst_ms > LIMIT_MS]
-    changed = [row.what for row in rows if not row.neighbours_same]
-    if late or changed:
-        raise SystemExit(f"later than {LIMIT_MS:.0f} ms: {late}; neighbours changed: {changed}")
+    if late or neighbours.changed:
+        raise SystemExit(f"later than {LIMIT_MS:.0f} ms: {late}; changed: {neighbours.changed}")
 
 
 def last_logit() -> list[dict[str, Any]]:
