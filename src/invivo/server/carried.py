@@ -35,13 +35,21 @@ def carried_by(
                 "tensors belong to a program", field="blobs", remedy="Give interventions too"
             )
         return {}
+    check_editor(principal)
+    return {"interventions": OwnedProgram(program, stored_as(principal)), "blobs": blobs}
+
+
+def check_editor(principal: Principal) -> None:
+    """
+    Raises:
+        Forbidden: the key lacks the scope.
+    """
     if not principal.may("edit"):
         raise Forbidden(
             "this key lacks the scope edit",
             field="Authorization",
             remedy="Use a key with it, made by `invivo keys add NAME --scope edit`",
         )
-    return {"interventions": OwnedProgram(program, stored_as(principal)), "blobs": blobs}
 
 
 async def reserve_passes(

@@ -17,6 +17,7 @@ from invivo.lm_jobs import (
 )
 from invivo.lm_jobs import JobEvent as Event
 from invivo.server.auth import Principal, needs
+from invivo.server.carried import check_editor
 from invivo.server.documents import failures
 from invivo.server.fine_tuning_answers import (
     Checkpoint,
@@ -60,6 +61,8 @@ def create_job(body: FineTuningRequest, request: Request, principal: Tuner) -> F
             given=body.model,
             remedy=f"Train the base model, {services.model_name!r}",
         )
+    if body.chosen.program is not None:
+        check_editor(principal)
     own_file(services, principal, body.training_file, field="training_file")
     if body.validation_file is not None:
         own_file(services, principal, body.validation_file, field="validation_file")
