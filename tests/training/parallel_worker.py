@@ -1,21 +1,36 @@
 """One of the processes that torchrun starts for a test: a run that stops before some step.
 
-Usage: parallel_worker.py CONFIG RUNS [STEP]
+Usage: parallel_worker.py CONFIG RUNS [STOP [FULL]]; at step FULL the second process's disk is full.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from invivo.training.config import read_config
 from invivo.training.run import train
 
 torch.set_num_threads(1)
 config, runs = read_config(sys.argv[1]), Path(sys.argv[2])
-step = int(sys.argv[3]) if len(sys.argv) > 3 else None
+stop, full = (int(sys.argv[i]) if len(sys.argv) > i else None for i in (3, 4))
+write_data = HuggingFaceStorageWriter.write_data
+
+
+def on_a_full_disk(self: HuggingFaceStorageWriter, *plan: Any) -> Any:
+    if os.environ["RANK"] == "1" and f"{full:08d}" in str(self.path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write_data(self, *plan)
+
+
+if full is not None:
+    HuggingFaceStorageWriter.write_data = on_a_full_disk  # type: ignore[method-assign]
 asked = itertools.count()
-train(config, runs=runs, stop=lambda: next(asked) == step)
+train(config, runs=runs, stop=lambda: next(asked) == stop)

@@ -70,16 +70,19 @@ def held_out(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_runs_of_two_then_one_then_two_processes_are_one_run(tmp_path: Path) -> None:
-    """Shards of two are read by one, the whole of one by two, which then are two replicas."""
+    """Shards of two are read by one, the whole of one by two, which then are two replicas.
+
+    One checkpoint is lost because a process cannot write its part.
+    """
     config = small(tmp_path, model=HYBRID, **LINES)
     alone = train(config, runs=tmp_path / "alone")
     runs = tmp_path / "runs"
-    two_processes(tmp_path / "small.toml", runs, 6)
+    two_processes(tmp_path / "small.toml", runs, 6, 5)
     folder = RunFolder(runs / "small")
     assert folder.manifest()["status"] == "interrupted"
     assert folder.manifest()["processes"] == 2
     saved = checkpoints(folder.checkpoints)
-    assert [path.name for path in saved] == ["step-00000005", "step-00000006"]
+    assert [path.name for path in saved] == ["step-00000006"]
     assert len(list(saved[-1].glob("*.safetensors"))) == 2
     asked = itertools.count()
     assert train(config, runs=runs, stop=lambda: next(asked) == 3).step == 9
@@ -89,13 +92,14 @@ def test_runs_of_two_then_one_then_two_processes_are_one_run(tmp_path: Path) -> 
     events = [(x["step"], x["event"]) for x in lines_of(folder.path) if x["kind"] == "event"]
     assert [event for event in events if event[1] != "checkpoint"] == [
         (0, "started"),
+        (5, "checkpoint_failed"),
         (6, "interrupted"),
         (6, "resumed"),
         (9, "interrupted"),
         (9, "resumed"),
         (12, "done"),
     ]
-    assert {s for s, event in events if event == "checkpoint"} == {5, 6, 9, 10, 12}
+    assert {s for s, event in events if event == "checkpoint"} == {6, 9, 10, 12}
     assert_same_run(folder.path, alone)
     samples, expected = (list(RunFolder(f).samples.read()) for f in (folder.path, alone.folder))
     assert samples == expected

@@ -115,7 +115,7 @@ class Training:
         n_bytes = sum(3 * p.numel() * p.element_size() for p in self._parameters.values())
         self._slowest_save = 1 + n_bytes / 200e6  # until one has been measured
         self._keeper = processes.keeper(folder.checkpoints, config.checkpoint.keep)
-        self._saving_since = 0.0
+        self._saving_since, self._saving_step = 0.0, 0
         self._saved: int | None = None  # step of the newest checkpoint
 
     # Going on
@@ -330,14 +330,14 @@ class Training:
         """
         self._read()
         self._finish_saving()
-        self._saving_since = self._clock()
+        self._saving_since, self._saving_step = self._clock(), self.step
         refused = self._write_lines() if self._is_first else None
         try:
             if self._processes.decided(refused is not None):
                 raise refused or OSError("the first process could not write its lines")
             self._keeper.begin(self._checkpoint())
         except OSError as error:
-            self._not_saved(self.step, error, last=last)
+            self._not_saved(error, last=last)
         else:
             if last or self._processes.decided(self._keeper.is_written):
                 self._finish_saving(last=last)
@@ -361,7 +361,7 @@ class Training:
         try:
             step = self._keeper.finish()
         except OSError as error:
-            self._not_saved(self.step, error, last=last)
+            self._not_saved(error, last=last)
             return
         if step is not None:
             self._saved = step
@@ -369,10 +369,11 @@ class Training:
             name = checkpoint_path(self._folder.checkpoints, step).name
             self.tell({"kind": "event", "event": "checkpoint", "name": name}, step)
 
-    def _not_saved(self, step: int, error: OSError, *, last: bool) -> None:
-        self.tell({"kind": "event", "event": "checkpoint_failed", "why": str(error)}, step)
+    def _not_saved(self, error: OSError, *, last: bool) -> None:
+        failed = {"kind": "event", "event": "checkpoint_failed", "why": str(error)}
+        self.tell(failed, self._saving_step)
         if last:
-            raise _unsaved(step, self._folder, error) from error
+            raise _unsaved(self._saving_step, self._folder, error) from error
 
 
 def _unsaved(step: int, folder: RunFolder, error: OSError) -> StorageRefused:
