@@ -434,6 +434,7 @@ def test_a_model_has_a_card_and_may_come_with_the_code(
     assert "| parameters | 16,056 |" in card
     assert "| text | texts (" in card
 
+    assert resolve(str(outcome.folder)) == outcome.model
     monkeypatch.setattr(shipped, "ASSETS", tmp_path / "assets")
     shutil.copytree(outcome.model, tmp_path / "assets" / "small-cats")
     assert resolve("small-cats") == tmp_path / "assets" / "small-cats"

@@ -31,7 +31,7 @@ EXAMPLES = examples(
     "invivo train configs/gla-30m.toml --minutes 9        part of a run; the same again goes on",
     "invivo train my.toml --set train.steps=500 --set seed=1 --set name=second",
     "invivo train my.toml --resume --set optimizer.learning_rate=1e-4   go on in another way",
-    "invivo serve runs/tiny-cpu/model                     what came out",
+    "invivo serve runs/tiny-cpu                           what came out",
 )
 
 

@@ -213,6 +213,9 @@ def _is_ready(folder: Path) -> bool:
 def _folder(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path
+    trained = path / "model"  # of a training run
+    if (trained / "config.json").is_file():
+        return trained
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return _converted(files[0])
