@@ -18,6 +18,7 @@ from invivo.errors import InvalidRequest
 from invivo.instruments.attention_pattern import attention_pattern
 from invivo.instruments.direct_attribution import direct_attribution
 from invivo.instruments.head_patching import consistent_heads, head_patching
+from invivo.instruments.planted.blueprint import Sizes
 from invivo.instruments.planted.checkpoint import PlantedModel
 from invivo.instruments.planted.nulls import random_weights, shuffled_truth, silenced
 
@@ -76,6 +77,20 @@ def test_every_head_has_the_planted_effect(asked, reading):
     expected = table(model, model.truth.of_heads(getattr(model.truth, reading)))
     for one in READINGS[reading](lm, model, 3):
         np.testing.assert_allclose(one, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_other_seeds_and_sizes(name, seed, tmp_path):
+    """Other places, another basis, more layers, more heads to a key head."""
+    sizes = Sizes(n_symbols=16, n_layers=4, n_heads=6, n_kv_heads=3 if seed == 1 else 2)
+    model = BUILDERS[name](seed, sizes, n_cases=1)
+    with served(model, tmp_path, "engine") as lm:
+        for reading, read in READINGS.items():
+            expected = table(model, model.truth.of_heads(getattr(model.truth, reading)))
+            np.testing.assert_allclose(
+                read(lm, model, 1)[0], expected, rtol=0, atol=TOLERANCE["engine"]
+            )
 
 
 def test_every_edge_that_is_needed_and_none_in_other_layers(asked):
