@@ -15,6 +15,7 @@ from tests.engine.test_finetune import UNHURRIED, Listed, drive, plain_loop, sta
 from tests.engine.test_gla import greedy, logprobs_of, prompt, served
 from tests.models.gla_models import SHAPES, memory_of, spans_layout, tiny_decoder, tiny_gla
 
+from invivo.engine import step
 from invivo.engine.bypasses import BypassSpec, TrainBypass, checked_specs, init_parameters
 from invivo.engine.job_spec import JobSpec, Text
 from invivo.engine.memory_plan import plan_activations
@@ -188,6 +189,8 @@ def test_a_job_learns_beside_requests_as_a_plain_loop_does(shape: str) -> None:
 class NoTraining:
     """Riders with nothing to do."""
 
+    edited: tuple[Any, ...] = ()
+
     def on_board(self, inner: Any, layout: Any) -> tuple[Any, None]:
         return inner, None
 
@@ -195,27 +198,35 @@ class NoTraining:
         raise AssertionError("the step has raised")
 
 
-def test_a_step_that_is_run_again_moves_no_state_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step raises in its last layer with training on board, and is repeated without."""
+@pytest.mark.parametrize("where", ["layer", "drawing"])
+def test_a_step_that_is_run_again_moves_no_state_twice(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Every step raises in its last layer, or where tokens are drawn, with training on board, and
+    is repeated without."""
     model = served("hybrid")
     engine = small_engine(model, block_size=4, max_batch_tokens=5, max_running=4)
     last, stepper = model.decoder.layers[-1], engine._stepper
-    plain, launch = last.forward, stepper.launch
+    launch = stepper.launch
 
     def fails(*_: Any) -> None:
         raise RuntimeError("made to fail")
 
-    def twice(batch: Any, work: Any) -> Any:
-        last.forward = fails
-        with pytest.raises(RuntimeError, match="made to fail"):
-            launch(batch, work, NoTraining())
-        last.forward = plain
+    def twice(batch: Any, work: Any, *_: Any) -> Any:
+        with monkeypatch.context() as broken:
+            if where == "layer":
+                broken.setattr(last, "forward", fails)
+            else:
+                broken.setattr(step, "sample", fails)
+                broken.setattr(NoTraining, "learn", fails)  # where a step draws nothing
+            with pytest.raises(RuntimeError, match="made to fail"):
+                launch(batch, work, NoTraining())
         return launch(batch, work)
 
-    monkeypatch.setattr(last, "forward", plain)
     monkeypatch.setattr(stepper, "launch", twice)
     inquiry = ask(engine, prompt(9, 1), temperature=0, max_tokens=12, logprobs=0)
     run(engine, inquiry)
+    assert len(inquiry.tokens()) == 12, inquiry.outputs[-1].error
     exact = logprobs_of(model, prompt(9, 1) + inquiry.tokens())[8:-1].max(-1).values
     assert inquiry.logprobs() == pytest.approx(exact.tolist(), abs=1e-6)
 

@@ -141,20 +141,32 @@ class Stepper:
         slots = [span.seq.row + 1 for span in plan.spans]
         states = None if riders is None else cache.states_at(slots)
         try:
-            hidden, logits, edits = self._forward(batch, work, riders)
-            if partial is not None:
-                run_partial(
-                    self._decoder,
-                    partial,
-                    cache,
-                    work.partial,
-                    lambda rows: self._bypass(partial, rows),
-                    self._logit_rows,
-                )
+            return self._launched(batch, work, riders, partial, started, begun)
         except Exception:
             cache.put_states(slots, states)
             raise
-        cache.copy_states(plan.saved)
+
+    def _launched(
+        self,
+        batch: FlatBatch,
+        work: Work,
+        riders: Riders | None,
+        partial: FlatBatch | None,
+        started: float,
+        begun: torch.cuda.Event | None,
+    ) -> Launched:
+        """What :meth:`launch` puts on the device once memory is as the plan wants it."""
+        hidden, logits, edits = self._forward(batch, work, riders)
+        if partial is not None:
+            run_partial(
+                self._decoder,
+                partial,
+                self._cache,
+                work.partial,
+                lambda rows: self._bypass(partial, rows),
+                self._logit_rows,
+            )
+        self._cache.copy_states(batch.plan.saved)
         tokens = torch.empty(0, dtype=torch.int64)
         logprobs, logprob_rows = None, []
         if logits is not None:
