@@ -61,3 +61,9 @@ def test_the_comparison_resumes_and_measures_everything(
         names = packed.getnames()
     assert {"text.html", "recall.html", "gla-small/tokenizer.json"} <= set(names)
     assert (out / "gla-small.safetensors").exists()
+
+    figure = importlib.import_module("gla_quality_figure")
+    drawn = tmp_path / "figure.png"
+    monkeypatch.setattr(sys, "argv", ["figure", str(out / "runs.tar.gz"), str(drawn)])
+    figure.main()
+    assert drawn.read_bytes().startswith(b"\x89PNG")

@@ -68,7 +68,7 @@ def course(runs: Series) -> Figure:
         place.xaxis.set_major_formatter(_counts)
         place.grid(alpha=0.15, color=INK)
     axes[1].set_yscale("log")
-    _round_ticks(axes[1])
+    round_ticks(axes[1])
     axes[2].set_ylim(bottom=0)
     axes[2].yaxis.set_major_formatter(_counts)
     if len(runs) > 1:
@@ -110,7 +110,7 @@ def by_position(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(every, [_short(end) for end in every])
-    _round_ticks(axes)
+    round_ticks(axes)
     axes.set(xlabel="position in the row (end of the bucket)", ylabel="perplexity of a token")
     axes.grid(alpha=0.15, color=INK)
     axes.legend(frameon=False, loc="best")
@@ -247,8 +247,8 @@ def _short(end: int) -> str:
     return f"{end // 1024}k" if end >= 1024 and end % 1024 == 0 else str(end)
 
 
-def _round_ticks(axes: Axes) -> None:
-    """Of an upright axis of logarithms."""
+def round_ticks(axes: Axes) -> None:
+    """Round numbers on an upright axis of logarithms, between whatever bounds it has."""
     axes.minorticks_off()
     ticks = _few(*axes.get_ylim())
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
