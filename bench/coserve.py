@@ -1,7 +1,8 @@
 """Fine-tuning beside serving: what each policy trains and keeps, over the request rate.
 
     python bench/coserve.py                          # SmolLM2-135M on a CPU, seven minutes
-    PYTHONPATH=src python bench/coserve.py --shape llama-8b   # random bf16 weights on a GPU
+    PYTHONPATH=src python bench/coserve.py --shape llama-8b   # random bf16 weights on a GPU, 4 min
+    ... --resume                                     # only the points that --out has not yet
     python bench/coserve.py --shape tiny --device cpu         # a minute, to try the script
 
 One engine, one LoRA job that never ends (rank 16 on the down projections, AdamW, random texts) and
@@ -87,7 +88,8 @@ class Setting:
 
 
 CPU_RATES = (1.0, 2.0, 3.0)
-GPU_RATES = (4.0, 20.0, 12.0)  # last the one of all policies: device time may end before
+GPU_RATES = (4.0, 20.0, 12.0)
+GPU_POLICIES = ("co-serve", "dynamic-temporal", "temporal:64", "temporal:128")
 # ShareGPT's lengths in tokens have these log-normal moments; answers end at 768.
 SHAREGPT = (Lengths(4.0, 1.7, 4, 3840), Lengths(5.2, 1.05, 4, 768))
 SETTINGS = {
@@ -110,7 +112,7 @@ SETTINGS = {
         tpot_ms=50.0,
         ttft_ms=5000.0,
         rates=GPU_RATES,
-        compared={"co-serve": GPU_RATES, "temporal:64": (12.0,), "temporal:128": (12.0,)},
+        compared=dict.fromkeys(GPU_POLICIES, GPU_RATES),
         seconds=9.0,
         warm=3.0,
         alone=4.0,
@@ -150,6 +152,9 @@ def main() -> None:
     parser.add_argument("--burst", type=float, help="of the engine, see EngineConfig")
     parser.add_argument("--texts", type=int, help="tokens of every text")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the points of --out and run what is missing"
+    )
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which none begins")
     parser.add_argument("--trace", type=Path, help="arrivals and lengths instead of drawn ones")
     parser.add_argument("--trace-name")
@@ -168,6 +173,12 @@ def main() -> None:
     if args.texts is not None:
         setting = replace(setting, texts=(args.texts, args.texts))
     seconds = args.seconds or setting.seconds
+    kept = points_of(out, setting) if args.resume and out.exists() else []
+    done = {(point["round"], point["policy"], point["rate"]) for point in kept}
+    wanted = [point for point in points(args, setting) if point not in done]
+    if not wanted:
+        print(f"{out} has everything")
+        return
     engine = open_engine(args.shape, device, args.layers, setting)
     print(f"engine ready after {time.monotonic() - begun:.1f} s", flush=True)
     trace = read_trace(args.trace, name=args.trace_name) if args.trace else None
@@ -179,7 +190,7 @@ def main() -> None:
         "torch": torch.__version__,
         "shape": args.shape,
         "setting": asdict(setting),
-        "points": [],
+        "points": kept,
         "failed": [],
     }
     spec = JobSpec("bench", (BypassSpec("lora", ("down",), 16, alpha=32.0),), 10**9)
@@ -188,7 +199,7 @@ def main() -> None:
     engine.finetune(spec, texts, events.append)
     warm_up(engine, setting, events)
     print(f"first texts learnt after {time.monotonic() - begun:.1f} s", flush=True)
-    for number, policy, rate in points(args, setting):
+    for number, policy, rate in wanted:
         if time.monotonic() - begun > args.limit:
             result["failed"].append([policy, rate, "no time left"])
             continue
@@ -246,6 +257,19 @@ def points(args: argparse.Namespace, setting: Setting) -> Iterator[tuple[int, st
             for policy in chosen:
                 if args.policies is not None or rate in setting.compared[policy]:
                     yield number, policy, rate
+
+
+def points_of(path: Path, setting: Setting) -> list[dict[str, Any]]:
+    """What an earlier call has measured.
+
+    Raises:
+        SystemExit: with another setting.
+    """
+    earlier = json.loads(path.read_text())
+    if earlier["setting"] != json.loads(json.dumps(asdict(setting))):
+        raise SystemExit(f"{path} was measured with another setting")
+    points: list[dict[str, Any]] = earlier["points"]
+    return points
 
 
 def load(
