@@ -244,3 +244,23 @@ def test_law_11_the_order_of_a_set_does_not_matter(
         found.append(got[-3:])
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_law_11_copies_of_an_option_count_as_often_as_they_stand_there(family: str, k: int) -> None:
+    """k equal blocks are one whose keys count k times for all that follows."""
+    option, suffix = [3, 4, 5], [30, 31]
+    engine = engine_of(family)
+    ranges = tuple((2 + 3 * i, 5 + 3 * i) for i in range(k))
+    prompt = words([1, 2, *option * k, *suffix], groups={"option": ranges})
+    blocks = [{"group": "option", "nth": i} for i in range(k)]
+    step = {"at": "input.mask", "do": "parallel", "blocks": blocks}
+    (copies,) = logits(engine, {"steps": [step]}, prompt=prompt)
+    one = words([1, 2, *option, *suffix])
+    often = {"at": "layers.*.attn.edge", "do": "edge_scale", "a": k, "renormalise": True,
+             "from": {"range": [2, 5]}, "to": {"range": [5, 7]}}  # fmt: skip
+    (counted,) = logits(engine, {"steps": [often]}, prompt=one)
+    close(copies[-2:], counted[-2:])
+    (plain,) = logits(engine, {}, prompt=one)
+    assert (counted[-2:] - plain[-2:]).abs().max() > 1e-3

@@ -44,7 +44,10 @@ SWEEP = {
 LENS = {"out": [{"capture": "layers.*.resid.post", "pos": "@prompt", "reduce": "lens", "top": 4}]}
 MASKED = {"out": [{"capture": "layers.1.attn.head.[0,2].score"}]}  # with -inf
 EVERYTHING = {"out": [{"capture": "layers.*.attn.head.*.out"}, {"capture": "layers.*.mlp.neuron"}]}
-PROGRAMS = {"patch": PATCH, "sweep": SWEEP, "lens": LENS, "masked": MASKED, "all": EVERYTHING}
+PROGRAMS = {
+    "patch": PATCH, "sweep": SWEEP, "lens": LENS, "masked": MASKED, "all": EVERYTHING,
+    "exact": {**PATCH, "numerics": "exact"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

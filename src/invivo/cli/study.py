@@ -95,15 +95,19 @@ def run(
         progress("units") as bar,
     ):
         task = bar.add_task(name, total=None)
-        folder, findings = run_study(
-            study,
-            lm,
-            settings,
-            runs,
-            command=_command(name, quick, change, model, url),
-            fresh=fresh,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        try:
+            folder, findings = run_study(
+                study,
+                lm,
+                settings,
+                runs,
+                command=_command(name, quick, change, model, url),
+                fresh=fresh,
+                on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        except KeyboardInterrupt:
+            note("interrupted: the same command goes on")
+            raise
     _tell(folder, findings, as_json=as_json)
 
 

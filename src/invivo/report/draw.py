@@ -55,6 +55,8 @@ def dots(figure: Dots) -> Drawn:
 
 def bars(figure: Bars) -> Drawn:
     """One panel a group, upright bars with their values above."""
+    from matplotlib.ticker import MaxNLocator
+
     drawing, all_axes = panels(len(figure.groups), (9, 3.1))
     for axes, (title, values) in zip(all_axes, figure.groups, strict=True):
         axes.set_title(title, fontsize=11, loc="left", parse_math=False)
@@ -63,5 +65,6 @@ def bars(figure: Bars) -> Drawn:
         axes.set_xticks(range(len(values)), figure.categories, parse_math=False)
         axes.set_xlabel(figure.category_axis)
         axes.set_ylabel(figure.axis)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(y=0.14)
     return drawing
