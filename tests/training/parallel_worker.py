@@ -1,6 +1,7 @@
 """One of the processes that torchrun starts for a test: a run that stops before some step.
 
-Usage: parallel_worker.py CONFIG RUNS [STOP [FULL]]; at step FULL the second process's disk is full.
+Usage: parallel_worker.py CONFIG RUNS DEVICE [STOP [FULL]]; at step FULL the disk of the second
+process is full.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from invivo.training.run import train
 
 torch.set_num_threads(1)
 config, runs = read_config(sys.argv[1]), Path(sys.argv[2])
-stop, full = (int(sys.argv[i]) if len(sys.argv) > i else None for i in (3, 4))
+stop, full = (int(sys.argv[i]) if len(sys.argv) > i else None for i in (4, 5))
 write_data = HuggingFaceStorageWriter.write_data
 
 
@@ -33,4 +34,4 @@ def on_a_full_disk(self: HuggingFaceStorageWriter, *plan: Any) -> Any:
 if full is not None:
     HuggingFaceStorageWriter.write_data = on_a_full_disk  # type: ignore[method-assign]
 asked = itertools.count()
-train(config, runs=runs, stop=lambda: next(asked) == stop)
+train(config, runs=runs, device=sys.argv[3], stop=lambda: next(asked) == stop)

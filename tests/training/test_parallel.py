@@ -30,9 +30,10 @@ LINES = {
 }
 
 
-def two_processes(config: Path, runs: Path, *stop: int) -> None:
+def two_processes(config: Path, runs: Path, *stop: int, device: str = "cpu") -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(WORKER), str(config), str(runs), *map(str, stop)]
+    command += ["--nproc-per-node", "2", str(WORKER), str(config), str(runs), device]
+    command += map(str, stop)
     found = subprocess.run(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -48,17 +49,17 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return list(RunFolder(folder).metrics.read())
 
 
-def assert_same_run(folder: Path, alone: Outcome) -> None:
+def assert_same_run(folder: Path, alone: Outcome, *, within: float = 1e-5) -> None:
     """The same losses, norms, rates, held-out numbers and weights, to the order of sums."""
     found, wanted = curve(lines_of(folder)), curve(lines_of(alone.folder))
     assert len(found) == len(wanted) == 12
     for mine, other in zip(found, wanted, strict=True):
-        assert mine == pytest.approx(other, rel=1e-5)
+        assert mine == pytest.approx(other, rel=within)
     for mine, other in zip(held_out(folder), held_out(alone.folder), strict=True):
-        assert mine == pytest.approx(other, rel=1e-5)
+        assert mine == pytest.approx(other, rel=within)
     trained, expected = (load_model(str(path / "model")).decoder for path in (folder, alone.folder))
     for (name, mine), other in zip(trained.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(mine, other, rtol=within, atol=within, msg=name)
 
 
 def held_out(folder: Path) -> list[dict[str, Any]]:
@@ -110,6 +111,17 @@ def test_runs_of_two_then_one_then_two_processes_are_one_run(tmp_path: Path) -> 
     assert tensors.keys() == wanted.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_one(tmp_path: Path) -> None:
+    config = small(tmp_path, model=HYBRID, **LINES)
+    alone = train(config, runs=tmp_path / "alone", device="cuda")
+    runs = tmp_path / "runs"
+    two_processes(tmp_path / "small.toml", runs, 6, device="cuda")
+    two_processes(tmp_path / "small.toml", runs, device="cuda")
+    assert_same_run(runs / "small", alone, within=1e-3)
 
 
 def test_replicas_must_divide_the_processes(
