@@ -141,8 +141,11 @@ def replay(
         for layer in range(decoder.config.n_layers)
     ]
     x = decoder.embedded(sequence.tokens[start:stop], sequence.positions(start, stop), bypass)
+    taps = _taps_of(sequence, decoder, start, stop)
+    if taps is not None:
+        x = offer(taps, "embed.out", -1, x)
     layout = window_layout(sequence, start, stop, cache.block_size)
-    decoder.run_layers(x, layout, memory, bypass=bypass)
+    decoder.run_layers(x, layout, memory, bypass=bypass, taps=taps)
     states, tails = (torch.stack([memory[layer][i][1] for layer in recurrent]) for i in (0, 1))
     return states, tails
 

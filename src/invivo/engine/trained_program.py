@@ -30,6 +30,9 @@ _NOT_TRAINED_AT = {
     "logits": "the loss is taken from the logits of the model: take final.norm.out",
 }
 
+# A window that runs again would have to know what the keys before it have left.
+_FOLLOWED = frozenset({"gla.edge", "gla.head.edge"})
+
 
 @dataclass(frozen=True, slots=True)
 class ProgramSpec:
@@ -90,12 +93,15 @@ def check_trained(spec: ProgramSpec, config: ModelConfig, *, weight_decay: float
             sweep, or a parameter stands where no gradient reaches it.
     """
     program = spec.program
-    if config.recurrent:
-        raise InvalidRequest(
-            "programs of models with recurrent layers are not trained yet", field="program"
-        )
     if program.sweep:
         raise InvalidRequest("a program that is trained has no sweep", field="program.sweep")
+    for i, step in enumerate(program.steps):
+        if isinstance(step, Step) and any(pattern.site in _FOLLOWED for pattern in step.at):
+            raise InvalidRequest(
+                "a program that is trained follows no keys through states",
+                field=f"program.steps[{i}].at",
+                remedy="Change the keys themselves: gla.head.h.k",
+            )
     if not spec.train:
         raise InvalidRequest(
             "nothing to train",
