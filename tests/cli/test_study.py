@@ -40,6 +40,10 @@ def test_a_run_here_and_at_a_url_measures_the_same(
     told = invivo("study", "report", str(folders[0].path))
     assert "no layout of the options" in told.out
     assert "report.html" in told.err
+    again = invivo("study", "verify", str(folders[0].path), "--units", "1", "-m", tiny, "--json")
+    assert again.code == 0
+    assert again.json()["numbers"] > 100
+    assert again.json()["largest"] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -50,15 +54,13 @@ def test_a_run_here_and_at_a_url_measures_the_same(
         (("run", NAME, "--set", "n_item=3"), "n_items"),
         (("run", NAME, "--set", "n_items=many"), "a whole number"),
         (("report", "nowhere"), "no folder of a run"),
+        (("verify", "nowhere"), "no folder of a run"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(
     invivo: Invivo, arguments: tuple[str, ...], said: str
 ) -> None:
-    ran = (
-        invivo("study", *arguments, "-m", "no-such-model")
-        if arguments[0] == "run"
-        else invivo("study", *arguments)
-    )
+    model = () if arguments[0] == "report" else ("-m", "no-such-model")
+    ran = invivo("study", *arguments, *model)
     assert ran.code in (1, 2)
     assert said in ran.err.replace("\n", " ")

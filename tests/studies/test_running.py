@@ -16,9 +16,10 @@ from tests.studies import toy_study
 from tests.studies.toy_study import STUDY, model
 from tests.waiting import PATIENCE
 
-from invivo.errors import Conflict, NotFound
+from invivo.errors import Conflict, InvalidRequest, NotFound
 from invivo.studies.run_folder import RunFolder
 from invivo.studies.running import report_again, run_study
+from invivo.studies.verifying import verify
 
 QUICK = STUDY.quick
 
@@ -49,7 +50,7 @@ def test_a_run_leaves_manifest_records_findings_and_report(tmp_path: Path) -> No
     assert manifest["about"]["seconds"] >= 0
     records = folder.read_records()
     assert [r["name"] for r in records[:3]] == ["a", "b", "a"]
-    assert records[-1] == {"name": "b", "value": 10.1, "parts": [5.0, 0.5]}
+    assert records[-1] == {"unit": "5", "name": "b", "value": 10.1, "parts": [5.0, 0.5]}
     told = json.loads(folder.findings.read_text())
     assert told["statements"][1]["verdict"] == "holds"
     assert told["summary"] == findings.summary
@@ -140,3 +141,28 @@ def test_a_report_is_made_again_without_a_model(tmp_path: Path) -> None:
         report_again(folder, [STUDY])
     with pytest.raises(NotFound, match="no folder of a run"):
         report_again(RunFolder(tmp_path), [STUDY])
+
+
+def test_units_are_verified(tmp_path: Path) -> None:
+    folder, _ = run_study(STUDY, model(), QUICK, tmp_path)
+    found = verify(folder, [STUDY], model(), n=4)
+    assert len(found.units) == len(set(found.units)) == 4
+    assert (found.numbers, found.differing, found.broken) == (4 * 2 * 3, 0, [])
+
+    def drifted(lm, settings, unit):
+        records = toy_study.measure(lm, settings, unit)
+        records[0]["value"] += 0.25
+        return records[: 1 if unit.key == found.units[0] else 2]
+
+    other = verify(folder, [replace(STUDY, measure=drifted)], model(), n=4)
+    assert (other.differing, other.broken) == (3, [found.units[0]])
+    assert other.largest == pytest.approx(0.25)
+    assert folder.measured
+
+
+def test_only_the_same_question_is_verified(tmp_path: Path) -> None:
+    folder, _ = run_study(STUDY, model(), QUICK, tmp_path)
+    with pytest.raises(InvalidRequest, match="model: is not that of the run"):
+        verify(folder, [STUDY], model("other weights"))
+    with pytest.raises(InvalidRequest, match="version: is not that of the run"):
+        verify(folder, [replace(STUDY, version=2)], model())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from invivo.cli import options
-from invivo.cli.output import examples, note, print_json, print_table, progress, stdout
+from invivo.cli.output import examples, fail, note, print_json, print_table, progress, stdout
 from invivo.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from invivo.studies.run_folder import RunFolder
 
 app = typer.Typer(
-    help="Studies: list, run, report. A run that was interrupted goes on.",
+    help="Studies: list, run, report, verify. A run that was interrupted goes on.",
     epilog=examples(
         "invivo study list",
         "invivo study run set-based-prompting --quick",
@@ -122,6 +122,42 @@ def report(
 
     run_folder = RunFolder(folder)
     _tell(run_folder, report_again(run_folder, STUDIES), as_json=as_json)
+
+
+@app.command("verify", epilog=examples("invivo study verify runs/set-based-prompting/1a2b3c4d5e6f"))
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    units: Annotated[int, typer.Option("--units", min=1, help="How many to measure again.")] = 3,
+    as_json: AsJson = False,
+    model: options.Model = None,
+    url: options.Url = None,
+    key: options.Key = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Measure some units of a run again and compare their records."""
+    from dataclasses import asdict
+
+    from invivo.cli.opening import opened
+    from invivo.studies import verifying
+    from invivo.studies.catalogue import STUDIES
+    from invivo.studies.run_folder import RunFolder
+    from invivo.studies.running import finished
+
+    run_folder = RunFolder(folder)
+    finished(run_folder, STUDIES)  # before a model is loaded
+    with opened(model, url=url, key=key, device=device, dtype=dtype) as lm:
+        found = verifying.verify(run_folder, STUDIES, lm, n=units)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        stdout().print(
+            f"{len(found.units)} units, {found.numbers:,} numbers: {found.differing:,} differ, "
+            f"by at most {found.largest:.1e}"
+        )
+    if found.broken:
+        fail(f"other records in {', '.join(found.broken)}")
+        raise typer.Exit(1)
 
 
 def changed(settings: Any, given: list[str] | None) -> Any:

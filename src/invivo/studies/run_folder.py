@@ -121,14 +121,14 @@ class RunFolder:
         return {entry["unit"]: entry["records"] for entry in entries}
 
     def seal(self, keys: Sequence[str]) -> None:
-        """Put all records into ``records.parquet``, in the order of ``keys``.
+        """Put all records into ``records.parquet``, in the order of ``keys``; each names its unit.
 
         Raises:
             MissingDependency: pyarrow is not installed.
         """
         pyarrow, parquet = _pyarrow()
         found = self.done()
-        table = pyarrow.Table.from_pylist([r for key in keys for r in found[key]])
+        table = pyarrow.Table.from_pylist([{"unit": key, **r} for key in keys for r in found[key]])
         beside = self.records.with_suffix(".new")
         parquet.write_table(table, beside)
         os.replace(beside, self.records)

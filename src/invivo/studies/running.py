@@ -48,7 +48,7 @@ def run_study(
     """
     check_parquet()
     work = study.prepare(settings)
-    identity = _identity(study, lm, settings, work)
+    identity = identity_of(study, lm, settings, work)
     folder = RunFolder(root / study.name / run_id(identity))
     with folder.held():
         if fresh:
@@ -66,6 +66,17 @@ def report_again(folder: RunFolder, studies: Sequence[Study[Any]]) -> Findings:
     Raises:
         NotFound: no such study, or not all records are there.
     """
+    study, settings = finished(folder, studies)
+    with folder.held():
+        return _concluded(study, settings, folder)
+
+
+def finished(folder: RunFolder, studies: Sequence[Study[Any]]) -> tuple[Study[Any], Any]:
+    """The study and the settings of a run that is measured.
+
+    Raises:
+        NotFound: no such study, or not all records are there.
+    """
     manifest = folder.read_manifest()
     study = next((s for s in studies if s.name == manifest["study"]), None)
     if study is None:
@@ -77,8 +88,7 @@ def report_again(folder: RunFolder, studies: Sequence[Study[Any]]) -> Findings:
             given=str(folder.path),
             remedy="Give the command of its manifest again, and it goes on",
         )
-    with folder.held():
-        return _concluded(study, read_table(type(study.full), manifest["settings"]), folder)
+    return study, read_table(type(study.full), manifest["settings"])
 
 
 def _measure(
@@ -122,7 +132,7 @@ def _concluded(study: Study[Any], settings: Any, folder: RunFolder) -> Findings:
     return findings
 
 
-def _identity(study: Study[Any], lm: LM, settings: Any, work: Work) -> dict[str, Any]:
+def identity_of(study: Study[Any], lm: LM, settings: Any, work: Work) -> dict[str, Any]:
     """What decides the records, as JSON-able data."""
     info = lm.info()
     identity = {
