@@ -86,6 +86,9 @@ class Hyperparameters:
         blobs: ids of the tensors that it names.
         sparsity: times the distance of the trained masks and vectors from changing nothing, added
             to the loss.
+        objective: of a program: ``cross_entropy`` of what is learned; ``logit_diff``, the logits
+            of the examples' ``other`` minus those of what is learned; ``kl``, how far the
+            program moves the model's own predictions there.
     """
 
     method: Method = "lora"
@@ -118,6 +121,7 @@ class Hyperparameters:
     train: tuple[str, ...] = ()
     blobs: Mapping[str, str] = field(default_factory=dict)
     sparsity: float = 0.0
+    objective: Literal["cross_entropy", "logit_diff", "kl"] = "cross_entropy"
 
     def __post_init__(self) -> None:
         self._check_program()
@@ -171,8 +175,12 @@ class Hyperparameters:
             raise _refused("blobs", self.blobs, "must be ids by name")
         if not _is_number(self.sparsity):
             raise _refused("sparsity", self.sparsity, "must be a number")
-        if self.program is None and (self.train or self.blobs or self.sparsity):
-            raise _refused("program", None, "is missing: train, blobs and sparsity belong to one")
+        goals = ("cross_entropy", "logit_diff", "kl")
+        if self.objective not in goals:
+            raise _refused("objective", self.objective, f"must be one of {', '.join(goals)}")
+        more = self.train or self.blobs or self.sparsity or self.objective != goals[0]
+        if self.program is None and more:
+            raise _refused("program", None, "is missing: train, blobs and such belong to one")
         if self.program is not None and (self.on or self.layers is not None):
             raise _refused("on", self.on, "places are named in the program", "Leave it out")
 

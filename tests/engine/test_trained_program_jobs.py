@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,15 @@ PROGRAM: dict[str, Any] = {
 TRAIN = ("mask", "v", "turn")
 
 
-def spec_of(program: Mapping[str, Any] = PROGRAM, train: tuple[str, ...] = TRAIN,
-            sparsity: float = 0.0, **options: Any) -> JobSpec:  # fmt: skip
+def spec_of(
+    program: Mapping[str, Any] = PROGRAM,
+    train: tuple[str, ...] = TRAIN,
+    sparsity: float = 0.0,
+    objective: Any = "cross_entropy",
+    **options: Any,
+) -> JobSpec:
     cf = {"runs": {"cf": {"prompt": "other"}}}
-    chosen = ProgramSpec(parse_program(cf | dict(program)), train, Blobs(), sparsity)
+    chosen = ProgramSpec(parse_program(cf | dict(program)), train, Blobs(), sparsity, objective)
     usual = {"name": "found", "bypasses": (), "steps": 4, "learning_rate": 0.05}
     return JobSpec(program=chosen, **(usual | options))
 
@@ -141,6 +147,44 @@ def test_a_job_beside_requests_is_the_plain_loop(family: str) -> None:
         assert mine.logprobs() == pytest.approx(theirs.logprobs(), rel=0, abs=1e-12)
     result(looked)
     nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("objective", ["logit_diff", "kl"])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_other_objectives_are_those_of_autograd(family: str, objective: str) -> None:
+    spec = spec_of(steps=2, objective=objective)
+    rng = random.Random(4)
+    data = [
+        replace(text, others=[rng.randrange(40) for _ in text.labels])
+        for text in texts(spec, family).texts[:2]
+    ]
+    decoder = model(family)
+    assert spec.program is not None
+    values = ProgramParameters(spec.program, decoder.config, decoder.embed, seed=spec.seed)
+    text = data[0]
+    assert text.resolved is not None
+    assert text.others is not None
+    (row,) = run_program(decoder, text.resolved, params=values)
+    rows = [i for i, label in enumerate(text.labels) if label >= 0]
+    logits = row.logits["main"][rows]
+    if objective == "kl":
+        plain = row.logits["plain"][rows].log_softmax(-1)
+        loss = (plain.exp() * (plain - logits.log_softmax(-1))).sum(-1).mean()
+    else:
+        places = torch.arange(len(rows))
+        labels, others = (
+            torch.tensor([tokens[i] for i in rows]) for tokens in (text.labels, text.others)
+        )
+        loss = (logits[places, others] - logits[places, labels]).mean()
+    gradients = torch.autograd.grad(loss, list(values.masters.values()))
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    engine = served(family)
+    job = start(engine, spec, Listed(data))
+    drive(engine, job)
+    assert job.kinds()[-1] == "succeeded", job.events[-1]
+    first = job.of("step")[0]
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-9)
+    assert first["gradient_norm"] == pytest.approx(norm.item(), rel=1e-9)
 
 
 def test_pauses_and_restarts_leave_no_trace(tmp_path: Path) -> None:

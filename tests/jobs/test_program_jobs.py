@@ -94,6 +94,28 @@ def test_a_steering_vector_from_the_builder(tiny: LoadedModel, tmp_path: Path) -
         assert len(told) >= 2
 
 
+@pytest.mark.parametrize("objective", ["logit_diff", "kl"])
+def test_other_objectives(tiny: LoadedModel, tmp_path: Path, objective: str) -> None:
+    steering = {
+        "params": {"v": {"shape": [32], "init": 0.1}},
+        "steps": [{"at": "layers.1.resid.post", "do": "add", "v": {"param": "v"}}],
+    }
+    compared = [one | {"other": " world"} for one in DATA]
+    with load(tiny, tmp_path) as lm:
+        asked = {"program": steering, "train": ["v"], "objective": objective} | QUICK
+        job = lm.finetune([{k: one[k] for k in ("prompt", "completion", "other")}
+                           for one in compared], **asked)  # fmt: skip
+        info = job.wait(timeout=PATIENCE)
+        assert info.status == "succeeded", info.error
+        assert info.losses[-1] < info.losses[0] - 0.001  # type: ignore[operator]
+        assert info.hyperparameters["objective"] == objective
+        with pytest.raises(InvalidRequest, match="as many tokens"):
+            lm.finetune([DATA[0] | {"other": " the cat and the dog"}], **asked)
+        if objective == "logit_diff":
+            without = lm.finetune([{"prompt": "the", "completion": " cat"}], **asked)
+            assert without.wait(timeout=PATIENCE).status == "failed"
+
+
 @pytest.mark.parametrize(
     ("more", "field"),
     [
@@ -102,6 +124,7 @@ def test_a_steering_vector_from_the_builder(tiny: LoadedModel, tmp_path: Path) -
         ({"train": ["mask"], "sparsity": -1.0}, "sparsity"),
         ({"train": ["mask"], "method": "lora"}, "program"),
         ({"train": ["mask"], "on": "q"}, "on"),
+        ({"train": ["mask"], "objective": "win"}, "objective"),
         ({"train": ["mask"], "blobs": {}}, "params.v"),
     ],
 )

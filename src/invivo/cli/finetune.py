@@ -118,6 +118,14 @@ def finetune(
         int | None,
         typer.Option("--r", help="Rank, width or virtual tokens. 16.", rich_help_panel=WHAT),
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            "--objective",
+            help="Of --program: cross_entropy, logit_diff (to the lines' other) or kl.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option("--alpha", help="A LoRA's factor is alpha / r. r.", rich_help_panel=WHAT),
@@ -205,6 +213,7 @@ def finetune(
         "train": train,
         "blobs": programs.read_blobs(blob) or None,
         "sparsity": sparsity,
+        "objective": objective,
         "on": on,
         "r": r,
         "alpha": alpha,

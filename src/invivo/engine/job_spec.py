@@ -128,12 +128,15 @@ class Text:
         weights: factor of each row's loss; None = 1.
         resolved: the job's program for this text, whose tokens are those of the run "main"; what
             is learned lies behind its prompt.
+        others: tokens that the labels are compared with, as many as labels (objective
+            ``logit_diff``).
     """
 
     tokens: Sequence[int]
     labels: Sequence[int]
     weights: Sequence[float] | None = None
     resolved: ResolvedProgram | None = None
+    others: Sequence[int] | None = None
 
 
 class DataSource(Protocol):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from invivo.engine.program_goals import Goal
 from invivo.engine.run_edits import RunEdits
 from invivo.engine.tape import Tape
 from invivo.engine.transfer import index_on
@@ -46,6 +47,7 @@ class TrainSequence:
         weights: [L] factor of each row's loss; None = 1.
         position_offset: added to the index to give the position (LongRoPE).
         edits: the program that it runs under.
+        goal: what its loss is in place of the labels' cross-entropy.
         numbers: [L] int64 position numbers in place of the indices.
         job: name that its backward units bear.
         forwarded: rows that have run forward.
@@ -76,6 +78,7 @@ class TrainSequence:
     job: str = ""
     held_out: bool = False
     edits: RunEdits | None = None
+    goal: Goal | None = None
     numbers: torch.Tensor | None = None
     forwarded: int = 0
     loss: torch.Tensor | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from invivo.edits.blobs import Blobs
 from invivo.edits.program import MAIN, Parameter, Program, Step
 from invivo.edits.site_names import SiteRef, resolve_site
 from invivo.edits.values import Param
+from invivo.engine.program_goals import Objective
 from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig
 
@@ -45,12 +46,14 @@ class ProgramSpec:
         sparsity: times the distance (sum of absolute values) of the trained masks, factors and
             vectors from what changes nothing: 1 for a lerp's w and a factor, 0 for the others. It
             is added to the mean loss of each step.
+        objective: see :mod:`invivo.engine.program_goals`.
     """
 
     program: Program
     train: tuple[str, ...]
     blobs: Blobs = field(default_factory=Blobs)
     sparsity: float = 0.0
+    objective: Objective = "cross_entropy"
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a job that goes on from a checkpoint, as JSON has it."""
@@ -59,6 +62,7 @@ class ProgramSpec:
             "train": sorted(self.train),
             "blobs": [list(pair) for pair in self.blobs.digest()],
             "sparsity": self.sparsity,
+            "objective": self.objective,
         }
 
 
@@ -107,6 +111,12 @@ def check_trained(spec: ProgramSpec, config: ModelConfig, *, weight_decay: float
             "nothing to train",
             field="train",
             remedy=f"Name parameters of the program: {', '.join(program.params) or 'it has none'}",
+        )
+    if spec.objective not in get_args(Objective):
+        raise InvalidRequest(
+            f"must be one of {', '.join(get_args(Objective))}",
+            field="objective",
+            given=spec.objective,
         )
     if not spec.sparsity >= 0 or spec.sparsity == float("inf"):
         raise InvalidRequest("must be >= 0", field="sparsity", given=spec.sparsity)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from invivo.edits.apply import Context
-from invivo.edits.program import MAIN
+from invivo.edits.program import MAIN, PLAIN
 from invivo.edits.resolved import ResolvedProgram, ResolvedRow, RunPlan
 from invivo.edits.value_shapes import touched_shape
 from invivo.engine.kept_rows import KeptRows
@@ -48,7 +48,11 @@ class TrainingRun:
 
 
 def training_runs(
-    resolved: ResolvedProgram, context: Context, *, max_bytes: int
+    resolved: ResolvedProgram,
+    context: Context,
+    *,
+    max_bytes: int,
+    reference: KeptRows | None = None,
 ) -> list[TrainingRun]:
     """The runs that the text's own one needs, sources first, and it last.
 
@@ -57,6 +61,7 @@ def training_runs(
             its prompt.
         context: the trained parameters among its ``params``.
         max_bytes: most that may be kept of all runs that are read.
+        reference: what else is kept, of the text without the program.
 
     Raises:
         InvalidRequest: the engine cannot train with this program.
@@ -67,15 +72,20 @@ def training_runs(
         raise InvalidRequest(
             "query heads with keys of their own are not trained yet", field="program.steps"
         )
-    needed = _needed(row)
+    needed, plans = _needed(row), dict(row.runs)
+    if reference is not None:
+        needed.add(PLAIN)
+        plans = {PLAIN: RunPlan(PLAIN, plans[MAIN].prompt)} | plans
     runs: list[TrainingRun] = []
     n_numbers = 0
     done: dict[str, RunEdits] = {}
-    for name, plan in row.runs.items():
+    for name, plan in plans.items():
         if name not in needed:
             continue
         _check(plan)
-        kept = _kept_of(row, needed, name)
+        kept = _kept_of(row, needed & row.runs.keys(), name)
+        if reference is not None and name == PLAIN:
+            kept.append(reference)
         edits = RunEdits(plan, context, dict(done), kept)
         done[name] = edits
         runs.append(TrainingRun(plan, edits, kept))

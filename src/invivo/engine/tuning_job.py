@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from invivo.edits.apply import Context
+from invivo.edits.site_names import SiteRef
 from invivo.engine.bypasses import (
     BypassSpec,
     check_parameters,
@@ -28,7 +29,9 @@ from invivo.engine.bypasses import (
 from invivo.engine.checkpoint import CheckpointWriter, Snapshot
 from invivo.engine.closings import Closing, Part
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent, Text, check_text
+from invivo.engine.kept_rows import KeptRows
 from invivo.engine.optimizer import Optimizer, clip_factor, learning_rate, total_norm
+from invivo.engine.program_goals import Goal
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.trained_hooks import TrainedHooks, hooks_from
 from invivo.engine.trained_program import ProgramParameters, check_trained, lowest_layer
@@ -175,6 +178,7 @@ class TuningJob:
         self.sequence: TrainSequence | None = None
         self._runs: deque[TrainingRun] = deque()  # of the text at hand, that are yet to come
         self._run: TrainingRun | None = None  # to which the sequence belongs
+        self._goal: Goal | None = None  # of the text at hand
         self._text: tuple[Text, bool] | None = None  # to which they belong; whether it is held out
         self.held: list[int] = []  # blocks that the text has written to
         self._config = config
@@ -266,33 +270,40 @@ class TuningJob:
         check_text(text, vocab_size=self._config.vocab_size, longest=longest - n)
         if self.program is not None:
             assert text.resolved is not None, "texts of a program come resolved"
-            self._runs.extend(
-                training_runs(text.resolved, self._context, max_bytes=self._max_kept_bytes)
+            reference = self._set_goal(text)
+            runs = training_runs(
+                text.resolved,
+                self._context,
+                max_bytes=self._max_kept_bytes,
+                reference=reference,
             )
+            self._runs.extend(runs)
             self._text = text, held_out
             self._next_run(longest)
             return
         tokens = [0] * n + list(text.tokens)
-        labels = [IGNORED] * n + list(text.labels)
         if not held_out:
             self.trainer.check_length(len(tokens))
-        offset = long_text_offset(self._config, len(tokens))
-        self.seq = Sequence(Request(self.name, ()), 0, tokens, len(tokens), position_offset=offset)
-        weights = None
-        if text.weights is not None:
-            factors = np.array([1.0] * n + list(text.weights))
-            weights = to_device(factors, self._device).to(self._wide)
-        self.sequence = TrainSequence(
-            index_on(tokens, self._device),
-            index_on(labels, self._device),
-            [],
-            weights,
-            position_offset=offset,
-            job=self.name,
-            held_out=held_out,
-            labelled=[row for row, label in enumerate(labels) if label != IGNORED],
-        )
-        self.trainer.rewind(self.sequence)
+        weights = None if text.weights is None else [1.0] * n + list(text.weights)
+        self._begin_sequence(tokens, [IGNORED] * n + list(text.labels), weights, held_out)
+
+    def _set_goal(self, text: Text) -> KeptRows | None:
+        """What the text's loss is; what is to be kept of the text without the program for it."""
+        assert self.spec.program is not None
+        objective = self.spec.program.objective
+        self._goal = None
+        if objective == "logit_diff":
+            if text.others is None:
+                raise InvalidRequest(
+                    "a text has no other token to compare with",
+                    field="data",
+                    remedy='Write {"prompt": ..., "completion": ..., "other": ...}',
+                )
+            self._goal = Goal(others=index_on(list(text.others), self._device))
+        elif objective == "kl":
+            rows = tuple(row for row, label in enumerate(text.labels) if label != IGNORED)
+            self._goal = Goal(reference=KeptRows(SiteRef("final.norm.out", -1), rows))
+        return None if self._goal is None else self._goal.reference
 
     def _next_run(self, longest: int) -> None:
         """The next run of the text at hand: one that is read goes forward only, the last one is
@@ -307,28 +318,42 @@ class TuningJob:
                 field=f"program.runs.{plan.name}",
                 given=len(tokens),
             )
+        if run.is_main:
+            sequence = self._begin_sequence(tokens, list(text.labels), text.weights, held_out)
+            sequence.goal = self._goal
+        else:
+            sequence = self._begin_sequence(tokens, [IGNORED] * len(tokens), None, True)
+        sequence.edits = run.edits
+        if plan.input.numbers:
+            self.seq.numbers = plan.input.numbers
+            own = [plan.input.number_of(i) for i in range(len(tokens))]
+            sequence.numbers = index_on(own, self._device)
+
+    def _begin_sequence(
+        self,
+        tokens: list[int],
+        labels: list[int],
+        weights: Iterable[float] | None,
+        held_out: bool,
+    ) -> TrainSequence:
+        """Put these tokens in line for memory."""
         offset = long_text_offset(self._config, len(tokens))
         self.seq = Sequence(Request(self.name, ()), 0, tokens, len(tokens), position_offset=offset)
-        self.seq.numbers = plan.input.numbers
-        labels = list(text.labels) if run.is_main else [-100] * len(tokens)
-        weights = numbers = None
-        if text.weights is not None and run.is_main:
-            weights = torch.tensor(list(text.weights), dtype=self._wide, device=self._device)
-        if plan.input.numbers:
-            own = [plan.input.number_of(i) for i in range(len(tokens))]
-            numbers = torch.tensor(own, device=self._device)
+        factors = None
+        if weights is not None:
+            factors = to_device(np.array(list(weights)), self._device).to(self._wide)
         self.sequence = TrainSequence(
-            torch.tensor(tokens, device=self._device),
-            torch.tensor(labels, device=self._device),
+            index_on(tokens, self._device),
+            index_on(labels, self._device),
             [],
-            weights,
+            factors,
             position_offset=offset,
             job=self.name,
-            held_out=held_out or not run.is_main,
-            edits=run.edits,
-            numbers=numbers,
+            held_out=held_out,
+            labelled=[row for row, label in enumerate(labels) if label != IGNORED],
         )
         self.trainer.rewind(self.sequence)
+        return self.sequence
 
     def begin(self) -> None:
         """The text got memory: it starts at its first row."""

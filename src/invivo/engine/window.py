@@ -220,17 +220,28 @@ class WindowTrainer:
         decoder = self.decoder
         weights = None if sequence.weights is None else sequence.weights[start:stop]
         labelled = sequence.labelled_within(start, stop)
-        result = cross_entropy(
-            hidden,
-            decoder.embed if decoder.head is None else decoder.head,
-            sequence.labels[start:stop],
-            weights,
-            softcap=decoder.config.logit_softcap,
-            want_grad=not sequence.held_out,
-            want_logprobs=want_logprobs,
-            packed=decoder.head_packed,
-            at=labelled,
-        )
+        if sequence.goal is not None:
+            result = sequence.goal.measure(
+                decoder,
+                hidden,
+                sequence.labels[start:stop],
+                weights,
+                [row for row in sequence.labelled or () if start <= row < stop],
+                start,
+                want_grad=not sequence.held_out,
+            )
+        else:
+            result = cross_entropy(
+                hidden,
+                decoder.embed if decoder.head is None else decoder.head,
+                sequence.labels[start:stop],
+                weights,
+                softcap=decoder.config.logit_softcap,
+                want_grad=not sequence.held_out,
+                want_logprobs=want_logprobs,
+                packed=decoder.head_packed,
+                at=labelled,
+            )
         if sequence.dx is not None:
             assert result.d_hidden is not None
             sequence.dx[start:stop] = result.d_hidden

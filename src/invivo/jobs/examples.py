@@ -45,6 +45,7 @@ class Examples:
         starts: [n + 1] int64, example i is tokens[starts[i] : starts[i + 1]].
         n_truncated: examples that were cut off.
         runs: prompts of other runs of each example, as token ids; empty where there are none.
+        others: of each example tokens in place of the learned ones; empty where there are none.
     """
 
     tokens: NDArray[np.int32]
@@ -52,6 +53,7 @@ class Examples:
     starts: NDArray[np.int64]
     n_truncated: int = 0
     runs: tuple[Mapping[str, tuple[int, ...]], ...] = ()
+    others: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -64,6 +66,8 @@ class Examples:
             told.update(np.ascontiguousarray(part).tobytes())
         if self.runs:
             told.update(repr([sorted(runs.items()) for runs in self.runs]).encode())
+        if self.others:
+            told.update(repr(self.others).encode())
         return told.hexdigest()[:16]
 
 
@@ -127,6 +131,7 @@ class ExampleReader:
                     n_truncated += len(tokens) > self._longest
                     gathered.add(*self._fitting(tokens, learned))
                     gathered.runs.append(self._runs(record))
+                    gathered.others.append(self._other(record, tokens, learned))
             except BadLine as problem:
                 problems.append(problem.at(number))
             except InvivoError as error:  # the chat template refuses the messages
@@ -163,6 +168,23 @@ class ExampleReader:
             name: tuple(self._tokenizer.encode(text, add_special_tokens=True).ids)
             for name, text in given.items()
         }
+
+    def _other(
+        self, record: Record, tokens: Sequence[int], learned: Sequence[bool]
+    ) -> tuple[int, ...]:
+        """Tokens of what an example's completion is compared with; none where there is nothing."""
+        if not isinstance(record, Completed) or record.other is None:
+            return ()
+        compared = Completed(record.prompt, record.other)
+        ((others, also_learned),) = self._encoded(compared)
+        if list(also_learned) != list(learned):
+            raise BadLine(
+                "other",
+                "must have as many tokens as the completion",
+                record.other,
+                "Compare single words",
+            )
+        return tuple(token for token, one in zip(others, learned, strict=True) if one)
 
     def _encoded(self, record: Record) -> Iterator[tuple[list[int], list[bool]]]:
         if isinstance(record, Chat):
@@ -257,6 +279,7 @@ class _Gathered:
     learned: bytearray = field(default_factory=bytearray)
     starts: list[int] = field(default_factory=lambda: [0])
     runs: list[Mapping[str, tuple[int, ...]]] = field(default_factory=list)
+    others: list[tuple[int, ...]] = field(default_factory=list)
 
     def add(self, tokens: Sequence[int], learned: Sequence[bool]) -> None:
         self.tokens.extend(tokens)
@@ -272,6 +295,7 @@ class _Gathered:
             np.array(self.starts, np.int64),
             n_truncated,
             tuple(self.runs) if any(self.runs) else (),
+            tuple(self.others) if any(self.others) else (),
         )
 
 

@@ -7,7 +7,7 @@ parameters' start values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from invivo.engine.trained_program import ProgramSpec
 from invivo.errors import InvalidRequest, InvivoError
 from invivo.jobs.data import TrainingData
 from invivo.jobs.examples import Examples
+from invivo.kernels.cross_entropy import IGNORED
 from invivo.lm_jobs import Hyperparameters
 from invivo.programs import GivenProgram, OwnedProgram, Programs
 
@@ -60,7 +61,7 @@ def keep_tensors(given: GivenProgram, folder: Path) -> None:
 
 def program_spec(given: GivenProgram, asked: Hyperparameters) -> ProgramSpec:
     """What the engine trains."""
-    return ProgramSpec(given.program, asked.train, given.blobs, asked.sparsity)
+    return ProgramSpec(given.program, asked.train, given.blobs, asked.sparsity, asked.objective)
 
 
 class ProgramData(TrainingData):
@@ -82,16 +83,25 @@ class ProgramData(TrainingData):
     ) -> None:
         super().__init__(examples, seed=seed, shuffle=shuffle, n_texts=n_texts)
         self._runs = examples.runs
+        self._others = examples.others
         self._given = given
         self._programs = programs
 
     def text(self, example: int) -> Text:
         text = super().text(example)
-        first = next(i for i, label in enumerate(text.labels) if label != -100)
+        first = next(i for i, label in enumerate(text.labels) if label != IGNORED)
         n_prompt = len(text.tokens) if first == 0 else first + 1
         runs = self._runs[example] if self._runs else {}
         resolved = self._programs.for_text(self._given, text.tokens, n_prompt, runs)
-        return replace(text, resolved=resolved)
+        return replace(text, resolved=resolved, others=self._compared(example, text.labels))
+
+    def _compared(self, example: int, labels: Sequence[int]) -> list[int] | None:
+        """The other token of every row with a label; None where the example has none."""
+        others = self._others[example] if self._others else ()
+        if not others:
+            return None
+        left = iter(others)
+        return [label if label == IGNORED else next(left) for label in labels]
 
     def check(self) -> None:
         """

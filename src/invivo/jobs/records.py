@@ -2,7 +2,8 @@
 
 A line is a conversation (``messages``, and ``tools`` if any), a ``prompt`` with its
 ``completion``, or a ``text``. A prompt with its completion may have ``runs``: other prompts by the
-names that the job's program gives them. Other fields of a line are passed over. An assistant's
+names that the job's program gives them, and ``other``: what the completion is compared with where
+that is the job's objective. Other fields of a line are passed over. An assistant's
 message may have a ``weight`` of 0 (it is context only) or 1, as in OpenAI's format.
 """
 
@@ -73,11 +74,13 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """A prompt and the continuation to learn; ``runs``: prompts of other runs by name."""
+    """A prompt and the continuation to learn; ``runs``: prompts of other runs by name; ``other``:
+    a continuation of as many tokens."""
 
     prompt: str
     completion: str
     runs: Mapping[str, str] = field(default_factory=dict)
+    other: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,8 @@ def parse_record(value: Any) -> Record:
         completion = _text(value, "completion")
         if not completion:
             raise BadLine("completion", "is empty, so there is nothing to learn")
-        return Completed(_text(value, "prompt"), completion, _runs(value))
+        other = None if value.get("other") is None else _unicode(value["other"], "other")
+        return Completed(_text(value, "prompt"), completion, _runs(value), other)
     if "text" in value:
         text = _text(value, "text")
         if not text:

@@ -109,6 +109,11 @@ class HyperparametersBody(Strict):
         None, description="Names of the program's parameters that are trained" + _EXT
     )
     blobs: BlobNames | None = None
+    objective: Literal["cross_entropy", "logit_diff", "kl"] | None = Field(
+        None,
+        description="Of a program: cross_entropy of what is learned, logits of the examples' "
+        "other minus those, or kl, how far the program moves the model's predictions" + _EXT,
+    )
     sparsity: Annotated[float, Field(ge=0, le=1e9)] | None = Field(
         None,
         description="Times the distance of trained masks and vectors from changing nothing, added "
