@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sysconfig
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,13 @@ def test_mixtures_are_not_compiled(tmp_path: Path, graphs: list[object]) -> None
     assert not graphs
 
 
+HEADER = Path(sysconfig.get_paths()["include"], "Python.h")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None or not HEADER.exists(), reason="needs a C++ compiler"
+)
 def test_layers_compile_to_machine_code() -> None:
     torch._dynamo.reset()
     decoder = tiny_decoder("plain", n_layers=2).float()

@@ -33,7 +33,9 @@ from invivo.models.decoder import Decoder
 from invivo.training.loss_model import LossModel
 from invivo.training.processes import Keeper
 
-PATIENCE = timedelta(minutes=30)  # the first process may prepare the data while others wait
+# The first process may prepare data for hours while others wait; torchrun ends all if one is gone.
+PATIENCE = timedelta(days=7)
+STALLED = timedelta(minutes=30)  # between GPUs: the first may write samples while others wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ def joined(replicas: int, kind: str) -> Iterator[Ranks]:
                 given=os.environ.get("LOCAL_WORLD_SIZE"),
             )
         torch.cuda.set_device(here)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=STALLED)
     try:
         if replicas == 1:
             mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
