@@ -39,6 +39,7 @@ from invivo.program_result import Capture, Measure, ProgramResult, Row
 
 _MIB = 1 << 20
 _LARGEST_BLOB = 64 * _MIB
+_IDENTITIES_KEPT = 64  # programs whose hash is remembered
 _TEXTS_KEPT = 256  # prompts whose texts by token are remembered
 
 
@@ -83,6 +84,7 @@ class Programs:
         self._detokenize = detokenize
         self._bounds = ResolveBounds(capture_bytes=capture_bytes)
         self._resolved = ResolveCache()
+        self._identities: OrderedDict[int, tuple[Program, str, frozenset[str]]] = OrderedDict()
         self._texts: OrderedDict[tuple[int, ...], PromptText] = OrderedDict()
         self._lock = threading.Lock()
         self._programs = ContentStore(
@@ -322,9 +324,9 @@ class Programs:
         following: tuple[int, ...] = (),
     ) -> ResolvedProgram:
         """``following``: tokens behind the prompt that are known already."""
-        names = _named_blobs(program.to_dict())
+        digest, names = self._identity(program)
         asked = (prompt.ids, prompt.sets, prompt.turns, n_new, following)
-        key = (program.hash, *asked, blobs.hashes(names))
+        key = (digest, *asked, blobs.hashes(names))
 
         def make() -> ResolvedProgram:
             text = self._text_of(prompt, n_new)
@@ -366,6 +368,19 @@ class Programs:
             offsets=text.offsets + ((end, end),) * len(following),
             n_new=len(following),
         )
+
+    def _identity(self, program: Program) -> tuple[str, frozenset[str]]:
+        """The hash of a program and the blobs that it names; of the last ones it is known."""
+        with self._lock:
+            found = self._identities.get(id(program))
+        if found is None:
+            names = frozenset(_named_blobs(program.to_dict()))
+            found = (program, program.hash, names)  # which keeps the program, and so its id
+            with self._lock:
+                self._identities[id(program)] = found
+                if len(self._identities) > _IDENTITIES_KEPT:
+                    self._identities.popitem(last=False)
+        return found[1], found[2]
 
     def _check_ids(self, ids: Sequence[int], field: str) -> None:
         most = self._model.config.vocab_size

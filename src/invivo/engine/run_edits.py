@@ -5,6 +5,7 @@ The arithmetic is that of ``edits/apply.py``; here stands which of a span's rows
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -147,7 +148,7 @@ class RunEdits:
         if len(window) != 1 or len(placed) != 1 or (site, layer) in self._kept or self.spoiled:
             return None
         touch = placed[0].touch
-        if touch.do not in TOGETHER or site == _ROUTER or not rows_of(placed[0].at, window).index:
+        if touch.do not in TOGETHER or site == _ROUTER or not _meets(placed[0].at, window):
             return None
         if placed[0] not in self._constants:
             self._constants[placed[0]] = own_value(touch, self._context)
@@ -275,4 +276,6 @@ def first_difference(plan: RunPlan) -> int | None:
 
 
 def _meets(ordered: Sequence[int], window: range) -> bool:
-    return bool(ordered) and bool(rows_of(ordered, window).index)
+    """Whether one of ``ordered`` (ascending) lies in ``window``."""
+    at = bisect_left(ordered, window.start)
+    return at < len(ordered) and ordered[at] < window.stop
