@@ -1,6 +1,6 @@
 """What looking into a model and changing it costs on a CPU, beside TransformerLens.
 
-    python bench/edits.py --peer-python PATH [--rounds 3] [--heads 270] [--peer-heads 6]
+    python bench/edits.py --peer-python PATH [--rounds 3] [--peer-heads 6] [--passive]
 
 PATH is the interpreter of an environment that has transformer-lens. SmolLM2-135M, float32, each
 engine in a process of its own (``edits_worker.py``), rounds interleaved, so that both see the same
@@ -56,9 +56,12 @@ def main() -> None:
     parser.add_argument("--peer-heads", type=int, default=6)
     parser.add_argument("--steps", type=int, default=24, help="of 64 decoding rows, each kind")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--passive", action="store_true", help="threads sleep: for busy machines")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "edits-cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.passive:
+        os.environ["OMP_WAIT_POLICY"] = "passive"  # of the workers; this process has begun
     if str(HERE.resolve()) in sys.path:
         sys.path.remove(str(HERE.resolve()))  # transformers would take kernels.py for a library
 
@@ -85,10 +88,8 @@ def main() -> None:
             entry["transformer_lens"].append(b["seconds"] * scale)
             far = differ(what, a["numbers"], b["numbers"], mine, other)
             agreement[what] = max(far, agreement.get(what, 0.0))
-            print(
-                f"round {number + 1}, {what}: {a['seconds']:.2f} s, {entry['transformer_lens'][-1]:.2f} s",
-                flush=True,
-            )
+            told = f"{entry['invivo'][-1]:.2f} s, {entry['transformer_lens'][-1]:.2f} s"
+            print(f"round {number + 1}, {what}: {told}", flush=True)
     for ask in (ours, peer):
         ask({})
     floors = floors_of(layers, head, shape, flops)
