@@ -20,7 +20,7 @@ def test_everything_found_stands_on_the_page() -> None:
     page = run_page(STUDY.title, STUDY.paper, findings, {"a": {"b": [1, 2]}, "c": "<x>"})
     for text in (
         "Nothing &amp; more", "Nobody 2026", "12 records &lt;of nothing&gt;.", "values are large",
-        "There is nothing to say.", "<dt>a.b</dt><dd>1, 2</dd>", "&lt;x&gt;",
+        "There is nothing to say.", "<td>a\nb</td>", "<dt>a.b</dt><dd>1, 2</dd>", "&lt;x&gt;",
     ):  # fmt: skip
         assert text in page, text
     assert page.count("<svg") == 1

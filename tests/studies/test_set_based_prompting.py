@@ -115,7 +115,7 @@ def made_records(n: int, wrong: dict[str, float], conditions: int = 2) -> list[R
         logprobs = [[0.0 if o == pick else -1.0] for o in range(3)]
         records.append(
             {"source": "made", "item": str(i), "condition": name, "order": [], "label": label,
-             "n_options": 3, "logprobs": logprobs}
+             "question": f"Which? {i}", "options": ["one", "two", "three"], "logprobs": logprobs}
         )  # fmt: skip
     return records
 
@@ -148,6 +148,14 @@ def test_findings_tell_what_was_put_in() -> None:
     assert shown["made: right in either"].value == 1.0
     assert shown["made: mean over 4 orders"].value == pytest.approx((1 + 0.6 + 0.8 + 1) / 4)
     assert found.to_dict()["figures"][0]["kind"] == "dots"
+    (examples,) = found.examples
+    assert examples.rows[0] == (
+        "0",
+        "Which? 0",
+        "one ✓\ntwo\nthree",
+        "normal: one\nreversed: two\norder 3: two\norder 4: one",
+        "two",
+    )
 
 
 def test_a_set_that_depended_on_its_order_would_be_told() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from invivo.report.findings import Dots, Findings, Statement, Table
+from invivo.report.findings import Dots, Findings, Statement, Table, Texts
 from invivo.statistics import bootstrap_mean, wilson
 from invivo.studies.running import run_study
 from invivo.studies.study import Record, Study, Unit, Work
@@ -59,6 +59,7 @@ def conclude(settings: Settings, records: Sequence[Record]) -> Findings:
         ],
         tables=[Table("Values", ("name", "value"), (("all", found), ("none", None)))],
         figures=[Dots("d", "Dots", (("one", (("all", found),)),), "value")],
+        examples=[Texts("To read", ("one", "two"), (("a\nb", "c"),))],
         limits=["There is nothing to say."],
     )  # fmt: skip
 

@@ -82,6 +82,15 @@ class Bars:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Examples to read: rows of longer texts."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
 Figure = Dots | Bars
 
 
@@ -100,6 +109,7 @@ class Findings:
     statements: list[Statement] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+    examples: list[Texts] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from invivo.html_page import facts, heading, listing, page, paragraph, section, table
+from invivo.html_page import facts, heading, listing, page, paragraph, section, table, texts
 from invivo.report.draw import svg
 from invivo.report.findings import Cell, Findings, Statement
 from invivo.statistics import Interval
@@ -36,6 +36,8 @@ def run_page(title: str, source: str, findings: Findings, manifest: Mapping[str,
     for one in findings.tables:
         rows = [[shown(cell) for cell in row] for row in one.rows]
         parts.append(section(one.title, table("", one.columns, rows, note=one.note)))
+    for read in findings.examples:
+        parts.append(section(read.title, texts(read.columns, read.rows)))
     if findings.limits:
         inside = "".join(f"<li>{escape(limit)}</li>" for limit in findings.limits)
         parts.append(section("What this run cannot say", f"<ul>{inside}</ul>"))

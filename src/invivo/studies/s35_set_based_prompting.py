@@ -21,7 +21,7 @@ import numpy as np
 from invivo.errors import InvalidRequest
 from invivo.lm import LM
 from invivo.program_result import Array
-from invivo.report.findings import Bars, Dots, Findings, Statement, Table, Verdict
+from invivo.report.findings import Bars, Dots, Findings, Statement, Table, Texts, Verdict
 from invivo.statistics import (
     Interval,
     agreement,
@@ -39,6 +39,7 @@ Program = dict[str, Any]
 Range = tuple[int, int]
 _VISIBLE = 0.05  # the order matters visibly where it changes this share of answers
 _MARGIN = 0.05  # two accuracies are called alike within this
+_N_EXAMPLES = 6
 _HALVES = ("mask only", "position only")
 _SET_LAYOUTS = ("set", "set as given", "set reversed", "set padded")
 
@@ -261,7 +262,8 @@ def measure(lm: LM, settings: Settings, unit: Unit) -> list[Record]:
             "condition": name,
             "order": list(orders.get(name, ())),
             "label": item.label,
-            "n_options": len(item.options),
+            "question": item.question,
+            "options": list(item.options),
             "logprobs": [list(option) for option in found.tokens],
         }
         for name, found in scores.items()
@@ -279,13 +281,13 @@ class Answers:
         picks: the chosen option by condition, [items].
         right: whether it is the right one.
         scores: of every option by condition, a list of [options] for each item.
-        n_options: [items].
+        items: what was asked.
     """
 
     picks: dict[str, Array]
     right: dict[str, Array]
     scores: dict[str, list[Array]]
-    n_options: Array
+    items: list[Item]
 
     @property
     def orders(self) -> list[str]:
@@ -294,7 +296,11 @@ class Answers:
 
     @property
     def n(self) -> int:
-        return len(self.n_options)
+        return len(self.items)
+
+    @property
+    def chance(self) -> float:
+        return float(np.mean([1 / len(item.options) for item in self.items]))
 
     @property
     def mean_right(self) -> Array:
@@ -335,11 +341,15 @@ def read(records: Sequence[Record], score: str) -> dict[str, Answers]:
             for c in common
         }
         picks = {c: np.array([best(s.tolist()) for s in scores[c]]) for c in common}
-        labels = np.array([conditions[common[0]]["label"] for conditions in items.values()])
-        sizes = np.array([conditions[common[0]]["n_options"] for conditions in items.values()])
+        asked = [_item_of(conditions[common[0]]) for conditions in items.values()]
+        labels = np.array([item.label for item in asked])
         right = {c: picks[c] == labels for c in common}
-        found[source] = Answers(picks, right, scores, sizes)
+        found[source] = Answers(picks, right, scores, asked)
     return found
+
+
+def _item_of(record: Record) -> Item:
+    return Item(record["item"], record["question"], tuple(record["options"]), record["label"])
 
 
 def _scored(logprobs: Sequence[Sequence[float]], score: str) -> Array:
@@ -357,6 +367,7 @@ def conclude(settings: Settings, records: Sequence[Record]) -> Findings:
     findings.facts = _facts(answers)
     findings.figures = _figures(answers)
     findings.tables = [_accuracies(records), _spread(answers)]
+    findings.examples = [_examples(source, found) for source, found in answers.items()]
     findings.limits = _limits(answers, settings)
     return findings
 
@@ -445,7 +456,7 @@ def _summary(answers: Mapping[str, Answers], settings: Settings) -> str:
             f"On {found.n} items of {source}, {len(found.orders)} orders of the same options give "
             f"different answers to {share:.0%}; as a set there is one answer, right in "
             f"{found.right['set'].mean():.0%} (orders: {found.mean_right.mean():.0%} on average, "
-            f"chance {np.mean(1 / found.n_options):.0%})."
+            f"chance {found.chance:.0%})."
         )
     return " ".join(parts)
 
@@ -562,12 +573,35 @@ def _accuracies(records: Sequence[Record]) -> Table:
             (f"{source}: mean over {len(found.orders)} orders",
              *(bootstrap_mean(one.mean_right) for one in (found, other)))
         )  # fmt: skip
-        rows.append((f"{source}: chance", *(float(np.mean(1 / found.n_options)),) * 2))
+        rows.append((f"{source}: chance", *(found.chance,) * 2))
     return Table(
         "Accuracy by condition and score",
         ("condition", "sum of log-probabilities", "per token"),
         tuple(rows),
         note="Wilson intervals (95 %); the mean over orders with a bootstrap over items.",
+    )
+
+
+def _examples(source: str, found: Answers) -> Texts:
+    """The items that get most different answers over the orders; the first of them."""
+    chosen = np.argsort(-found.distinct(), kind="stable")[:_N_EXAMPLES].tolist()
+    rows = []
+    for i in chosen:
+        item = found.items[i]
+        said = [f"{c}: {item.options[int(found.picks[c][i])]}" for c in found.orders]
+        rows.append(
+            (
+                item.id,
+                item.question,
+                "\n".join(f"{o} ✓" if k == item.label else o for k, o in enumerate(item.options)),
+                "\n".join(said),
+                item.options[int(found.picks["set"][i])],
+            )
+        )
+    return Texts(
+        f"{source}: items whose answer depends most on the order",
+        ("item", "question", "options as given", "answers as text", "as a set"),
+        tuple(rows),
     )
 
 
@@ -610,8 +644,7 @@ def _limits(answers: Mapping[str, Answers], settings: Settings) -> list[str]:
             f"{source}: with {found.n} items, differences of accuracy below about {seen:.0f} "
             "points cannot be told from none."
         )
-        chance = float(np.mean(1 / found.n_options))
-        if _share(found.right["set"]).low <= chance:
+        if _share(found.right["set"]).low <= found.chance:
             limits.append(
                 f"{source}: the model is not clearly above chance there, so that accuracies say "
                 "little; what depends on the order does not need them."
@@ -646,7 +679,7 @@ STUDY = Study(
         'McIlroy-Young et al. 2024, "Order-Independence Without Fine Tuning" (arXiv 2406.06581)'
     ),
     needs="any model with attention; multiple-choice items (made here, a file, or the Hub's)",
-    version=1,
+    version=2,
     quick=_QUICK,
     full=_FULL,
     prepare=prepare,
