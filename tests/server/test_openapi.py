@@ -80,6 +80,7 @@ OPERATIONS = [
     ("GET", "/ready"),
     ("GET", "/metrics"),
     ("GET", "/v1/live"),
+    ("GET", "/v1/training/runs"),
 ]
 ENDLESS = ("GET", "/v1/live/stream")  # test_watching.py reads it
 

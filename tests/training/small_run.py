@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from invivo.training.config import TrainConfig, read_config
+from invivo.training.run_folder import RunFolder
 
 _TEXT = "the cat saw a dog that ran home and the old house was red so we sang"
 
@@ -63,6 +64,28 @@ def written(folder: Path, model: str = LLAMA, **lines: str) -> Path:
 
 def small(folder: Path, *overrides: str, model: str = LLAMA, **lines: str) -> TrainConfig:
     return read_config(written(folder, model, **lines), overrides)
+
+
+def pretended(home: Path, name: str, steps: int, status: str = "done") -> RunFolder:
+    """A run's folder as ``steps`` steps of 200 would have left it, without the training."""
+    folder = RunFolder(home / name)
+    folder.write_manifest(
+        {
+            "name": name,
+            "status": status,
+            "steps": 200,
+            "parameters": 6_730_816,
+            "created": 1.8e9,
+            "config": {"name": name, "seed": 0},
+        }
+    )
+    for step in range(1, steps + 1):
+        numbers = {"loss": 7.0 - step / 100, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 250.0}
+        line = {"kind": "step", "step": step, "tokens": 64 * step} | numbers
+        folder.metrics.add(line | {"memory": 1 << 30, "seconds": step / 4})
+    line = {"kind": "evaluation", "step": steps, "tokens": 64 * steps, "split": "valid"}
+    folder.metrics.add(line | {"bits_per_byte": 1.25, "low": 1.2, "high": 1.3, "loss": 3.0})
+    return folder
 
 
 def curve(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.training.small_run import pretended
 from tests.waiting import PATIENCE, wait_for
 
 from invivo.lm_jobs import ENDED, Job
@@ -348,3 +349,24 @@ def test_objective_is_named_beside_the_latency_it_limits(page, lm):
     page.wait_for_selector("#state[data-state=ready]")
     wait_for(lambda: page.locator("#itl-legend .promise b").text_content() == "50 ms")
     assert page.locator("#ttft-legend .promise b").text_content() == "5.00 s"
+
+
+def test_training_runs_appear_with_their_curve(open_page, lm, tmp_path):
+    home = tmp_path / "runs"
+    with ServerThread(lm, Settings(port=0, served_name="tiny", runs=home)) as server:
+        page = open_page(server.url)
+        page.wait_for_selector("#state[data-state=ready]")
+        assert page.locator("#training-card").is_hidden()
+        pretended(home, "gla-small", 150, "running")
+        pretended(home, "transformer", 200, "done")
+        page.wait_for_selector("#training-card:not([hidden])")
+        page.click("#training-list button[data-run=gla-small]")
+        line = page.locator("#training-list button[aria-current=true]")
+        assert "gla-small" in line.text_content()
+        assert "step 150 of 200 · loss 5.500" in line.text_content()
+        facts = page.locator("#training-facts").text_content()
+        assert "6.73M parameters" in facts
+        assert "1.250 bits a byte of held-out text at step 150" in facts
+        assert page.locator("#training-chart canvas").count() == 1
+        page.wait_for_selector("#training-chart:not(.is-empty)")
+        page.close()  # it would go on asking a server that is gone

@@ -68,6 +68,10 @@ def serve(
             rich_help_panel=SERVER,
         ),
     ] = None,
+    runs: Annotated[
+        Path,
+        typer.Option("--runs", help="Training runs that the page shows.", rich_help_panel=SERVER),
+    ] = Path("runs"),
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No line for each request.", rich_help_panel=SERVER)
     ] = False,
@@ -212,6 +216,7 @@ def serve(
         max_concurrent=max_concurrent,
         max_output_tokens=max_output,
         allowed_origins=tuple(origin or ()),
+        runs=runs,
     )
     paths = options.adapter_paths(adapter)
     # Asked before a large model is loaded; the server asks again.

@@ -316,3 +316,27 @@ class LiveSnapshot(Answer):
 
     state: str
     model: dict[str, Any]
+
+
+class TrainingRun(Answer):
+    """One run of ``invivo train``; lists are thinned.
+
+    ``held_out`` has [step, value] of ``measure``, ``curve`` [step, loss, learning rate].
+    """
+
+    name: str
+    status: str
+    step: int
+    steps: int
+    parameters: int
+    tokens: int
+    tokens_per_second: float | None
+    loss: float | None
+    measure: Literal["bits_per_byte", "accuracy"]
+    held_out: list[tuple[int, float]]
+    curve: list[tuple[int, float, float]]
+
+
+class TrainingRunList(Answer):
+    object: Literal["list"]
+    data: list[TrainingRun]

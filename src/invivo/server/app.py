@@ -30,6 +30,7 @@ from invivo.server import (
     programs,
     score,
     tokens,
+    training_runs,
 )
 from invivo.server.admission import Gate
 from invivo.server.auth import check_exposure
@@ -103,6 +104,7 @@ def create_app(lm: LM, settings: Settings | None = None) -> FastAPI:
         health,
         metrics,
         live,
+        training_runs,
     ):
         app.include_router(part.router)
     install_error_handlers(app)

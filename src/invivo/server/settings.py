@@ -27,6 +27,7 @@ class Settings:
         max_sequences: prompts times ``n`` of one request.
         allowed_origins: web origins, besides the server's own, that may call it from a browser.
         shutdown_seconds: how long running requests may go on after a stop signal.
+        runs: folder whose training runs the page shows; None = none.
     """
 
     host: str = "127.0.0.1"
@@ -45,6 +46,7 @@ class Settings:
     max_sequences: int = 128
     allowed_origins: tuple[str, ...] = ()
     shutdown_seconds: float = 5.0
+    runs: Path | None = None
 
     @property
     def keyed(self) -> bool:

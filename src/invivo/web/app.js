@@ -8,6 +8,7 @@ import { JobForm } from "./job_form.js";
 import { Jobs } from "./jobs.js";
 import { Look } from "./look.js";
 import { setUpTheme } from "./theme.js";
+import { Training } from "./training.js";
 
 const LONGEST_WAIT = 8000; // ms between two tries to reach the server
 
@@ -24,6 +25,7 @@ const jobs = new Jobs((adapter) => {
   setView("chat");
   chat.talkTo(adapter);
 });
+const training = new Training();
 const look = new Look();
 const jobForm = new JobForm((id) => jobs.select(id));
 
@@ -39,6 +41,7 @@ function show(snapshot) {
   dashboard.show(snapshot);
   adapters.show(snapshot.adapters);
   jobs.show(snapshot);
+  training.look();
   jobForm.setModel(snapshot.model.name);
   look.setModel(snapshot.model);
 }
@@ -93,5 +96,6 @@ document.querySelector(".skip").addEventListener("click", () => setView("chat"))
 setUpTheme($("theme"), () => {
   dashboard.recolour();
   jobs.recolour();
+  training.recolour();
 });
 follow();
