@@ -13,7 +13,8 @@ from invivo.kernels.device import runs_on_cpu, runs_triton
 from invivo.kernels.native import native_for
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def turn_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, D] by the rows [T, 1, rotary_dim / 2] of its positions; differentiable."""
     half = cos.shape[-1]
     wide = torch.promote_types(x.dtype, cos.dtype)
     first, second = x[..., :half].to(wide), x[..., half : 2 * half].to(wide)
@@ -35,7 +36,7 @@ def apply_rotary_reference(
         positions: [T] int64 rows of the tables.
     """
     c, s = rotary_rows(cos, sin, positions)
-    return _turn(q, c, s), _turn(k, c, s)
+    return turn_rows(q, c, s), turn_rows(k, c, s)
 
 
 def turn_heads(
@@ -57,7 +58,7 @@ def turn_heads(
         turn_heads_triton(x, cos, sin, positions, out, backward=backward)
         return
     c, s = rotary_rows(cos, sin, positions)
-    out.copy_(_turn(x, c, -s if backward else s))
+    out.copy_(turn_rows(x, c, -s if backward else s))
 
 
 def rotary_rows(

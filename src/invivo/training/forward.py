@@ -20,16 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from invivo.kernels.activation import activation, gated_activation_reference
+from invivo.kernels.activation import activation
 from invivo.kernels.gla import log_gates
 from invivo.kernels.gla_chunked_op import gla_chunked_op
 from invivo.kernels.norm import layer_norm, rms_norm_reference
-from invivo.kernels.rotary import apply_rotary_reference, rotary_rows
+from invivo.kernels.rotary import rotary_rows
 from invivo.models.decoder import Decoder, Layer
 from invivo.models.feedforward.mlp import MLP
 from invivo.models.mixers.attention import Attention
 from invivo.models.mixers.gla import GatedLinearAttention
 from invivo.models.norm import Norm
+from invivo.training.lean import gated, turned
 from invivo.training.texts import Texts, lay_out
 
 Table = tuple[torch.Tensor, torch.Tensor]
@@ -37,7 +38,7 @@ Recompute = Literal["none", "layer"]
 
 
 class RunLayer(Protocol):
-    """One layer over texts: x [B, T, d] -> [B, T, d], by its rows of the rotary tables."""
+    """One layer over texts: x [B, T, d] -> [B, T, d]; see :func:`run_layer`."""
 
     def __call__(
         self, x: torch.Tensor, rope: Table | None, mask: torch.Tensor | None, texts: Texts
@@ -76,7 +77,9 @@ def dense_forward(
     for i, (run, kind) in enumerate(zip(layers, decoder.config.layers, strict=True)):
         if kind.rope not in ropes:
             table = decoder.rope_of(i)
-            ropes[kind.rope] = None if table is None else rotary_rows(*table, texts.positions)
+            if table is not None and x.is_cpu:
+                table = rotary_rows(*table, texts.positions)
+            ropes[kind.rope] = table
         mask = texts.mask(kind.window) if kind.mixer == "attention" else None
         x = run(x, ropes[kind.rope], mask, texts)
     return _norm(decoder.final_norm, x)
@@ -96,12 +99,12 @@ def run_layer(
     """One layer over texts: x [B, T, d] -> [B, T, d].
 
     Args:
-        rope: rows of the cosines and sines at the texts' positions; None without.
+        rope: cosines and sines, whole tables or rows at the texts' positions; None without.
         mask: of this layer, see :meth:`~invivo.training.texts.Texts.mask`.
     """
     h = x if layer.norm1 is None else _norm(layer.norm1, x)
     if isinstance(layer.mixer, Attention):
-        out = _attention(layer.mixer, h, rope, mask)
+        out = _attention(layer.mixer, h, rope, mask, texts.positions)
     else:
         out = _gated_linear_attention(layer.mixer, h, texts)
     x = x + (out if layer.post1 is None else _norm(layer.post1, out))
@@ -138,7 +141,11 @@ def _rms_norm(
 
 
 def _attention(
-    mixer: Attention, x: torch.Tensor, rope: Table | None, mask: torch.Tensor | None
+    mixer: Attention,
+    x: torch.Tensor,
+    rope: Table | None,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
     n_texts, length, _ = x.shape
     qkv = _linear(x.flatten(0, 1), mixer.qkv, mixer.qkv_bias)
@@ -149,8 +156,7 @@ def _attention(
     if mixer.qkv_clip is not None:
         q, k, v = (t.clamp(-mixer.qkv_clip, mixer.qkv_clip) for t in (q, k, v))
     if rope is not None:
-        positions = torch.empty(0, dtype=torch.int64)  # the rows of the tables are picked already
-        q, k = apply_rotary_reference(q, k, *rope, positions)
+        q, k = turned(q, *rope, positions), turned(k, *rope, positions)
     q, k, v = (t.unflatten(0, (n_texts, length)).transpose(1, 2) for t in (q, k, v))
     if mixer.softcap is not None:
         z = _capped_attention(q, k, v, mixer.scale, mixer.softcap, mask)
@@ -261,7 +267,8 @@ def _feedforward(layer: Layer, x: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = torch.func.functional_call(feed, weights, (x.flatten(0, 1),))
         return rows.view(x.shape)
     if feed.gated:
-        hidden = gated_activation_reference(_linear(x, feed.gate_up, feed.gate_up_bias), feed.kind)
+        gate_up = _linear(x, feed.gate_up, feed.gate_up_bias)
+        hidden = gated(gate_up.flatten(0, 1), feed.kind).unflatten(0, x.shape[:2])
     else:
         hidden = activation(_linear(x, feed.up, feed.up_bias), feed.kind)
     return _linear(hidden, feed.down, feed.down_bias)

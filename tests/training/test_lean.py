@@ -1,0 +1,45 @@
+"""Written-out backwards of pointwise steps: those of plain autograd, and of finite differences."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from invivo.kernels.activation import gated_activation_reference
+from invivo.kernels.rotary import apply_rotary_reference
+from invivo.training.lean import gated, turned
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu2"])
+def test_gates(kind: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 12, generator=rng, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(gated(x, kind), gated_activation_reference(x, kind))
+    assert torch.autograd.gradcheck(partial(gated, kind=kind), (x,))
+
+
+@pytest.mark.parametrize("turning", [3, 4])
+def test_turns_of_strided_heads(turning: int) -> None:
+    """Where less than a head turns, the rest stays."""
+    rng = torch.Generator().manual_seed(0)
+    table = torch.randn(2, 9, turning, generator=rng, dtype=torch.float64)
+    positions = torch.tensor([0, 3, 8, 3])
+    wide = torch.randn(4, 5, 8, generator=rng, dtype=torch.float64, requires_grad=True)
+
+    def turn(wide: torch.Tensor) -> torch.Tensor:
+        return turned(wide[:, 1:4], *table, positions)
+
+    heads = wide[:, 1:4]
+    wanted = apply_rotary_reference(heads, heads, *table, positions)[0]
+    torch.testing.assert_close(turn(wide), wanted)
+    assert torch.autograd.gradcheck(turn, (wide,))
+
+
+def test_gradients_of_others_are_not_overwritten() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    dy = torch.randn(3, 4)
+    kept = dy.clone()
+    torch.autograd.grad(gated(x, "silu"), x, dy)
+    assert torch.equal(dy, kept)
