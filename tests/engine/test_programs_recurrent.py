@@ -174,6 +174,18 @@ RUNS: list[dict[str, Any]] = [
                {"at": "layers.2.gla.head.0.memory", "do": "replace", "pos": {"range": [2, 7]},
                 "from": {"run": "cf", "at": "layers.0.gla.head.1.state", "pos": {"index": 3},
                          "map": "one"}}]},
+    {"steps": [{"at": "layers.0.gla.head.*.state", "do": "mean", "over": ["cf", "plain"],
+                "positions": "each", "pos": {"index": [2, 6]}},
+               {"at": "layers.2.gla.head.1.memory", "do": "mean", "over": ["cf"],
+                "positions": "all", "pos": {"index": 5}}]},
+    {"steps": [{"at": "layers.0.gla.head.*.state", "do": "project_out",
+                "basis": [[0.6, 0.8, 0, 0, 0, 0, 0, 0]]},
+               {"at": "layers.2.gla.head.0.state[1,3-5]", "do": "swap_coords", "from": "cf",
+                "basis": [[0, 0, 1, 0]], "pos": {"range": [1, 8]}},
+               {"at": "layers.*.gla.head.*.gate", "do": "resample", "pool": ["cf"]}]},
+    {"steps": [{"at": "layers.*.gla.head.*.state", "do": "freeze", "to": "cf", "pos": "@last",
+                "except": "layers.0.gla.head.1.state"},
+               {"at": "layers.2.attn", "do": "skip", "pos": {"index": 3}}]},
     {"steps": [{"at": "layers.[0,2].gla.head.*.z", "do": "freeze"},
                {"at": "layers.0.gla.head.*.k", "do": "zero"}]},
     {"sweep": {"L": [0, 2], "T": "2..4"},
@@ -212,6 +224,39 @@ def test_looking_changes_no_bit(family: str) -> None:
         run(engine, looked)
         assert looked.tokens() == plain.tokens()
         assert looked.logprobs() == plain.logprobs()
+
+
+def captures(engine: Engine, program: dict[str, Any]) -> list[torch.Tensor]:
+    inquiry = ask(engine, carried(engine, program))
+    run(engine, inquiry)
+    return [c.value for c in result(inquiry).rows[0].captures]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_laws_2_to_4_on_the_live_engine(family: str) -> None:
+    engine = engine_of(family, max_batch_tokens=7)
+    # 2: from a replaced residual stream on everything is the other run's.
+    logits = [{"capture": "logits"}, {"capture": "logits", "run": "cf"}]
+    for layer in range(3):
+        step = {"at": f"layers.{layer}.resid.post", "do": "replace", "from": "cf"}
+        mine, theirs = captures(engine, {"steps": [step], "out": logits})
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+    # 3: what is captured satisfies the recurrence.
+    names = ("q", "k", "v", "gate", "memory", "state", "z")
+    out = [{"capture": f"layers.2.gla.head.*.{name}"} for name in names]
+    q, k, v, gate, memory, state, z = captures(engine, {"out": out})
+    torch.testing.assert_close(memory[1:], state[:-1], rtol=1e-11, atol=1e-11)
+    written = gate[..., None] * memory + k[..., None] * v[..., None, :]
+    torch.testing.assert_close(state, written, rtol=1e-11, atol=1e-11)
+    read = torch.einsum("thk,thkv->thv", q * q.shape[-1] ** -0.5, state)
+    torch.testing.assert_close(z, read, rtol=1e-11, atol=1e-11)
+    # 4: nothing before the first touch changes, what comes behind it does.
+    out = [{"capture": "layers.*.resid.post"}]
+    step = {"at": "layers.0.gla.head.*.state", "do": "scale", "a": 3, "pos": {"index": 4}}
+    plain, changed = captures(engine, {"out": out}), captures(engine, {"steps": [step], "out": out})
+    for before, after in zip(plain, changed, strict=True):
+        torch.testing.assert_close(before[:4], after[:4], rtol=1e-11, atol=1e-11)
+        assert (before[4:] - after[4:]).abs().max() > 1e-4
 
 
 def test_law_10_on_the_live_engine() -> None:
