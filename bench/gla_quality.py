@@ -313,6 +313,8 @@ class Comparison:
         left = self.seconds - self.spent()
         if left <= 5:
             return False
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         outcome = train(config, runs=self.runs, minutes=left / 60, device=self.device)
         numbers = {} if outcome.evaluation is None else outcome.evaluation
         shown = {k: numbers[k] for k in ("bits_per_byte", "accuracy") if k in numbers}
