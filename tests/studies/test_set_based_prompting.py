@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.tiny import tiny_loaded
 
+from invivo.edits.program import parse_program
 from invivo.local import LocalLM
 from invivo.report.findings import Statement
 from invivo.studies import s35_set_based_prompting as s35
@@ -55,6 +56,12 @@ def test_every_layout_of_a_set_gives_the_same_scores_and_nothing_else_does(lm) -
     ):
         assert np.abs(np.subtract(sums[one], sums[other])).max() > 1e-4, (one, other)
     assert len(sums) == 5 + 8
+    programs = {r["condition"]: r["program"] for r in records}
+    assert programs["normal"] is None
+    assert (
+        programs["set as given"]
+        == parse_program(s35.as_set(s35.ask(lm, ITEM).layout((0, 1, 2)))).hash
+    )
 
 
 def test_exact_numerics_give_the_same_records_to_the_bit(tmp_path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from invivo.edits.program import parse_program
 from invivo.errors import InvalidRequest
 from invivo.lm import LM
 from invivo.program_result import Array
@@ -235,7 +236,10 @@ def measure(lm: LM, settings: Settings, unit: Unit) -> list[Record]:
         plain = score_options(lm, contexts, asked.answers)
     scores: dict[str, OptionScores] = dict(zip(orders, plain, strict=True))
 
+    programs: dict[str, str] = {}
+
     def under(name: str, layout: Layout, program: Program) -> None:
+        programs[name] = parse_program(program).hash
         score = score_options_exactly if exact else _score_one
         scores[name] = score(lm, layout.ids, asked.answers, interventions=program)
 
@@ -261,6 +265,7 @@ def measure(lm: LM, settings: Settings, unit: Unit) -> list[Record]:
             "item": item.id,
             "condition": name,
             "order": list(orders.get(name, ())),
+            "program": programs.get(name),
             "label": item.label,
             "question": item.question,
             "options": list(item.options),
