@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -51,7 +53,13 @@ def main() -> None:
         raise SystemExit("bench/gla.py needs a CUDA device")
     began = time.monotonic()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(args.out.read_text()) if args.out.exists() else {}
+    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    found |= {
+        "command": " ".join(["bench/gla.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name(),
+        "versions": versions(),
+    }
+    rows = found.setdefault("rows", {})
     ceilings = measure_ceilings()
     for name, measure in work(ceilings):
         if args.only not in name or (name in rows and "failed" not in rows[name]):
@@ -64,7 +72,18 @@ def main() -> None:
         except Exception as error:  # a variant that fails must not take the others with it
             rows[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
         print(name, json.dumps(rows[name]), flush=True)
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def versions() -> dict:
+    """Of what is measured; None where a rival is not there."""
+    there = {}
+    for name in ("torch", "triton", "fla-core"):
+        try:
+            there[name] = version(name)
+        except PackageNotFoundError:
+            there[name] = None
+    return there
 
 
 def work(ceilings: Ceilings) -> list[tuple[str, Callable[[], dict]]]:

@@ -8,9 +8,11 @@ With S entering a chunk, dS leaving it and dA = tril(dO V^T) (see ``gla_chunked`
     carry = exp(gn) rowsum(S dS) + sum_j K_j (state part of dK_j)
 
 What a row has from itself (i = j) drops out of dg and is left out there: it would only add its
-rounding. The products with dA are of tf32 where the inputs are bfloat16: rounding to bfloat16 would
-be the larger part of the error of dg. Two kernels share the chunks between them by the flag of
-``pairs``: one anchored product for the mild, sub-chunks of 16 rows for the steep.
+rounding. For the same reason the steep chunks take what keys give to the state from the other side,
+as the sum over the rows before t. The products with dA are of tf32 where the inputs are bfloat16:
+rounding to bfloat16 would be the larger part of the error of dg. Two kernels share the chunks
+between them by the flag of ``pairs``: one anchored product for the mild, sub-chunks of 16 rows for
+the steep.
 """
 
 from __future__ import annotations
@@ -207,8 +209,10 @@ def _steep_gradient(
     )  # fmt: skip
     k_chunk = load_rows(k, first + at, at < n, dims, head, k_stride, K).to(tl.float32)
     sums, last, _, _ = anchored(gates)
-    d_written = d_written * tl.exp2(last[None, :] - sums)
-    carry = tl.exp2(last) * both + tl.sum(k_chunk * d_written, 0)
+    # What keys give to the state leaving the chunk: a gate concerns those of the rows before it.
+    given = k_chunk * d_written * tl.exp2(last[None, :] - sums)
+    passing = tl.exp2(last) * both
+    carry = tl.zeros([BLOCK_K], tl.float32)
 
     parts: tl.constexpr = C // SUB_ROWS
     for back in range(parts):
@@ -228,7 +232,7 @@ def _steep_gradient(
             V, V_PAD, SUB_ROWS, BLOCK_K, BLOCK_V, PRECISION,
         )  # fmt: skip
         dq_rows = read * tl.exp2(inside + before[None, :])
-        dk_rows = written * tl.exp2(to_end + after[None, :])
+        from_state = written * tl.exp2(to_end + after[None, :])
 
         # Earlier sub-chunks, as seen by these queries; later ones, as they see these keys.
         from_keys = tl.zeros([SUB_ROWS, BLOCK_K], tl.float32)
@@ -256,7 +260,7 @@ def _steep_gradient(
                 queries = queries * tl.exp2(down + between_sum[None, :]) * scale
                 from_queries = tl.dot(weights, queries, from_queries, input_precision=PRECISION)
         dq_rows += from_keys * tl.exp2(inside)
-        dk_rows += from_queries * tl.exp2(to_end)
+        dk_rows = from_queries * tl.exp2(to_end)
 
         for column in range(SUB_ROWS):
             since = tl.cumsum(_gates_of(g, first, begin, begin + column + 1, n, dims, head,
@@ -269,15 +273,20 @@ def _steep_gradient(
             dk_rows += tl.where((sub == column)[:, None], query_sum[None, :], 0.0)
 
         dq_rows = dq_rows * scale
-        both_rows = q_rows * dq_rows - k_rows * dk_rows
+        pairs_rows = q_rows * dq_rows - k_rows * dk_rows
+        dk_rows += from_state
         own = tl.load(d_own + place * C + i)[:, None] * scale
         store_rows(dq, dq_rows + own * k_rows, first + i, real, dims, head, N_HEADS * K, K)
         store_rows(dk, dk_rows + own * q_rows, first + i, real, dims, head, N_HEADS * K, K)
-        dg_rows = tl.cumsum(both_rows, 0, reverse=True) + carry[None, :]
+        earlier = tl.sum(tl.where((at < begin)[:, None], given, 0.0), 0)
+        later = (sub[None, :] < sub[:, None])[:, :, None]
+        given_rows = tl.sum(tl.where(later, (k_rows * from_state)[None, :, :], 0.0), 1)
+        dg_rows = tl.cumsum(pairs_rows, 0, reverse=True) + given_rows
+        dg_rows += (carry + passing + earlier)[None, :]
         _store_gates(
             dg, g, dg_rows, first + i, real, dims, head, g_stride, tau, N_HEADS, K, FROM_LOGITS
         )
-        carry += tl.sum(both_rows, 0)
+        carry += tl.sum(pairs_rows, 0)
 
 
 @triton.jit
