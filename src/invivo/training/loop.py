@@ -281,6 +281,7 @@ class Training:
         self._start_reading()
 
     def _refuse(self, reading: _Reading, loss: float, norm: float) -> None:
+        self._finish_saving()  # all processes have read the same
         what = "the loss" if not math.isfinite(loss) else "the norm of the gradients"
         value = loss if not math.isfinite(loss) else norm
         position = ", ".join(f"{k} {v}" for k, v in reading.position.items())
