@@ -162,6 +162,7 @@ class Engine:
         self._tracks: dict[Sequence, Track] = {}
         self._programs: dict[str, Job] = {}  # requests that carry one, by id
         self._runs: dict[Sequence, ProgramRun] = {}
+        self._uncleared: list[int] = []  # blocks of edited keys that nobody holds any more
         self._parked: deque[Job] = deque()  # their adapter waits for a slot
         self._in_flight: Launched | None = None
         self._inbox = _Inbox()
@@ -596,6 +597,9 @@ class Engine:
 
     def _prepare(self, plan: Plan) -> tuple[FlatBatch, FlatBatch | None, Work]:
         """The plan's flat batch, that of its partial spans if there are any, and their work."""
+        # All at once, and before anything runs that may have got one of them.
+        blocks, self._uncleared = self._uncleared, []
+        self._stepper.clear_blocks(blocks)
         batch = self._builder.build(plan)
         partial = self._partial_builder.build_partial(plan) if plan.n_partial else None
         work = self._work(plan, batch.sample_spans)
@@ -808,7 +812,7 @@ class Engine:
     def _end_run(self, seq: Sequence) -> None:
         """Free what a run's sequence holds; what edits left in its memory need not be finite."""
         run = self._runs.pop(seq)
-        self._stepper.clear_blocks(run.take_blocks())
+        self._uncleared += run.take_blocks()
         self.scheduler.finish(seq)
 
     def _end_program(self, job: Job, output: Output, reason: FinishReason) -> None:
