@@ -273,7 +273,7 @@ def test_hub_ids_are_found_in_the_hubs_cache(
 def test_list_shows_conversions_beside_the_packaged_ones(gguf_file: Path) -> None:
     folder = resolve.resolve(str(gguf_file))
     entries = {e.name: e for e in resolve.list_models()}
-    assert {"smollm2-135m", "gemma3-270m", folder.name} == set(entries)
+    assert {"smollm2-135m", "gemma3-270m", "gla-small", folder.name} == set(entries)
     assert entries[folder.name].description == "converted from tiny.gguf"
     assert entries["smollm2-135m"].licence == "Apache-2.0"
     (folder / "conversion.json").write_text(json.dumps({"converter": "x"}))

@@ -16,7 +16,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 FOLDER = Path(__file__).parents[2] / "configs"
 PARAMETERS = {
     "tiny-cpu": 783_616,
-    "gla-small": 6_730_816,
+    "gla-small": 6_955_776,
     "gla-30m": 29_994_496,
     "transformer-30m": 29_893_120,
     "gla-340m": 341_707_776,  # the paper's, with its tokenizer of 32,000

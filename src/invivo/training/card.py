@@ -54,6 +54,8 @@ def _texts(manifest: Mapping[str, Any]) -> str:
     if data["kind"] != "text":
         return "made-up rows of pairs and questions"
     names = [s["hub"] or Path(s["path"]).name for s in data["sources"]]
+    if data["prepared"]:
+        names = [Path(data["prepared"]).name]
     size = manifest["data"]["bytes"].get("train", 0)
     return f"{', '.join(names)} ({size / 1e6:.1f} MB to train on)"
 
