@@ -9,7 +9,8 @@ The first line prepares text (tokenizer, token shards), the second runs the comp
   each seed; held-out bits per byte with intervals over seeds (Student, Welch), of the books that
   are evaluated during training and of others that are not;
 - held-out text in rows of 16,384 tokens, 16 times those of training: perplexity by position;
-- recall of key-value pairs by two-layer models trained on that task alone;
+- recall of key-value pairs by two-layer models trained on that task alone, with GLA also with a
+  short convolution;
 - a step of decoding and the memory of a sequence, by the length of its context, in the engine;
 - a smaller GLA model, trained with what time is left for it.
 
@@ -69,6 +70,8 @@ from invivo.training.shards import open_shards
 from invivo.training.stream import Batch
 
 KINDS = ("gla", "transformer")
+# Without a short convolution a layer must be spent on bringing a value to its key.
+RECALL_KINDS = (*KINDS, "gla-conv")
 # Shares of the time that is left when speeds are known; the rest is for evaluation and decoding.
 SHARES = {"text": 0.46, "asset": 0.24, "recall": 0.15}
 SPEED_STEPS = 12
@@ -258,7 +261,9 @@ class Comparison:
         """Text, recall, and the small model."""
         plan = {name: part["steps"] for name, part in self.results["plan"].items()}
         text = [self.text(kind, seed, plan["text"]) for seed in self.seeds for kind in KINDS]
-        recall = [self.recall(kind, seed, plan["recall"]) for seed in self.seeds for kind in KINDS]
+        recall = [
+            self.recall(kind, seed, plan["recall"]) for seed in self.seeds for kind in RECALL_KINDS
+        ]
         return text, recall, self.asset(plan["asset"])
 
     def text(self, kind: str, seed: int, steps: int) -> TrainConfig:
@@ -327,7 +332,7 @@ class Comparison:
         kinds = {
             "text": [self.text(kind, 0, SPEED_STEPS) for kind in KINDS],
             "asset": [self.asset(SPEED_STEPS)],
-            "recall": [self.recall(kind, 0, SPEED_STEPS) for kind in KINDS],
+            "recall": [self.recall(kind, 0, SPEED_STEPS) for kind in RECALL_KINDS],
         }
         seconds = {
             name: [self.step_seconds(config) for config in configs]
@@ -490,7 +495,7 @@ def _less(one: Nats, other: Nats, batch: Batch) -> torch.Tensor:
 
 
 def shape(kind: str, size: tuple[int, int, int, int], positions: int) -> dict[str, Any]:
-    """``[model]``: both kinds have the same width, depth and feed-forward, and tied embeddings."""
+    """``[model]``: all kinds have the same width, depth and feed-forward, and tied embeddings."""
     width, layers, hidden, heads = size
     common = {
         "hidden_size": width,
@@ -499,8 +504,9 @@ def shape(kind: str, size: tuple[int, int, int, int], positions: int) -> dict[st
         "max_position_embeddings": positions,
         "tie_word_embeddings": True,
     }
-    if kind == "gla":
-        return common | {"model_type": "gla", "num_heads": heads, "use_short_conv": False}
+    if kind.startswith("gla"):
+        conv = {"use_short_conv": kind == "gla-conv"}
+        return common | {"model_type": "gla", "num_heads": heads} | conv
     heads = max(1, width // 64) if width >= 64 else 2
     return common | {"model_type": "llama", "num_attention_heads": heads}
 
@@ -524,12 +530,14 @@ def compared(runs: Sequence[RunRecord], measure: str) -> dict[str, Any]:
         kind: [
             run.last[measure]
             for run in runs
-            if kind in run.name and run.last is not None and run.manifest["status"] == "done"
+            if run.name.removeprefix("recall-").startswith(f"{kind}-seed")
+            and run.last is not None
+            and run.manifest["status"] == "done"
         ]
-        for kind in KINDS
+        for kind in RECALL_KINDS
     }
     found: dict[str, Any] = {k: asdict(mean_over(v)) for k, v in values.items() if v}
-    if all(values.values()):
+    if values["gla"] and values["transformer"]:
         gap = difference(values["gla"], values["transformer"])
         found["gla less transformer"] = asdict(gap)
     return found

@@ -20,9 +20,10 @@ from invivo.training.figures import COLOURS, MARKERS, round_ticks
 from invivo.training.run_record import RunRecord, read_run
 
 KINDS = {"gla": "gated linear attention", "transformer": "Transformer++"}
+RECALL_KINDS = KINDS | {"gla-conv": "GLA with a short convolution"}
 STYLES = {
     kind: {"color": colour, "marker": marker, "linewidth": 2}
-    for kind, colour, marker in zip(KINDS, COLOURS, MARKERS, strict=False)
+    for kind, colour, marker in zip(RECALL_KINDS, COLOURS, MARKERS, strict=False)
 }
 
 
@@ -97,11 +98,12 @@ def positions(axes: Axes, results: dict[str, Any], trained: RunRecord) -> None:
 
 
 def recall(axes: Axes, runs: list[RunRecord]) -> None:
-    for kind in KINDS:
-        for run in of_kind(runs, kind, "recall-"):
+    for kind, name in RECALL_KINDS.items():
+        for i, run in enumerate(of_kind(runs, kind, "recall-")):
             scores = [s for s in (run.last or {}).get("scores", ()) if s["distance"] is None]
             pairs = [score["pairs"] for score in scores]
-            axes.plot(pairs, [100 * score["accuracy"] for score in scores], **STYLES[kind])
+            right = [100 * score["accuracy"] for score in scores]
+            axes.plot(pairs, right, **STYLES[kind], label=name if i == 0 else None)
             axes.set_xscale("log", base=2)
             axes.set_xticks(pairs, [str(n) for n in pairs])
     axes.set(
@@ -110,6 +112,8 @@ def recall(axes: Axes, runs: list[RunRecord]) -> None:
         ylabel="right answers (%)",
         ylim=(-3, 103),
     )
+    if of_kind(runs, "gla-conv", "recall-"):
+        axes.legend(frameon=False)
 
 
 def decoding(step: Axes, memory: Axes, results: dict[str, Any]) -> None:

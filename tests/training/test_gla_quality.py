@@ -41,7 +41,8 @@ def test_the_comparison_resumes_and_measures_everything(
     found = json.loads((out / "gla_quality.json").read_text())
     assert found["plan"] == plan
     trained = ("gla-seed0", "transformer-seed0", "recall-gla-seed0", "recall-transformer-seed0")
-    assert set(found["runs"]) == {*trained, "gla-small"}
+    assert set(found["runs"]) == {*trained, "recall-gla-conv-seed0", "gla-small"}
+    assert {"gla", "transformer", "gla-conv"} <= set(found["recall"])
     for run in found["runs"].values():
         assert (run["status"], run["steps"]) == ("done", 2)
     one, other = (found["runs"][name] for name in trained[:2])
