@@ -136,8 +136,8 @@ class BatchBuilder:
                 first = span_start[-1]
                 virtual.append(VirtualRows(first, first + n, start, seq.adapter_slot))
             rows.append(span.seq.row)
-            starts.append(span.start)
-            kv_len.append(span.stop)
+            starts.append(span.first)
+            kv_len.append(span.first + span.stop - span.start)
             span_start.append(span_start[-1] + span.stop - span.start)
             ids += span.seq.tokens[span.start : span.stop]
             if span.samples:
@@ -177,6 +177,9 @@ class BatchBuilder:
             positions[:] = np.arange(n_rows)
             positions += np.repeat(np.asarray(starts) - span_starts[:-1], lengths)
         block, offset = np.divmod(positions, block_size)
+        packed = [(i, span.part.block) for i, span in enumerate(spans) if span.part is not None]
+        for i, first in packed:  # its text's blocks come after those of the texts before it
+            block[span_start[i] : span_start[i + 1]] += first
         slots[:] = self._table[token_rows, block]
         slots *= block_size
         slots += offset
@@ -187,7 +190,11 @@ class BatchBuilder:
                 at = slice(span_start[i], span_start[i + 1])
                 positions[at] = _numbers(span) + self._offset[rows[i]]
         adapters[:] = self._adapter[token_rows]
-        np.take(self._table[:, :width], span_rows, axis=0, out=table.reshape(n_spans, width))
+        tables = table.reshape(n_spans, width)
+        np.take(self._table[:, :width], span_rows, axis=0, out=tables)
+        for i, first in packed:
+            own = self._table[rows[i], first : first + width]
+            tables[i, : len(own)] = own
         if n_pending:
             pending_index[:] = pending
             pending_rows[:] = span_rows[pending_index]

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from invivo.engine.closings import Closing, ClosingTimes
 from invivo.engine.latency import LatencyModel, Work
+from invivo.engine.packing import parts
 from invivo.engine.policies import Load, Policy, Slo
 from invivo.engine.scheduler import Scheduler
 from invivo.engine.types import BackwardUnit, Plan, Purpose, Sequence, Span, Status
@@ -358,7 +359,7 @@ class Coserver:
         total = 0.0
         for start in range(0, length, rows):
             size = min(rows, length - start)
-            total += self.latency.predict(Work(0).with_window(start, size))
+            total += self.latency.predict(_with_window(Work(0), trainee.seq, start, size))
         for start in range(0, length, self.sizes.max_unit):
             size = min(self.sizes.max_unit, length - start)
             total += self.latency.predict(Work(0).with_backward(size, trainee.n_layers))
@@ -413,15 +414,20 @@ class Coserver:
         least = min(left, self.sizes.min_window)
         if smallest:
             rows = min(rows, least)
-        size = self.latency.largest_window(work, start, rows, budget, minimum=least)
+        size = self.latency.largest(
+            lambda n: _with_window(work, seq, start, n), rows, budget, minimum=least
+        )
         if not size or (not seq.blocks and not self.scheduler.hold(seq, plan)):
             return work
-        window = Span(seq, start, start + size, Purpose.TRAIN, False)
-        plan.spans.insert(len(plan.spans) - plan.n_partial, window)
+        for part in parts(seq.packing, start, start + size):
+            window = Span(seq, part.start, part.stop, Purpose.TRAIN, False)
+            if seq.packing is not None:
+                window.part = part
+            plan.spans.insert(len(plan.spans) - plan.n_partial, window)
         plan.n_tokens += size
         seq.n_computed += size
         self.served[trainee.name] += size / 2
-        return work.with_window(start, size)
+        return _with_window(work, seq, start, size)
 
     def _unit(
         self, work: Work, trainee: Trainee, budget: float, *, smallest: bool
@@ -475,6 +481,13 @@ def _left(trainee: Trainee) -> int:
     return len(trainee.seq.tokens) - trainee.seq.n_computed
 
 
+def _with_window(work: Work, seq: Sequence, start: int, size: int) -> Work:
+    """``work`` and the window [start, start + size) of a training sequence."""
+    for part in parts(seq.packing, start, start + size):
+        work = work.with_window(part.start - part.begin, part.stop - part.start)
+    return work
+
+
 def _has_work(trainee: Trainee) -> bool:
     return _left(trainee) > 0 or trainee.next_unit(1, None) is not None
 
@@ -486,9 +499,9 @@ def work_of(plan: Plan) -> Work:
         size = span.stop - span.start
         rows += size
         if size == 1:
-            context += span.stop
+            context += span.first + 1
         else:
-            pairs += size * span.start + size * (size + 1) // 2
+            pairs += size * span.first + size * (size + 1) // 2
         if span.purpose is Purpose.TRAIN:
             train_rows += size
     backward = layers = 0

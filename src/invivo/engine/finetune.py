@@ -110,7 +110,8 @@ class Riders:
 
     decoder: Decoder
     cache: KVCache
-    windows: list[tuple[TuningJob, int, Span]] = field(default_factory=list)  # with span index
+    # With the index of its first span; one window has a span for each of its texts.
+    windows: list[tuple[TuningJob, int, Span]] = field(default_factory=list)
     units: list[tuple[TuningJob, BackwardUnit]] = field(default_factory=list)
     failed: dict[TuningJob, Exception] = field(default_factory=dict)
 
@@ -124,11 +125,11 @@ class Riders:
             if self.cache.states is not None:
                 assert job.sequence is not None
                 job.trainer.enters(job.sequence, span.start, span.seq.row + 1)
-            bypass = job.trainer.bypass_of(span.start, span.stop)
+            assert job.sequence is not None
+            bypass = job.trainer.bypass_of(span.start, span.stop, job.sequence.begins)
             if bypass is None:
                 continue
             parts.append(Rows(first, first + span.stop - span.start, bypass))
-            assert job.sequence is not None
             if job.trainer.records and not job.sequence.held_out:
                 pieces.append(job.trainer.piece(job.sequence, span.start, span.stop, first))
         if not parts:
@@ -257,6 +258,7 @@ class FineTuning:
             writer,
             validation,
             self._max_kept_bytes,
+            self._max_rows,
         )
         if job.program is None:
             self._adapters.check(spec.name, job.specs, job.parameters)
@@ -424,8 +426,13 @@ class FineTuning:
                 plan.spans = [span for span in plan.spans if span.seq is not seq]
                 plan.n_tokens = sum(span.stop - span.start for span in plan.spans)
         for i, span in enumerate(plan.spans):
-            if span.purpose is Purpose.TRAIN:
-                riders.windows.append((self._job_of(span.seq), i, span))
+            if span.purpose is not Purpose.TRAIN:
+                continue
+            job, at = self._job_of(span.seq), i
+            if riders.windows and riders.windows[-1][0] is job:  # of the next text of a window
+                _, at, before = riders.windows.pop()
+                span = Span(span.seq, before.start, span.stop, Purpose.TRAIN, False)
+            riders.windows.append((job, at, span))
         by_name = {job.name: job for job in self._jobs}
         riders.units = [(by_name[unit.job], unit) for unit in plan.backward]
         return riders if riders.windows or riders.units or riders.failed else None

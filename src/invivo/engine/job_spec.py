@@ -17,7 +17,7 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """A job. One optimizer step learns ``gradient_accumulation`` texts, one after the other.
+    """A job. One optimizer step learns ``gradient_accumulation`` texts.
 
     Attributes:
         name: of the job, and of the adapter under which its versions are published.
@@ -37,6 +37,8 @@ class JobSpec:
             any; 0 = only at the end.
         keep: checkpoints that stay.
         mode, order: see :mod:`invivo.engine.window`.
+        pack: texts of a step that fit into one flat batch run as one sequence; else one after the
+            other.
         tape_bytes: most bytes that ``tape`` keeps of one text; what does not fit is run again.
             None = whatever spares a large product. A text too long for it is refused.
     """
@@ -63,6 +65,7 @@ class JobSpec:
     mode: Literal["tape", "rerun"] = "tape"
     order: Literal["window", "layer"] = "window"
     tape_bytes: int | None = None
+    pack: bool = True
     program: ProgramSpec | None = None
 
     def __post_init__(self) -> None:
@@ -105,7 +108,7 @@ class JobSpec:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a job that goes on from a checkpoint, as JSON has it."""
         free = {"name", "share", "publish_every", "checkpoint_every", "validate_every", "keep"}
-        free |= {"mode", "order", "tape_bytes"}
+        free |= {"mode", "order", "tape_bytes", "pack"}
         plain = asdict(replace(self, program=None))
         whole = {key: value for key, value in plain.items() if key not in free | {"program"}}
         if self.program is not None:

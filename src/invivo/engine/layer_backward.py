@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from invivo.engine.bypasses import LowRank, TrainBypass
+from invivo.engine.packing import Part, parts
 from invivo.engine.tape import output_parts
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.trained_hooks import TrainedHooks
+from invivo.engine.transfer import to_device
 from invivo.kernels.activation import activation, gated_activation
 from invivo.kernels.activation_backward import activation_backward, gated_activation_backward
 from invivo.kernels.attention import attention_with_lse
@@ -83,8 +86,11 @@ def norm_backward(
 
 
 def window_in_pages(sequence: TrainSequence, start: int, stop: int, block_size: int) -> PagedLayout:
-    """Rows [start, stop) of a sequence as one span over its blocks; for reading the cache only."""
+    """Rows [start, stop) of a sequence as spans over its blocks, one a text; for reading the cache
+    only."""
     assert sequence.table is not None
+    if sequence.packing is not None:
+        return _packed_in_pages(sequence, start, stop, block_size)
     device, n = sequence.tokens.device, stop - start
     nowhere = torch.empty(0, dtype=torch.int64, device=device)
     return PagedLayout(
@@ -100,6 +106,34 @@ def window_in_pages(sequence: TrainSequence, start: int, stop: int, block_size: 
         max_kv=stop,
         span_start_host=[0, n],
         kv_len_host=[stop],
+    )
+
+
+def _packed_in_pages(
+    sequence: TrainSequence, start: int, stop: int, block_size: int
+) -> PagedLayout:
+    assert sequence.table is not None
+    device = sequence.tokens.device
+    own = parts(sequence.packing, start, stop)
+    starts = [own[0].start - start, *(part.stop - start for part in own)]
+    lengths = [part.stop - part.begin for part in own]
+    width = -(-max(lengths) // block_size)
+    # Blocks past the end of a text belong to the next one: nobody reads so far.
+    at = np.array([part.block for part in own])[:, None] + np.arange(width)
+    at = to_device(np.minimum(at, len(sequence.blocks) - 1), device)
+    nowhere = torch.empty(0, dtype=torch.int64, device=device)
+    return PagedLayout(
+        positions=nowhere,
+        slots=nowhere,
+        span_start=to_device(np.array(starts, dtype=np.int32), device),
+        kv_len=to_device(np.array(lengths, dtype=np.int32), device),
+        block_table=sequence.table[at].to(torch.int32),
+        block_size=block_size,
+        n_decode=0,
+        max_query=max(part.stop - part.start for part in own),
+        max_kv=max(lengths),
+        span_start_host=starts,
+        kv_len_host=lengths,
     )
 
 
@@ -124,6 +158,7 @@ class _Window:
         self.tape = sequence.tape
         self.bypass = bypass
         self.start, self.stop = rows
+        self.parts = parts(sequence.packing, *rows)
         self.dtype = decoder.embed.dtype
         self.index = -1
 
@@ -328,16 +363,24 @@ class _Window:
             if "attn.lse" in self.made:
                 return self.made["attn.lse"]
         mixer, queries = self.mixer, self.get("attn.q.final")
-        assert self.sequence.table is not None
-        return attention_lse(
-            queries.view(queries.shape[0], -1, mixer.head_dim),
-            self.cache.layers[self.index][0],
-            self.sequence.table,
-            self.start,
-            scale=mixer.scale,
-            window=mixer.window,
-            softcap=mixer.softcap,
-        )
+        queries = queries.view(queries.shape[0], -1, mixer.head_dim)
+        found = [
+            attention_lse(
+                queries[self.rows_of(part)],
+                self.cache.layers[self.index][0],
+                self.sequence.table_of(part),
+                part.start - part.begin,
+                scale=mixer.scale,
+                window=mixer.window,
+                softcap=mixer.softcap,
+            )
+            for part in self.parts
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def rows_of(self, part: Part) -> slice:
+        """A part's rows among these."""
+        return slice(part.start - self.start, part.stop - self.start)
 
     def query_final(self) -> torch.Tensor:
         """Queries as they attend: normalised, cut and turned."""
@@ -467,21 +510,28 @@ class _Window:
         dk, dv = sequence.sums[self.index]
         queries = self.index > self.hooks.bottom or self.hooks.bottom_queries
         mixed = queries or dk is not None  # the gradient of values alone does not read z
-        dq = attention_backward(
-            d_z.view(d_z.shape[0], -1, mixer.head_dim),
-            self.get("attn.q.final").view(d_z.shape[0], -1, mixer.head_dim),
-            keys,
-            values,
-            sequence.table,
-            self.start,
-            self.get("attn.z").view(d_z.shape[0], -1, mixer.head_dim) if mixed else None,
-            self.get("attn.lse"),
-            scale=mixer.scale,
-            window=mixer.window,
-            softcap=mixer.softcap,
-            dk=dk,
-            dv=dv,
-        )
+        d_z = d_z.view(d_z.shape[0], -1, mixer.head_dim)
+        q, lse = self.get("attn.q.final").view(d_z.shape), self.get("attn.lse")
+        z = self.get("attn.z").view(d_z.shape) if mixed else None
+        found = [
+            attention_backward(
+                d_z[self.rows_of(part)],
+                q[self.rows_of(part)],
+                keys,
+                values,
+                sequence.table_of(part),
+                part.start - part.begin,
+                None if z is None else z[self.rows_of(part)],
+                lse[self.rows_of(part)],
+                scale=mixer.scale,
+                window=mixer.window,
+                softcap=mixer.softcap,
+                dk=None if dk is None else dk[part.begin :],
+                dv=None if dv is None else dv[part.begin :],
+            )
+            for part in self.parts
+        ]
+        dq = found[0] if len(found) == 1 else _joined(found)
         d_q = self.turned(dq, backward=True) if queries and dq is not None else None
         for name in ("attn.q.final", "attn.z", "attn.lse"):
             self.made.pop(name, None)
@@ -638,6 +688,12 @@ class _Window:
             if out.requires_grad:
                 torch.autograd.backward([out], [d_out.view(out.shape)])
         return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+
+def _joined(found: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """All rows, where there are any."""
+    there = [one for one in found if one is not None]
+    return torch.cat(there) if there else None
 
 
 def _remade(part: str) -> Callable[[_Window], torch.Tensor]:

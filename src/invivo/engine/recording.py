@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from invivo.engine.packing import Part
 from invivo.engine.tape import Tape, output_parts
 from invivo.kernels.attention_backward import attention_lse
 from invivo.models.bypass import Bypass
@@ -39,11 +40,11 @@ class Piece:
     """Rows [start, stop) of a sequence, which begin at row ``row`` of the flat batch.
 
     Attributes:
-        table: physical blocks of the sequence, on the device.
+        parts: its rows by text, with the physical blocks of each, on the device.
     """
 
     tape: Tape
-    table: torch.Tensor
+    parts: Sequence[tuple[Part, torch.Tensor]]
     start: int
     stop: int
     row: int
@@ -120,19 +121,20 @@ class Recording:
         for piece, queries in zip(self._pieces, queries_of, strict=bool(queries_of)):
             if (layer, LSE) not in piece.tape.held:
                 continue
-            if self._lse is not None and piece.stop - piece.start > 1:
-                lse = piece.of(self._lse)
-            else:
+            if self._lse is not None and all(p.stop - p.start > 1 for p, _ in piece.parts):
+                piece.tape.write(layer, LSE, piece.start, piece.of(self._lse))
+                continue
+            for part, table in piece.parts:
                 lse = attention_lse(
-                    queries,
+                    queries[part.start - piece.start : part.stop - piece.start],
                     self._cache.layers[layer][0],
-                    piece.table,
-                    piece.start,
+                    table,
+                    part.start - part.begin,
                     scale=mixer.scale,
                     window=mixer.window,
                     softcap=mixer.softcap,
                 )
-            piece.tape.write(layer, LSE, piece.start, lse)
+                piece.tape.write(layer, LSE, part.start, lse)
 
 
 class _RecordingBypass:

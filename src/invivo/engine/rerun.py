@@ -8,11 +8,14 @@ This holds for any bypass, mixer and feed-forward.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from invivo.engine.edit_taps import EditedSpan, EditTaps
+from invivo.engine.packing import parts
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.trained_hooks import TrainedHooks
+from invivo.engine.transfer import to_device
 from invivo.kernels.attention_backward import gather_rows
 from invivo.kernels.paging import PagedLayout
 from invivo.models.bypass import Bypass
@@ -98,7 +101,7 @@ def rerun_backward(
                         gradients.append(total)
                 continue
             for new, total in zip(grown, sequence.sums.get(layer, (None, None)), strict=True):
-                own = new.flatten(0, 1)[start:stop]
+                own = new.flatten(0, 1)[layout.slots]
                 if total is not None and own.requires_grad:
                     outputs.append(own)
                     gradients.append(total[start:stop].to(own.dtype))
@@ -112,7 +115,8 @@ def rerun_backward(
             continue
         for leaf, total in zip(leaves, sequence.sums.get(layer, (None, None)), strict=True):
             if total is not None and leaf.grad is not None:
-                total[:start] += leaf.grad
+                begin = parts(sequence.packing, start, stop)[0].begin
+                total[begin:start] += leaf.grad
     return x.grad if goes_on else None
 
 
@@ -164,23 +168,33 @@ def _state(
 
 
 def window_layout(sequence: TrainSequence, start: int, stop: int, block_size: int) -> PagedLayout:
-    """Rows [start, stop) of one sequence whose blocks follow each other from block 0."""
+    """Rows [start, stop) of one sequence, a span for each text, whose blocks follow each other from
+    block 0."""
     device = sequence.tokens.device
-    n = stop - start
-    n_blocks = -(-stop // block_size)
+    own = parts(sequence.packing, start, stop)
+    starts = [0, *(part.stop - start for part in own)]
+    lengths = [part.stop - part.begin for part in own]
+    sizes = [-(-length // block_size) for length in lengths]
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    slots = [
+        np.arange(first * block_size + part.start - part.begin, first * block_size + length)
+        for part, first, length in zip(own, firsts, lengths, strict=True)
+    ]
+    last = sum(sizes) - 1  # blocks past the end of a text are never read
+    table = np.minimum(np.array(firsts)[:, None] + np.arange(max(sizes)), last).astype(np.int32)
     return PagedLayout(
         positions=sequence.positions(start, stop),
-        slots=torch.arange(start, stop, device=device),
-        span_start=torch.tensor([0, n], dtype=torch.int32, device=device),
-        kv_len=torch.tensor([stop], dtype=torch.int32, device=device),
-        block_table=torch.arange(n_blocks, dtype=torch.int32, device=device)[None],
+        slots=to_device(np.concatenate(slots), device),
+        span_start=to_device(np.array(starts, dtype=np.int32), device),
+        kv_len=to_device(np.array(lengths, dtype=np.int32), device),
+        block_table=to_device(table, device),
         block_size=block_size,
-        n_decode=int(n == 1),
-        max_query=n,
-        max_kv=stop,
-        span_start_host=[0, n],
-        kv_len_host=[stop],
-        state_slots=torch.ones(1, dtype=torch.int64, device=device),
+        n_decode=int(len(own) == 1 and stop - start == 1),
+        max_query=max(part.stop - part.start for part in own),
+        max_kv=max(lengths),
+        span_start_host=starts,
+        kv_len_host=lengths,
+        state_slots=torch.ones(len(own), dtype=torch.int64, device=device),
     )
 
 
@@ -192,15 +206,16 @@ def _past(
     stop: int,
     carried: tuple[bool, bool] | None,
 ) -> tuple[Memory, Memory]:
-    """Leaves [start, G, D] of the keys and values before the window, and blocks
-    [>= stop / block_size, block_size, G, D] that begin with them."""
-    assert sequence.table is not None
-    length = -(-stop // cache.block_size) * cache.block_size
+    """Leaves [n, G, D] of the keys and values that the window's first text has before it, and the
+    blocks [.., block_size, G, D] of :func:`window_layout`, which begin with them."""
+    own, size = parts(sequence.packing, start, stop), cache.block_size
+    before = own[0].start - own[0].begin
+    length = sum(-(-(part.stop - part.begin) // size) for part in own) * size
     leaves, grown = [], []
     for pages, wanted in zip(cache.layers[layer], carried or (False, False), strict=True):
-        leaf = gather_rows(pages, sequence.table, 0, start)
+        leaf = gather_rows(pages, sequence.table_of(own[0]), 0, before)
         leaf.requires_grad_(wanted)
-        room = leaf.new_zeros(length - start, *leaf.shape[1:])
+        room = leaf.new_zeros(length - before, *leaf.shape[1:])
         leaves.append(leaf)
         grown.append(torch.cat((leaf, room)).unflatten(0, (-1, cache.block_size)))
     return (leaves[0], leaves[1]), (grown[0], grown[1])

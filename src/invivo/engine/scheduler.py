@@ -331,6 +331,8 @@ class Scheduler:
         """
         assert not seq.blocks
         n_new = -(-len(seq.tokens) // self.limits.block_size)
+        if seq.packing is not None:
+            n_new = seq.packing.n_blocks
         spare = self._training_spare
         longest = self.longest_training
         if len(seq.tokens) > longest:

@@ -1,7 +1,7 @@
 """One text that is being learned: what lives from the first row forward to the last one back.
 
-Several documents of a packed micro-step are several of these: no row then sees another document,
-positions start anew, and no window spans a border. Their losses and gradients add up.
+Several short texts may be one of these (``packing``): no row sees another text, positions start
+anew, and losses and gradients add up.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from invivo.engine.packing import Packing, Part, parts
 from invivo.engine.program_goals import Goal
 from invivo.engine.run_edits import RunEdits
 from invivo.engine.tape import Tape
-from invivo.engine.transfer import index_on
+from invivo.engine.transfer import index_on, to_device
 from invivo.kernels.cross_entropy import IGNORED
 
 Sums = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -50,6 +52,7 @@ class TrainSequence:
         goal: what its loss is in place of the labels' cross-entropy.
         numbers: [L] int64 position numbers in place of the indices.
         job: name that its backward units bear.
+        packing: of several texts; None: one.
         forwarded: rows that have run forward.
         loss: [] sum so far, on the device.
         n_labels: labelled rows so far.
@@ -80,6 +83,7 @@ class TrainSequence:
     edits: RunEdits | None = None
     goal: Goal | None = None
     numbers: torch.Tensor | None = None
+    packing: Packing | None = None
     forwarded: int = 0
     loss: torch.Tensor | None = None
     n_labels: int = 0
@@ -96,10 +100,21 @@ class TrainSequence:
     layers: tuple[int, int] = (0, 0)
     table: torch.Tensor | None = None  # blocks on the device
     labelled_rows: torch.Tensor | None = None  # ``labelled`` on the device
+    indices: torch.Tensor | None = None  # of rows within their texts, where there are several
 
     @property
     def length(self) -> int:
         return int(self.tokens.shape[0])
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """Rows at which its texts begin."""
+        return (0,) if self.packing is None else self.packing.begins
+
+    def table_of(self, part: Part) -> torch.Tensor:
+        """Blocks of a part's text, and those behind them."""
+        assert self.table is not None
+        return self.table[part.block :]
 
     def labelled_within(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) with a label, counted from ``start``: [n] int64 on the device."""
@@ -115,4 +130,10 @@ class TrainSequence:
         offset = self.position_offset
         if self.numbers is not None:
             return self.numbers[start:stop] + offset
+        if self.packing is not None:
+            if self.indices is None:
+                own = parts(self.packing, 0, self.length)
+                found = [np.arange(part.stop - part.start, dtype=np.int64) for part in own]
+                self.indices = to_device(np.concatenate(found), self.tokens.device)
+            return self.indices[start:stop] + offset
         return torch.arange(start + offset, stop + offset, device=self.tokens.device)

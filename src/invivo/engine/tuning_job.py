@@ -31,6 +31,7 @@ from invivo.engine.closings import Closing, Part
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent, Text, check_text
 from invivo.engine.kept_rows import KeptRows
 from invivo.engine.optimizer import Optimizer, clip_factor, learning_rate, total_norm
+from invivo.engine.packing import packing_of
 from invivo.engine.program_goals import Goal
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.trained_hooks import TrainedHooks, hooks_from
@@ -110,12 +111,13 @@ class TuningJob:
         writer: CheckpointWriter | None,
         validation: DataSource | None = None,
         max_kept_bytes: int = 1 << 30,
+        pack_rows: int = 0,
     ) -> None:
         """
         Args:
             validation: held-out texts, from the first to the last at every look.
-
             max_kept_bytes: what the runs of a program may read of each other, in each text.
+            pack_rows: most rows of texts that run as one sequence.
 
         Raises:
             InvalidRequest: the bypasses do not fit the model or each other.
@@ -181,6 +183,12 @@ class TuningJob:
         self._goal: Goal | None = None  # of the text at hand
         self._text: tuple[Text, bool] | None = None  # to which they belong; whether it is held out
         self.held: list[int] = []  # blocks that the text has written to
+        # Recurrent layers have one state a row, and a program says what happens to one text.
+        packs = spec.pack and not one_way
+        self._pack_rows = pack_rows if packs else 0
+        self._block_size = cache.block_size
+        self._n_at_hand = 0  # texts of the sequence
+        self._ahead: Text | None = None  # fetched, but it did not fit beside those before it
         self._config = config
         self._device = device
         self._wide = wide
@@ -218,11 +226,46 @@ class TuningJob:
         if self._runs:
             self._next_run(longest)
             return True
-        text = self._data.next()
+        text = self._next_of(self._data)
         if text is None:
             return False
-        self._take_up(text, longest, held_out=False)
+        left = self.spec.gradient_accumulation - self._n_texts
+        self._take_up(self._packed(text, longest, left, self._data), longest, held_out=False)
         return True
+
+    def _packed(self, first: Text, longest: int, most: int, data: DataSource) -> list[Text]:
+        """``first`` and the texts after it, at most ``most`` in all, that run with it as one."""
+        texts = [first]
+        limit = min(longest, self._pack_rows)
+        n, size = n_virtual(self.specs), self._block_size
+        offset = long_text_offset(self._config, len(first.tokens) + n)
+        rows = blocks = 0
+        while True:
+            length = len(texts[-1].tokens) + n
+            rows, blocks = rows + length, blocks + -(-length // size)
+            fits = max(rows, blocks * size) <= limit and self._may_have(rows)
+            if len(texts) > 1 and (not fits or long_text_offset(self._config, length) != offset):
+                self._ahead = texts.pop()
+                return texts
+            if not fits or len(texts) == most:
+                return texts
+            text = data.next()
+            if text is None:
+                return texts
+            texts.append(text)
+
+    def _may_have(self, rows: int) -> bool:
+        """Whether a sequence of so many rows may keep what its backward needs."""
+        try:
+            self.trainer.check_length(rows)
+        except InvalidRequest:
+            return False
+        return True
+
+    def _next_of(self, data: DataSource) -> Text | None:
+        """The next text, which may have been fetched already."""
+        text, self._ahead = self._ahead, None
+        return data.next() if text is None else text
 
     @property
     def validation_due(self) -> bool:
@@ -245,10 +288,11 @@ class TuningJob:
         if self._held_out is None:
             self._validation.seek(self._validation_start)
             self._held_out = nothing_yet(self._device)
-        text = self._validation.next()
+        text = self._next_of(self._validation)
         if text is None:
             return False
-        self._take_up(text, longest, held_out=True)
+        packed = self._packed(text, longest, self._pack_rows, self._validation)
+        self._take_up(packed, longest, held_out=True)
         return True
 
     def validated(self) -> dict[str, Any]:
@@ -265,10 +309,13 @@ class TuningJob:
             "labels": sums.n_labels,
         }
 
-    def _take_up(self, text: Text, longest: int, *, held_out: bool) -> None:
+    def _take_up(self, texts: list[Text], longest: int, *, held_out: bool) -> None:
         n = n_virtual(self.specs)
-        check_text(text, vocab_size=self._config.vocab_size, longest=longest - n)
+        for text in texts:
+            check_text(text, vocab_size=self._config.vocab_size, longest=longest - n)
+        self._n_at_hand = len(texts)
         if self.program is not None:
+            (text,) = texts
             assert text.resolved is not None, "texts of a program come resolved"
             reference = self._set_goal(text)
             runs = training_runs(
@@ -281,11 +328,19 @@ class TuningJob:
             self._text = text, held_out
             self._next_run(longest)
             return
-        tokens = [0] * n + list(text.tokens)
+        tokens: list[int] = []
+        labels: list[int] = []
+        factors: list[float] = []
+        for text in texts:
+            tokens += [0] * n + list(text.tokens)
+            labels += [IGNORED] * n + list(text.labels)
+            factors += [1.0] * n
+            factors += [1.0] * len(text.tokens) if text.weights is None else list(text.weights)
         if not held_out:
             self.trainer.check_length(len(tokens))
-        weights = None if text.weights is None else [1.0] * n + list(text.weights)
-        self._begin_sequence(tokens, [IGNORED] * n + list(text.labels), weights, held_out)
+        weights = factors if any(text.weights is not None for text in texts) else None
+        lengths = [n + len(text.tokens) for text in texts]
+        self._begin_sequence(tokens, labels, weights, held_out, lengths)
 
     def _set_goal(self, text: Text) -> KeptRows | None:
         """What the text's loss is; what is to be kept of the text without the program for it."""
@@ -335,10 +390,20 @@ class TuningJob:
         labels: list[int],
         weights: Iterable[float] | None,
         held_out: bool,
+        lengths: list[int] | None = None,
     ) -> TrainSequence:
-        """Put these tokens in line for memory."""
-        offset = long_text_offset(self._config, len(tokens))
-        self.seq = Sequence(Request(self.name, ()), 0, tokens, len(tokens), position_offset=offset)
+        """Put these tokens in line for memory; ``lengths`` of their texts, None for one."""
+        lengths = lengths or [len(tokens)]
+        offset = long_text_offset(self._config, lengths[0])
+        packing = packing_of(lengths, self._block_size)
+        self.seq = Sequence(
+            Request(self.name, ()),
+            0,
+            tokens,
+            len(tokens),
+            position_offset=offset,
+            packing=packing,
+        )
         factors = None
         if weights is not None:
             factors = to_device(np.array(list(weights)), self._device).to(self._wide)
@@ -350,6 +415,7 @@ class TuningJob:
             position_offset=offset,
             job=self.name,
             held_out=held_out,
+            packing=packing,
             labelled=[row for row, label in enumerate(labels) if label != IGNORED],
         )
         self.trainer.rewind(self.sequence)
@@ -404,7 +470,7 @@ class TuningJob:
                 self._gradients[name] = parameter.grad
             parameter.grad = None
         self._sums.add(sequence)
-        self._n_texts += 1
+        self._n_texts += self._n_at_hand
         return self._n_texts == self.spec.gradient_accumulation
 
     def due(self, now: float) -> Closing:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Literal
 
+from invivo.engine.packing import Packing, Part
+
 if TYPE_CHECKING:
     import torch
 
@@ -244,6 +246,7 @@ class Sequence:
         rank: (priority, arrival, order of queueing): smaller goes first.
         numbers: position numbers of the prompt's tokens where a program gives them others than
             their indices; generated tokens go on from the largest.
+        packing: of a training sequence that holds several texts; None: one.
         shareable: leading tokens whose keys are those of a plain request with the same tokens;
             None: all. Blocks past them are shared under ``changes``, if there is such a key.
         changes: equal for sequences whose programs change the same in the same way.
@@ -277,6 +280,7 @@ class Sequence:
     needs_host_token: bool = False
     namespace: tuple[tuple[object, ...], ...] = ()
     numbers: tuple[int, ...] = ()
+    packing: Packing | None = None
     shareable: int | None = None
     changes: str | None = None
     recomputed_from: int | None = None
@@ -327,6 +331,12 @@ class Span:
     stop: int
     purpose: Purpose
     samples: bool  # whether a token is drawn after the last row
+    part: Part | None = None  # of a packed sequence: the text to which all its tokens belong
+
+    @property
+    def first(self) -> int:
+        """``start``, counted from the beginning of the span's text."""
+        return self.start if self.part is None else self.start - self.part.begin
 
 
 @dataclass(slots=True)

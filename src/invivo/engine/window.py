@@ -32,6 +32,7 @@ import torch
 
 from invivo.engine.bypasses import BypassSpec, Parameters, TrainBypass
 from invivo.engine.layer_backward import LayerBackward
+from invivo.engine.packing import parts
 from invivo.engine.recording import Piece
 from invivo.engine.rerun import States, replay, rerun_backward
 from invivo.engine.tape import Tape, TapePlan, TapePlanner, layer_inputs
@@ -124,9 +125,11 @@ class WindowTrainer:
         elif order == "layer":
             self._inputs = layer_inputs(config, self._hooks, dtype=dtype)
 
-    def bypass_of(self, start: int, stop: int) -> TrainBypass | None:
+    def bypass_of(
+        self, start: int, stop: int, begins: tuple[int, ...] = (0,)
+    ) -> TrainBypass | None:
         """What the rows [start, stop) of a sequence run with; None: the base model."""
-        return None if self.bypass is None else self.bypass.window(start, stop)
+        return None if self.bypass is None else self.bypass.window(start, stop, begins)
 
     # --- forward ------------------------------------------------------------------------------
     @property
@@ -197,7 +200,8 @@ class WindowTrainer:
         """What a recording needs of rows [start, stop), which begin at ``row`` of the batch."""
         assert sequence.tape is not None
         assert sequence.table is not None
-        return Piece(sequence.tape, sequence.table, start, stop, row)
+        own = [(part, sequence.table_of(part)) for part in parts(sequence.packing, start, stop)]
+        return Piece(sequence.tape, own, start, stop, row)
 
     def forward_done(
         self,
@@ -315,7 +319,7 @@ class WindowTrainer:
         assert sequence.forwarded == sequence.length, "the backward begins after the last window"
         rows, layers = (unit.start, unit.stop), (unit.first_layer, unit.last_layer)
         self._make_sums(sequence, layers)
-        bypass = self.bypass_of(*rows)
+        bypass = self.bypass_of(*rows, sequence.begins)
         if self._backward is not None:
             assert bypass is not None
             dx = self._backward.run(sequence, bypass, rows, layers)
