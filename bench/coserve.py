@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from coserve_iterations import log_iterations
 from coserve_load import Lengths, Point, RandomTexts, equilibrium, serve
 from engine_gpu import LLAMA_8B
 from invivo.engine.bypasses import BypassSpec
@@ -156,6 +157,7 @@ def main() -> None:
         "--resume", action="store_true", help="keep the points of --out and run what is missing"
     )
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which none begins")
+    parser.add_argument("--iterations", type=Path, help="a line for every iteration goes there")
     parser.add_argument("--trace", type=Path, help="arrivals and lengths instead of drawn ones")
     parser.add_argument("--trace-name")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -196,6 +198,8 @@ def main() -> None:
     spec = JobSpec("bench", (BypassSpec("lora", ("down",), 16, alpha=32.0),), 10**9)
     texts = RandomTexts(engine.model.config.vocab_size, *setting.texts)
     events: list[dict[str, Any]] = []
+    if args.iterations is not None:
+        log_iterations(engine, args.iterations)
     engine.finetune(spec, texts, events.append)
     warm_up(engine, setting, events)
     print(f"first texts learnt after {time.monotonic() - begun:.1f} s", flush=True)
