@@ -313,7 +313,7 @@ def test_a_file_in_use_is_not_deleted(opened: Open) -> None:
         running.jobs.delete_file(file_id)
     job.cancel()
     running.jobs.delete_file(file_id)
-    assert running.jobs.files() == []
+    assert file_id not in {file.id for file in running.jobs.files()}
 
 
 def test_a_full_disk_pauses_the_job_and_says_why(
