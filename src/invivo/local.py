@@ -11,6 +11,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
@@ -104,8 +105,9 @@ class LocalLM(LM):
         self._interpreting = threading.Lock()
         self.programs = Programs(
             model,
-            lambda text, special: self.tokenize(text, special=special),
-            self.detokenize,
+            # Not this object's methods: jobs hold programs, and a dropped model must go.
+            partial(_encoded, self._tokenizer),
+            partial(_decoded, self._tokenizer, model.config.vocab_size),
             capture_bytes=self.engine.config.max_capture_bytes,
             folder=self.state,
         )
@@ -376,21 +378,10 @@ class LocalLM(LM):
 
     # --- tokens -----------------------------------------------------------------------------
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        if not isinstance(text, str):
-            raise InvalidRequest("must be a text", field="text", given=text)
-        try:
-            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
-        except TypeError as error:  # half of a surrogate pair
-            raise InvalidRequest("is not valid Unicode", field="text", given=text) from error
+        return _encoded(self._tokenizer, text, special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        most = self.model.config.vocab_size
-        for token in ids:
-            if not isinstance(token, int) or not 0 <= token < most:
-                raise InvalidRequest(
-                    f"must be token ids from 0 to {most - 1}", field="tokens", given=token
-                )
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+        return _decoded(self._tokenizer, self.model.config.vocab_size, ids)
 
     def apply_chat_template(
         self,
@@ -912,6 +903,24 @@ async def _aside(sampling: Mapping[str, Any], make: Callable[[], T]) -> T:
     if sampling.get("interventions") is not None:
         return await asyncio.to_thread(make)
     return make()
+
+
+def _encoded(tokenizer: Any, text: str, special: bool) -> list[int]:
+    if not isinstance(text, str):
+        raise InvalidRequest("must be a text", field="text", given=text)
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=special).ids)
+    except TypeError as error:  # half of a surrogate pair
+        raise InvalidRequest("is not valid Unicode", field="text", given=text) from error
+
+
+def _decoded(tokenizer: Any, vocab_size: int, ids: Sequence[int]) -> str:
+    for token in ids:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                f"must be token ids from 0 to {vocab_size - 1}", field="tokens", given=token
+            )
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def _shut(engine: Engine, services: Sequence[JobService]) -> None:
