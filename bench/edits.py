@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ Ask = Callable[[dict[str, Any]], dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--peer-python")
+    parser.add_argument("--parts", default="peers,touched,resolve", help="others stay as they are")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-heads", type=int, default=6)
     parser.add_argument("--steps", type=int, default=24, help="of 64 decoding rows, each kind")
@@ -72,6 +74,31 @@ def main() -> None:
     config = config_from_hf(json.loads((folder / "config.json").read_text()))
     shape = (config.n_layers, config.n_heads)
     prompts = read_prompts(folder)
+    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    result |= {
+        "device": processor(),
+        "python": platform.python_version(),
+        "model": args.model,
+    }
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "peers": partial(beside_peer, args, folder, prompts, shape),
+        "touched": partial(touched, folder, prompts, args.steps),
+        "resolve": partial(resolving, folder),
+    }
+    for name in args.parts.split(","):
+        result[name] = parts[name]() | {
+            "command": " ".join(sys.argv),
+            "time": time.strftime("%Y-%m-%d %H:%M"),
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {args.out}")
+
+
+def beside_peer(
+    args: argparse.Namespace, folder: Path, prompts: list[list[int]], shape: tuple[int, int]
+) -> dict[str, Any]:
+    """Capturing and patching, both sides in turn."""
     pairs = [[a, b] for a, b in zip(prompts, prompts[1:] + prompts[:1], strict=True)]
     start = {"model": str(folder), "threads": args.threads, "layers": shape[0]}
     ours, about = worker("invivo", sys.executable, start)
@@ -107,21 +134,7 @@ def main() -> None:
             f"  {agreement[what]:.1e}"
             + (f"   at least {BARS[what]}x: {ratios[what] >= BARS[what]}" if what in BARS else "")
         )
-    touched = touched_rows(folder, prompts, args.steps)
-    steps = step_ratios(touched)
-    for what, ratio in steps.items():
-        print(
-            f"64 rows, touched {what}: {1e3 * statistics.median(touched[what]):.1f} ms, {ratio:.3f}"
-            f"   at most {TOUCHED[what]}: {ratio <= TOUCHED[what]}"
-        )
-    resolving = resolve_ms(folder)
-    print("resolve of 20 steps: " + ", ".join(f"{k} {v:.3f} ms" for k, v in resolving.items()))
-    result = {
-        "command": " ".join(sys.argv),
-        "device": processor(),
-        "python": platform.python_version(),
-        "time": time.strftime("%Y-%m-%d %H:%M"),
-        "model": args.model,
+    return {
         "invivo": about,
         "transformer_lens": peer_about,
         "matmul_flop_per_s": flops,
@@ -133,13 +146,26 @@ def main() -> None:
         "ratios": ratios,
         "floors_s": floors,
         "largest_differences": agreement,
-        "step_seconds": touched,
-        "step_ratios": steps,
-        "resolve_ms": resolving,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {args.out}")
+
+
+def touched(folder: Path, prompts: list[list[int]], steps: int) -> dict[str, Any]:
+    """Steps of 64 decoding rows, some of which carry a program."""
+    took = touched_rows(folder, prompts, steps)
+    ratios = step_ratios(took)
+    for what, ratio in ratios.items():
+        print(
+            f"64 rows, touched {what}: {1e3 * statistics.median(took[what]):.1f} ms, {ratio:.3f}"
+            f"   at most {TOUCHED[what]}: {ratio <= TOUCHED[what]}"
+        )
+    return {"step_seconds": took, "ratios": ratios}
+
+
+def resolving(folder: Path) -> dict[str, Any]:
+    """A program of 20 steps, resolved anew and found again."""
+    ms = resolve_ms(folder)
+    print("resolve of 20 steps: " + ", ".join(f"{k} {v:.3f} ms" for k, v in ms.items()))
+    return {"ms": ms}
 
 
 def read_prompts(folder: Path) -> list[list[int]]:
