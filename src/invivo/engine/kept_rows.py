@@ -10,6 +10,7 @@ import torch
 
 from invivo.edits.apply import Rows, read_part
 from invivo.edits.site_names import SiteRef
+from invivo.engine.transfer import index_on
 
 Part = tuple[torch.Tensor, ...]
 Shrink = Callable[[torch.Tensor], Part]
@@ -52,10 +53,13 @@ class KeptRows:
         return tuple(t[:n] for t in self._joined()) if n else None
 
     def at(self, positions: Sequence[int]) -> torch.Tensor:
-        """The rows at ``positions``, in that order."""
+        """The rows at ``positions``, in that order; not to be written to."""
         places = [bisect_left(self.positions, p) for p in positions]
         (rows,) = self._joined()
-        return rows[torch.tensor(places, dtype=torch.int64, device=rows.device)]
+        first, n = places[0], len(places)
+        if places == list(range(first, first + n)):
+            return rows[first : first + n]
+        return rows[index_on(places, rows.device)]
 
     def out_of_inference(self) -> None:
         """Copies that autograd may keep, of rows that came by in inference mode."""

@@ -130,10 +130,8 @@ def part_of(layout: PagedLayout, spans: Sequence[int]) -> tuple[PagedLayout, sli
         first_rows = layout.span_start[: n + 1]
     else:
         at = [row for s in spans for row in range(starts[s], starts[s + 1])]
-        which, rows, first_rows = (
-            torch.tensor(numbers, device=device, dtype=kind)
-            for numbers, kind in ((spans, None), (at, None), (span_start, torch.int32))
-        )
+        which, rows = _on(device, list(spans), torch.int64), _on(device, at, torch.int64)
+        first_rows = _on(device, span_start, torch.int32)
     kv_len = [lengths[s] for s in spans]
     part = PagedLayout(
         positions=layout.positions[rows],
@@ -150,6 +148,12 @@ def part_of(layout: PagedLayout, spans: Sequence[int]) -> tuple[PagedLayout, sli
         state_slots=None if layout.state_slots is None else layout.state_slots[which],
     )
     return part, rows
+
+
+def _on(device: torch.device, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """On the device, without the host waiting for what is queued there."""
+    tensor = torch.tensor(numbers, dtype=dtype)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def blocks_needed(lengths: list[int], block_size: int = 16) -> int:
