@@ -277,7 +277,10 @@ def test_job_is_started_from_a_file_and_its_adapter_talks(page, lm, tmp_path):
     data = tmp_path / "dialogue.jsonl"
     data.write_text(lines_of(12))
     page.click("#job-open")
+    held = tmp_path / "held.jsonl"
+    held.write_text(lines_of(2))
     page.set_input_files("#job-form [name=file]", data)
+    page.set_input_files("#job-form [name=validation]", held)
     page.fill("#job-form [name=suffix]", "dreamer")
     page.fill("#job-form [name=r]", "2")
     page.fill("#job-form [name=steps]", "4")
@@ -288,6 +291,7 @@ def test_job_is_started_from_a_file_and_its_adapter_talks(page, lm, tmp_path):
     page.wait_for_selector("#job-list .tag.succeeded")
     assert "step 4 of 4" in page.locator("#job-list").text_content()
     wait_for(lambda: "on v, down · r 2" in page.locator("#job-facts").text_content())
+    wait_for(lambda: "held-out loss" in page.locator("#job-facts").text_content())
     assert page.locator("#loss-chart canvas").count() == 1
     assert float(page.locator("#loss-legend b").first.text_content()) > 0
     assert page.locator("#job-cancel").is_hidden()

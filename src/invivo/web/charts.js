@@ -272,24 +272,28 @@ export class PercentileChart extends Chart {
   }
 }
 
-// Loss of every optimizer step, its running mean, and the learning rate on an axis of its own.
+// Loss of every optimizer step, its running mean, that of held-out data, and the learning rate on an
+// axis of its own.
 export class LossChart extends Chart {
   constructor(root, legend) {
     super(root, legend, [
       { name: "loss", colour: "--loss-raw" },
       { name: "smoothed", colour: "--train" },
       { name: "learning rate", colour: "--rate" },
+      { name: "held-out", colour: "--held-out" },
     ]);
     this.steps = 1;
   }
 
-  // pairs: [step, loss]; rates: Map from step to learning rate; steps: of the whole job.
-  showJob(pairs, rates, steps) {
+  // pairs: [step, loss]; rates: Map from step to learning rate; steps: of the whole job; held: Map
+  // from step to the loss of held-out data.
+  showJob(pairs, rates, steps, held = new Map()) {
     const xs = pairs.map(([step]) => step);
     // A job that has only just begun is not squeezed into the first pixels.
     this.steps = Math.max(2, Math.min(steps, Math.max(20, 1.5 * (xs.at(-1) ?? 0))));
     const losses = pairs.map(([, loss]) => loss);
-    this.update(0, [xs, losses, smoothed(losses), xs.map((step) => rates.get(step) ?? null)]);
+    const at = (values) => xs.map((step) => values.get(step) ?? null);
+    this.update(0, [xs, losses, smoothed(losses), at(rates), at(held)]);
   }
 
   scales() {
@@ -334,7 +338,12 @@ export class LossChart extends Chart {
       ...more,
     });
     const lone = (plot, i) => plot.data[0].length < 3 && i > 0;
-    return [line(0, 1, { points: { show: lone, size: 5 } }), line(1, 2.5), line(2, 1.5, { scale: "rate", dash: [3, 3] })];
+    return [
+      line(0, 1, { points: { show: lone, size: 5 } }),
+      line(1, 2.5),
+      line(2, 1.5, { scale: "rate", dash: [3, 3] }),
+      line(3, 2, { points: { show: true, size: 6 } }),
+    ];
   }
 }
 

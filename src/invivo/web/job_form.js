@@ -39,7 +39,7 @@ export class JobForm {
     $("job-maps").hidden = !LINEAR.includes(method.value);
   }
 
-  body(file) {
+  body(file, held) {
     const fields = this.form.elements;
     const method = fields.method.value;
     const hyperparameters = {
@@ -55,7 +55,13 @@ export class JobForm {
       if (chosen.length) hyperparameters.on = chosen;
     }
     const suffix = fields.suffix.value.trim();
-    return { model: this.model, training_file: file.id, hyperparameters, ...(suffix && { suffix }) };
+    return {
+      model: this.model,
+      training_file: file.id,
+      ...(held && { validation_file: held.id }),
+      hyperparameters,
+      ...(suffix && { suffix }),
+    };
   }
 
   async start() {
@@ -65,13 +71,11 @@ export class JobForm {
     submit.disabled = true;
     this.tell([]);
     try {
-      const upload = new FormData();
-      upload.append("purpose", "fine-tune");
-      upload.append("file", this.form.elements.file.files[0]);
       say("Uploading…");
-      const file = await call("POST", "v1/files", { form: upload });
+      const file = await uploaded(this.form.elements.file);
+      const held = await uploaded(this.form.elements.validation);
       say("Reading the file…");
-      const job = await this.read(await call("POST", PATH, { json: this.body(file) }));
+      const job = await this.read(await call("POST", PATH, { json: this.body(file, held) }));
       this.onStarted(job.id);
       if (job.status === "failed") {
         this.tell(await problems(job));
@@ -108,6 +112,15 @@ export class JobForm {
     $("job-problems").replaceChildren(...(messages.length ? [list] : []));
     $("job-problems").hidden = messages.length === 0;
   }
+}
+
+// What the server says of the file that was chosen; nothing was chosen: undefined.
+async function uploaded(input) {
+  if (!input.files.length) return undefined;
+  const upload = new FormData();
+  upload.append("purpose", "fine-tune");
+  upload.append("file", input.files[0]);
+  return call("POST", "v1/files", { form: upload });
 }
 
 // One message a bad line, or why else the job could not begin.

@@ -146,7 +146,8 @@ export class Jobs {
     const pairs = detail?.losses?.length ? detail.losses.map((loss, i) => [i + 1, loss]) : job.losses || [];
     const nothing = pairs.length === 0 && ENDED.includes(state);
     $("loss-chart").hidden = $("loss-legend").hidden = nothing;
-    if (!nothing) this.chart.showJob(pairs, this.rates, job.steps);
+    const held = new Map((detail?.validations || []).map((one) => [one.step, one.loss]));
+    if (!nothing) this.chart.showJob(pairs, this.rates, job.steps, held);
     $("job-facts").textContent = detail ? facts(detail) : this.refused;
     this.showError(this.problem || (ENDED.includes(state) || state === "paused" ? detail?.error?.message : ""));
     this.showEvents();
@@ -243,8 +244,16 @@ function facts(job) {
     `learning rate ${format.scientific(h.learning_rate)} ${h.schedule}`,
     `${h.batch_size} examples a step`,
     job.trained_tokens ? `${format.count(job.trained_tokens)} tokens learned` : "",
+    heldOut(job),
   ];
   return parts.filter(Boolean).join(" · ");
+}
+
+function heldOut(job) {
+  const last = job.validations?.at(-1);
+  if (last?.loss == null) return "";
+  const right = last.accuracy == null ? "" : `, ${(100 * last.accuracy).toFixed(0)} % of tokens right`;
+  return `held-out loss ${last.loss.toFixed(3)}${right}`;
 }
 
 function eventItem(event) {
