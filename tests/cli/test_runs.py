@@ -33,7 +33,12 @@ def test_runs_are_listed_and_reported(invivo: Invivo, tmp_path: Path) -> None:
     assert [run["name"] for run in listed] == ["n1", "n0"]
     assert {run["status"] for run in listed} == {"done"}
     assert all(run["step"] == run["steps"] == 12 and run["held_out"] > 0 for run in listed)
-    assert "n0" in invivo("runs", "list", "--runs", str(runs)).out
+    (runs / "other").mkdir()
+    (runs / "other" / "manifest.json").write_text('{"study": "s"}')  # not of `invivo train`
+    table = invivo("runs", "list", "--runs", str(runs))
+    assert table.code == 0
+    assert "n0" in table.out
+    assert "left out" in table.err
 
     alone = invivo("runs", "report", folders[0])
     assert alone.out.strip() == str(Path(folders[0]) / "report.html")

@@ -26,6 +26,8 @@ def test_runs_come_with_thinned_curves_the_newest_first(lm, tmp_path: Path):
         os.utime(manifest, (2e9 - age, 2e9 - age))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "manifest.json").write_text("{")
+    (tmp_path / "other").mkdir()  # a manifest of something else
+    (tmp_path / "other" / "manifest.json").write_text('{"study": "s"}')
     with (
         ServerThread(lm, Settings(port=0, runs=tmp_path)) as server,
         httpx.Client(base_url=server.url, timeout=PATIENCE) as client,
@@ -38,6 +40,21 @@ def test_runs_come_with_thinned_curves_the_newest_first(lm, tmp_path: Path):
     assert len(old["curve"]) == 200
     assert (old["measure"], old["held_out"]) == ("bits_per_byte", [[200, 1.25]])
     assert (older["step"], older["loss"], older["curve"]) == (0, None, [])
+
+
+def test_a_run_that_goes_on_is_read_again(lm, tmp_path: Path):
+    folder = pretended(tmp_path, "one", 3, "running")
+    with (
+        ServerThread(lm, Settings(port=0, runs=tmp_path)) as server,
+        httpx.Client(base_url=server.url, timeout=PATIENCE) as client,
+    ):
+        (before,) = client.get("/v1/training/runs").json()["data"]
+        (same,) = client.get("/v1/training/runs").json()["data"]
+        line = {"kind": "step", "step": 4, "tokens": 256, "loss": 6.0, "grad_norm": 1.0}
+        folder.metrics.add(line | {"lr": 1e-3, "tokens_per_s": 1.0, "memory": 1, "seconds": 4.0})
+        (after,) = client.get("/v1/training/runs").json()["data"]
+    assert (before["step"], after["step"]) == (3, 4)
+    assert same == before
 
 
 def test_long_curves_are_thinned_and_keep_their_end(lm, tmp_path: Path):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from invivo.cli.output import examples, note, print_json, print_table
-from invivo.errors import InvalidRequest
+from invivo.errors import InvalidRequest, InvivoError
 
 app = typer.Typer(
     help="Training runs: list, report.",
@@ -32,8 +32,12 @@ def list_all(
     """Show the runs of a folder, the newest first."""
     from invivo.training.run_record import read_run
 
-    folders = [path.parent for path in runs.glob("*/manifest.json")]
-    records = [read_run(folder) for folder in folders]
+    records = []
+    for path in sorted(runs.glob("*/manifest.json")):
+        try:
+            records.append(read_run(path.parent))
+        except InvivoError as error:
+            note(f"left out: {error}")
     records.sort(key=lambda record: -record.manifest["created"])
     rows = [_row(record) for record in records]
     if as_json:

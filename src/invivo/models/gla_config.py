@@ -39,6 +39,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "fuse_norm": (True, None),
     "attnres_block_size": (None, 1),
 }
+# Everything that is read or refused here.
+GLA_FIELDS = {
+    *_DEFAULTS,
+    *_ONLY,
+    *("model_type", "num_kv_heads", "intermediate_size", "use_short_conv"),
+    *("tie_word_embeddings", "attn", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
 
 
 def gla_model(

@@ -81,7 +81,7 @@ def load_model(
         InvalidRequest: there is no such device.
         UnsupportedModel: the folder's architecture or tensors cannot be read.
     """
-    device = _checked_device(device)
+    device = checked_device(device)
     folder = resolve(name)
     raw = read_json(folder / "config.json")
     config = _with_generation_eos(config_from_hf(raw), folder)
@@ -97,7 +97,11 @@ def load_model(
     )
 
 
-def _checked_device(device: torch.device | str) -> torch.device:
+def checked_device(device: torch.device | str) -> torch.device:
+    """
+    Raises:
+        InvalidRequest: there is no such device.
+    """
     try:
         found = torch.device(device)
     except RuntimeError:

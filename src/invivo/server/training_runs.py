@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,12 +35,26 @@ def training_runs(request: Request, _principal: Watcher) -> TrainingRunList:
 
 def _newest(home: Path) -> list[Path]:
     """Folders of runs, the one that was written to last before the others."""
-    manifests = sorted(home.glob("*/manifest.json"), key=lambda p: -p.stat().st_mtime)
-    return [path.parent for path in manifests[:MAX_RUNS]]
+    found = []
+    for path in home.glob("*/manifest.json"):
+        with contextlib.suppress(FileNotFoundError):  # set aside meanwhile
+            found.append((path.stat().st_mtime, path.parent))
+    return [folder for _, folder in sorted(found, reverse=True)[:MAX_RUNS]]
 
 
 def _run(folder: Path) -> TrainingRun | None:
     """One run; None where it cannot be read (any more)."""
+    stamps = []
+    for name in ("manifest.json", "metrics.jsonl"):
+        with contextlib.suppress(FileNotFoundError):
+            status = (folder / name).stat()
+            stamps.append((status.st_mtime_ns, status.st_size))
+    return _read(folder, tuple(stamps))
+
+
+@lru_cache(maxsize=4 * MAX_RUNS)
+def _read(folder: Path, stamps: tuple[tuple[int, int], ...]) -> TrainingRun | None:
+    """Pages ask every few seconds; a run that has not changed is not read again."""
     from invivo.training.run_record import read_run
 
     try:

@@ -77,7 +77,7 @@ def open_material(
     if data.kind == "recall":
         return RecallMaterial(data, home)
     if data.prepared is not None:
-        return TextMaterial(data, open_shards(Path(data.prepared)))
+        return TextMaterial(data, open_shards(Path(data.prepared), field="data.prepared"))
     return TextMaterial(data, prepare(data, tokenizer, home, progress=progress))
 
 

@@ -18,7 +18,7 @@ import torch
 
 from invivo.errors import Conflict, Diverged, NotFound, StorageRefused
 from invivo.models.decoder import Decoder
-from invivo.models.load import load_tokenizer
+from invivo.models.load import checked_device, load_tokenizer
 from invivo.training.card import model_card
 from invivo.training.checkpoint import checkpoint_path, step_of
 from invivo.training.config import TrainConfig
@@ -31,7 +31,7 @@ from invivo.training.processes import Alone, Processes
 from invivo.training.run_folder import RunFolder
 from invivo.training.same_run import check_same_run
 from invivo.training.sample import continue_texts
-from invivo.training.shape import shape_of
+from invivo.training.shape import check_shape, shape_of
 
 Mode = Literal["auto", "resume", "fresh"]
 
@@ -87,10 +87,12 @@ def train(
         InvalidRequest, UnsupportedModel: the configuration makes no sense.
         Diverged, StorageRefused: see :meth:`Training.run`.
     """
+    here = checked_device(device)
+    check_shape(config.model, length=config.data.length)
     deadline = math.inf if minutes is None else clock() + 60 * minutes
     folder = RunFolder(runs / config.name)
     with contextlib.ExitStack() as stack:
-        processes = stack.enter_context(_processes(config, torch.device(device)))
+        processes = stack.enter_context(_processes(config, here))
         is_first = processes.rank == 0
         if is_first:
             stack.enter_context(folder.held())

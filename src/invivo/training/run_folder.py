@@ -92,15 +92,14 @@ class RunFolder:
         """
         path = self.path / "manifest.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise InvalidRequest(
                 f"the run cannot be read: {error}",
                 field="run",
                 given=str(path),
                 remedy="--fresh begins it anew",
             ) from error
-        assert isinstance(found, dict)
         return found
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from invivo.errors import NotFound
+from invivo.errors import InvalidRequest, NotFound
 from invivo.training.run_folder import RunFolder
 
 Line = dict[str, Any]
+_MANIFEST = {"name", "status", "created", "steps", "parameters", "config"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     Raises:
         NotFound: there is no run in the folder.
-        InvalidRequest: its manifest cannot be read.
+        InvalidRequest: its manifest cannot be read, or is that of something else.
     """
     run = RunFolder(folder)
     if not run.exists:
@@ -61,12 +62,19 @@ def read_run(folder: Path) -> RunRecord:
             given=str(folder),
             remedy="Give a folder with a manifest.json, as `invivo train` writes it: runs/NAME",
         )
+    manifest = run.manifest()
+    if missing := _MANIFEST - manifest.keys():
+        raise InvalidRequest(
+            f"this is no training run: its manifest lacks {', '.join(sorted(missing))}",
+            field="run",
+            given=str(folder),
+        )
     kinds: dict[str, list[Line]] = {"step": [], "evaluation": [], "event": [], "positions": []}
     for line in run.metrics.read():
         kinds.setdefault(line["kind"], []).append(line)
     return RunRecord(
         folder=folder,
-        manifest=run.manifest(),
+        manifest=manifest,
         steps=kinds["step"],
         evaluations=kinds["evaluation"],
         events=kinds["event"],

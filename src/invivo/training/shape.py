@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from invivo.errors import InvalidRequest
+from invivo.errors import InvalidRequest, UnsupportedModel
 from invivo.models.config import ModelConfig
+from invivo.models.gla_config import GLA_FIELDS
 from invivo.models.hub_config import config_from_hf
+
+# What a Hub's config.json also has: nothing of it changes what is computed here.
+_WITHOUT_EFFECT = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+    *("attn_mode", "fuse_cross_entropy", "fuse_swiglu", "initializer_range", "pretraining_tp"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+    *("summary_proj_to_labels", "summary_type", "summary_use_proj"),
+    # Read beside others alone, for a window or longer texts.
+    *("_sliding_window_pattern", "layer_types", "max_window_layers"),
+    "original_max_position_embeddings",
+}
+
+
+def check_shape(model: Mapping[str, Any], *, length: int) -> None:
+    """Refuse what can be refused before there is a tokenizer.
+
+    Raises:
+        as :func:`shape_of`.
+    """
+    shape_of(model, length=length, vocab_size=1, end=0)
 
 
 def shape_of(model: Mapping[str, Any], *, length: int, vocab_size: int, end: int) -> ModelConfig:
@@ -19,13 +41,26 @@ def shape_of(model: Mapping[str, Any], *, length: int, vocab_size: int, end: int
         end: token that ends a text; also the begin token, since a text follows the end of another.
 
     Raises:
-        InvalidRequest: rows are longer than the positions, or the vocabulary is too small.
+        InvalidRequest: a value is unknown or has no meaning, rows are longer than the positions,
+            or the vocabulary is too small.
         UnsupportedModel: the table is no model of ours.
     """
     positions = "n_positions" if model.get("model_type") == "gpt2" else "max_position_embeddings"
-    given = {"vocab_size": vocab_size, positions: length} | dict(model)
+    given = _Read({"vocab_size": vocab_size, positions: length} | dict(model))
     given |= {"eos_token_id": end, "bos_token_id": end, "pad_token_id": None}
-    config = config_from_hf(given)
+    try:
+        config = config_from_hf(given)
+    except UnsupportedModel as error:
+        name = (error.field or "model").replace("config.", "model.", 1)
+        raise UnsupportedModel(
+            error.message, field=name, given=error.given, remedy=error.remedy
+        ) from error
+    except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:
+        raise InvalidRequest(f"makes no model: {error}", field="model", given=model) from error
+    _check_known(model, given.read | (GLA_FIELDS if config.family == "gla" else set()))
+    sizes = (config.d_model, config.d_ff, config.n_layers, config.n_heads, config.head_dim)
+    if min(sizes) < 1:
+        raise InvalidRequest("every size must be at least 1", field="model", given=model)
     if config.vocab_size < vocab_size:
         raise InvalidRequest(
             f"is smaller than the tokenizer's vocabulary, {vocab_size}",
@@ -41,3 +76,28 @@ def shape_of(model: Mapping[str, Any], *, length: int, vocab_size: int, end: int
             remedy="Leave it out",
         )
     return config
+
+
+class _Read(dict[str, Any]):
+    """Remembers which of its values were asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+
+def _check_known(model: Mapping[str, Any], known: set[str]) -> None:
+    """What is switched off (dropout 0.0) need not be known."""
+    for name, value in model.items():
+        if value and name not in known and name not in _WITHOUT_EFFECT:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise InvalidRequest(
+                f"is not known of {model['model_type']} models",
+                field=f"model.{name}",
+                given=value,
+                remedy=f"Did you mean {close[0]}?" if close else "Leave it out",
+            )

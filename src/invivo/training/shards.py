@@ -140,8 +140,11 @@ class Shards:
         return exact if counted == ring.bytes else exact * ring.bytes / max(1, counted)
 
 
-def open_shards(folder: Path) -> Shards:
+def open_shards(folder: Path, *, field: str = "folder") -> Shards:
     """
+    Args:
+        field: name of ``folder`` in errors.
+
     Raises:
         NotFound: nothing has been prepared there, or only a part of it.
         InvalidRequest: another version of this program prepared it.
@@ -149,13 +152,11 @@ def open_shards(folder: Path) -> Shards:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
-        raise NotFound(
-            "no text has been prepared here", field="folder", given=str(folder)
-        ) from error
+        raise NotFound("no text has been prepared here", field=field, given=str(folder)) from error
     if manifest["format"] != FORMAT:
         raise InvalidRequest(
             "was prepared by another version",
-            field="folder",
+            field=field,
             given=str(folder),
             remedy="Remove it; it is prepared again when it is needed",
         )
