@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from tests.jobs.test_lm import load
 from tests.waiting import PATIENCE
 
 from invivo.edits.builder import program
-from invivo.errors import InvalidRequest, NotFound
+from invivo.errors import InvalidRequest, NotFound, TooLarge, Unavailable
+from invivo.jobs import service
+from invivo.jobs.program_jobs import keep_result
 from invivo.models.load import LoadedModel
 
 DATA = [
@@ -149,3 +153,61 @@ def test_a_program_that_does_not_go_with_an_example_is_refused(
         assert info.status == "failed"
         assert info.error is not None
         assert "example 4" in info.error["message"]
+
+
+def test_values_that_cannot_be_kept_do_not_pass_for_earlier_ones(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[str] = []
+
+    def once(*given: Any) -> str:
+        if kept:
+            raise TooLarge("the owner keeps too much", field="blob")
+        kept.append(keep_result(*given))
+        return kept[0]
+
+    monkeypatch.setattr(service, "keep_result", once)
+    with load(tiny, tmp_path) as lm:
+        job = lm.finetune(
+            DATA, program=MASKED, blobs=START, train=["v"], **QUICK | {"publish_every": 20}
+        )
+        info = job.wait(timeout=PATIENCE)
+    assert kept
+    assert (info.status, info.fine_tuned_model) == ("failed", None)
+    assert info.error is not None
+    assert info.error["code"] == "result_not_kept"
+
+
+def test_a_job_whose_tensors_cannot_be_stored_is_not_made(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(service, "keep_tensors", full)
+    with load(tiny, tmp_path) as lm:
+        with pytest.raises(Unavailable) as refused:
+            lm.finetune(DATA, program=MASKED, blobs=START, train=["v"], **QUICK)
+        assert refused.value.field == "blobs"
+        assert lm.jobs() == []
+
+
+def test_broken_tensors_end_their_job_and_nothing_else(tiny: LoadedModel, tmp_path: Path) -> None:
+    with load(tiny, tmp_path) as lm:
+        done = lm.finetune(DATA, program=MASKED, blobs=START, train=["v"], **QUICK | {"steps": 2})
+        assert done.wait(timeout=PATIENCE).status == "succeeded"
+        other = lm.finetune(
+            DATA, program=MASKED, blobs=START, train=["v"], **QUICK | {"steps": 4000}
+        )
+        other.pause()
+    for path in (tmp_path / "checkpoints").rglob("*.safetensors"):
+        path.write_bytes(b"broken")
+    with load(tiny, tmp_path) as lm:
+        lm.resume_jobs()
+        assert lm.job(done.id).status == "succeeded"
+        again = lm.job(other.id)
+        again.resume()
+        info = again.wait(timeout=PATIENCE)
+        assert info.status == "failed"
+        assert info.error is not None
+        assert "cannot be read" in info.error["message"]

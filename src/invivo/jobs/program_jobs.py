@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from invivo.edits.blobs import Blobs
@@ -43,7 +44,7 @@ def given_program(
     """
     tensors: Mapping[str, object] = asked.blobs
     if folder is not None:
-        tensors = load_file(folder / TENSORS) if (folder / TENSORS).exists() else {}
+        tensors = _read(folder / TENSORS) if (folder / TENSORS).exists() else {}
     return programs.given(OwnedProgram(asked.program, owner), tensors)
 
 
@@ -53,10 +54,18 @@ def keep_tensors(given: GivenProgram, folder: Path) -> None:
     Raises:
         OSError: the disk is full or refuses.
     """
-    tensors = {name: given.blobs.get(name, name) for name in given.blobs.names()}
-    if tensors:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / TENSORS)
+    tensors = {name: given.blobs.get(name, name).clone() for name in given.blobs.names()}
+    if not tensors:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{TENSORS}"
+    try:
+        save_file(tensors, draft)
+        draft.replace(folder / TENSORS)  # whole or not at all
+    except SafetensorError as error:  # the library's own word for a full disk
+        raise OSError(str(error)) from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def program_spec(given: GivenProgram, asked: Hyperparameters) -> ProgramSpec:
@@ -135,9 +144,18 @@ def result_of(folder: Path) -> dict[str, torch.Tensor]:
     """The trained values in a checkpoint's folder.
 
     Raises:
-        OSError: they are not there.
+        InvalidRequest: they are not there, or cannot be read.
     """
-    return load_file(folder / VALUES)
+    return _read(folder / VALUES)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequest(
+            f"tensors of the job cannot be read: {error}", field="program", given=str(path)
+        ) from error
 
 
 def _by_hash(program: Program, blobs: Blobs) -> Program:

@@ -191,6 +191,7 @@ class JobService(JobFolder):
             NotFound: no such file.
             InvalidRequest: the file is no text, or the hyperparameters do not fit the model.
             Conflict: a job of this name has not ended.
+            Unavailable: the disk is full or refuses.
         """
         asked = request.hyperparameters
         given: GivenProgram | None = None
@@ -240,7 +241,15 @@ class JobService(JobFolder):
                 **held_out,
             )
         if given is not None:
-            keep_tensors(given, self.checkpoint_folder(info.id))
+            try:
+                keep_tensors(given, self.checkpoint_folder(info.id))
+            except OSError as error:
+                self.store.forget_job(info.id)
+                raise Unavailable(
+                    f"the program's tensors cannot be stored: {error.strerror or error}",
+                    field="blobs",
+                    remedy="Make room on the server's disk, then try again",
+                ) from error
         self.store.add_event(info.id, f"Created: the file {file.filename} is being validated")
         self._prepare_later(info.id)
         return info
@@ -609,6 +618,7 @@ class JobService(JobFolder):
         elif kind == "published":
             if live.given is not None:
                 programs = self._with_programs()
+                live.result = None  # what cannot be kept must not pass for what was kept before
                 live.result = keep_result(programs, live.given, event["values"], live.owner)
                 self._tell(live, event, f"The values of step {step} are in {live.result}")
                 return
