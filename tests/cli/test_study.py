@@ -32,7 +32,9 @@ def test_a_run_here_and_at_a_url_measures_the_same(
     folders = [RunFolder(Path(one.json()["folder"])) for one in (here, there)]
     assert folders[0].path.name == folders[1].path.name  # the same question of the same weights
     command = folders[1].read_manifest()["about"]["command"]
-    assert command == f"invivo study run {NAME} {' '.join(SMALL)} --url {url}"
+    assert (
+        command == f"invivo study run {NAME} {' '.join(SMALL)} --url {url} --runs {tmp_path / 'b'}"
+    )
     for one, other in zip(*(folder.read_records() for folder in folders), strict=True):
         assert one["condition"] == other["condition"]
         for mine, theirs in zip(one["logprobs"], other["logprobs"], strict=True):

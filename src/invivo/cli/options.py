@@ -55,6 +55,9 @@ Dtype = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Runs = Annotated[
+    Path, typer.Option("--runs", envvar="INVIVO_RUNS", help="Where runs lie, each in its folder.")
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(

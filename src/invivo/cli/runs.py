@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from invivo.cli.options import Runs
 from invivo.cli.output import examples, note, print_json, print_table
 from invivo.errors import InvalidRequest, InvivoError
 
@@ -26,7 +27,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON.")]
 
 @app.command("list", epilog=examples("invivo runs list", "invivo runs list --runs /data/runs"))
 def list_all(
-    runs: Annotated[Path, typer.Option("--runs", help="Where runs lie.")] = Path("runs"),
+    runs: Runs = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
     """Show the runs of a folder, the newest first."""

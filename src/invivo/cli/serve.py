@@ -70,7 +70,12 @@ def serve(
     ] = None,
     runs: Annotated[
         Path,
-        typer.Option("--runs", help="Training runs that the page shows.", rich_help_panel=SERVER),
+        typer.Option(
+            "--runs",
+            envvar="INVIVO_RUNS",
+            help="Training runs that the page shows.",
+            rich_help_panel=SERVER,
+        ),
     ] = Path("runs"),
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No line for each request.", rich_help_panel=SERVER)

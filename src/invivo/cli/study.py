@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,6 @@ app = typer.Typer(
     ),
     no_args_is_help=True,
 )
-Runs = Annotated[Path, typer.Option("--runs", envvar="INVIVO_RUNS", help="Folder of all runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The findings as JSON.")]
 
 
@@ -54,9 +54,15 @@ def list_studies(as_json: AsJson = False) -> None:
             "",
             ["study", study.name],
             [["asks about", study.title], ["after", study.paper], ["needs", study.needs]]
-            + [[f"--set {k}", f"{v} (quick: {getattr(study.quick, k)})"]
+            + [[f"--set {k}", _setting(v, getattr(study.quick, k))]
                for k, v in asdict(study.full).items()],
         )  # fmt: skip
+
+
+def _setting(full: Any, quick: Any) -> str:
+    """As ``--set`` takes it; what ``--quick`` has in its place."""
+    shown, short = (",".join(v) if isinstance(v, tuple) else str(v) for v in (full, quick))
+    return shown if shown == short else f"{shown} (quick: {short})"
 
 
 @app.command("run", epilog=examples("invivo study run set-based-prompting --quick"))
@@ -67,7 +73,7 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; may be repeated."),
     ] = None,
-    runs: Runs = Path("runs"),
+    runs: options.Runs = Path("runs"),
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure again what is measured already.")
     ] = False,
@@ -75,7 +81,6 @@ def run(
     model: options.Model = None,
     url: options.Url = None,
     key: options.Key = None,
-    adapter: options.Adapters = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
@@ -89,9 +94,11 @@ def run(
 
     study = study_named(name)
     settings = changed(study.quick if quick else study.full, change)
-    paths = options.adapter_paths(adapter)
+    asked = {"--model": model, "--url": url, "--device": device, "--dtype": dtype}
+    if runs != Path("runs"):
+        asked["--runs"] = str(runs)
     with (
-        opened(model, url=url, key=key, device=device, dtype=dtype, adapters=paths or None) as lm,
+        opened(model, url=url, key=key, device=device, dtype=dtype) as lm,
         progress("units") as bar,
     ):
         task = bar.add_task(name, total=None)
@@ -101,7 +108,7 @@ def run(
                 lm,
                 settings,
                 runs,
-                command=_command(name, quick, change, model, url),
+                command=_command(name, quick, change, asked),
                 fresh=fresh,
                 on_progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
@@ -185,13 +192,12 @@ def changed(settings: Any, given: list[str] | None) -> Any:
 
 
 def _command(
-    name: str, quick: bool, change: list[str] | None, model: str | None, url: str | None
+    name: str, quick: bool, change: list[str] | None, asked: Mapping[str, str | None]
 ) -> list[str]:
     """What was asked for, to be asked again; without the key."""
     words = ["invivo", "study", "run", name, *(["--quick"] if quick else [])]
     words += [word for text in change or [] for word in ("--set", text)]
-    words += ["--model", model] if model else []
-    words += ["--url", url] if url else []
+    words += [word for option, value in asked.items() if value for word in (option, value)]
     return [shlex.quote(word) for word in words]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from invivo.cli.options import Device
+from invivo.cli.options import Device, Runs
 from invivo.cli.output import byte_size, examples, note, print_json, progress
 from invivo.errors import InvalidRequest, MissingDependency
 
@@ -54,7 +54,7 @@ def train(
         float | None,
         typer.Option("--minutes", min=0.1, help="Stop at a checkpoint before they are over."),
     ] = None,
-    runs: Annotated[Path, typer.Option("--runs", help="Where runs lie.")] = Path("runs"),
+    runs: Runs = Path("runs"),
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="How it ended, as JSON.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from invivo.errors import Conflict, InvalidRequest, MissingDependency, NotFound
+from invivo.process_lock import locked
 from invivo.studies.study import Record
+from invivo.whole_file import write_whole
 
 
 def run_id(identity: Mapping[str, Any]) -> str:
@@ -53,18 +56,10 @@ class RunFolder:
         Raises:
             Conflict: another process measures in it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as handle:
-            try:
-                import fcntl
-
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:  # no such locks on this system
-                pass
-            except OSError as error:
-                raise Conflict(
-                    "another process measures in this folder", field="run", given=str(self.path)
-                ) from error
+        taken = Conflict(
+            "another process measures in this folder", field="run", given=str(self.path)
+        )
+        with locked(self.path / ".lock", otherwise=taken):
             yield
 
     def clear(self) -> None:
@@ -97,7 +92,7 @@ class RunFolder:
 
     def write_text(self, path: Path, text: str) -> None:
         """Whole or not at all."""
-        _replace(path, text.encode())
+        write_whole(path, text)
 
     # --- records ----------------------------------------------------------------------------
     def add(self, key: str, records: Sequence[Record]) -> None:
@@ -116,7 +111,7 @@ class RunFolder:
             return {}
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
-            _replace(self._journal, whole)
+            write_whole(self._journal, whole)
         entries = [json.loads(line) for line in whole.splitlines()]
         return {entry["unit"]: entry["records"] for entry in entries}
 
@@ -129,9 +124,9 @@ class RunFolder:
         pyarrow, parquet = _pyarrow()
         found = self.done()
         table = pyarrow.Table.from_pylist([{"unit": key, **r} for key in keys for r in found[key]])
-        beside = self.records.with_suffix(".new")
-        parquet.write_table(table, beside)
-        os.replace(beside, self.records)
+        content = io.BytesIO()
+        parquet.write_table(table, content)
+        write_whole(self.records, content.getvalue())
         self._journal.unlink(missing_ok=True)
 
     def read_records(self) -> list[Record]:
@@ -162,12 +157,3 @@ def _pyarrow() -> tuple[Any, Any]:
             "records need pyarrow", remedy="Run: pip install 'invivo[study]'"
         ) from error
     return pyarrow, parquet
-
-
-def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

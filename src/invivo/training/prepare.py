@@ -5,7 +5,6 @@ Preparation that was interrupted goes on behind the last file whose tokens were 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ import numpy as np
 
 from invivo.errors import InvalidRequest
 from invivo.models.resolve import resolve
+from invivo.process_lock import locked
 from invivo.training.config import Data, TokenizerSettings
 from invivo.training.shards import (
     FORMAT,
@@ -37,6 +37,7 @@ from invivo.training.tokenizer import (
     learn_tokenizer,
     open_tokenizer,
 )
+from invivo.whole_file import write_whole
 
 Progress = Callable[[str, float], None]
 PROGRESS = "progress.json"
@@ -70,7 +71,7 @@ def prepare(
     files = find_files(data.sources)
     folder = home / _key(data, tokenizer, files)
     if not (folder / MANIFEST).is_file():
-        with _alone(home, folder.name):
+        with locked(home / f".{folder.name}.lock"):
             if not (folder / MANIFEST).is_file():
                 _make(data, tokenizer, files, folder, progress or _silent)
     return open_shards(folder)
@@ -93,20 +94,6 @@ def _key(data: Data, tokenizer: TokenizerSettings, files: Sequence[SourceFile]) 
         taken = given if (given / "tokenizer.json").is_file() else resolve(tokenizer.name)
         parts.append(hashlib.sha256((taken / "tokenizer.json").read_bytes()).hexdigest())
     return digest_of([json.dumps(parts)])[:16]
-
-
-@contextlib.contextmanager
-def _alone(home: Path, name: str) -> Iterator[None]:
-    """One process at a time; the lock ends with the process."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / f".{name}.lock").open("w") as handle:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system: one process at a time is up to the user
-            yield
-            return
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 @dataclass(slots=True)
@@ -246,7 +233,7 @@ class _Writer:
             "hashes": self.hashes,
             "splits": {split: asdict(counts) for split, counts in self.counts.items()},
         }
-        _write(self.folder / PROGRESS, json.dumps(state))
+        write_whole(self.folder / PROGRESS, json.dumps(state))
         self._unsafe = 0
 
 
@@ -302,20 +289,10 @@ def _finish(
         ],
         "splits": splits,
     }
-    _write(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     (folder / PROGRESS).unlink()
     for rest in folder.glob(f".{TOKENIZER}-*"):  # of an interrupted beginning
         shutil.rmtree(rest, ignore_errors=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _sha256(path: Path) -> str:

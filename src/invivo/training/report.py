@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from invivo.training import figures
 from invivo.training.figures import measure_of
 from invivo.training.run_record import Line, RunRecord, read_run
 from invivo.training.seeds import Estimate, difference, mean_over
+from invivo.whole_file import write_whole
 
 _TEXTS = 12  # samples shown
 
@@ -30,7 +30,7 @@ def write_report(folder: Path, *, refresh: int | None = None) -> Path:
         MissingDependency: matplotlib is not installed.
     """
     target = folder / "report.html"
-    _write(target, run_page(read_run(folder), refresh=refresh))
+    write_whole(target, run_page(read_run(folder), refresh=refresh))
     return target
 
 
@@ -41,16 +41,10 @@ def write_comparison(folders: Sequence[Path], target: Path) -> Path:
         NotFound: one of the folders has no run.
         MissingDependency: matplotlib is not installed.
     """
-    _write(target, comparison_page([read_run(folder) for folder in folders]))
-    return target
-
-
-def _write(target: Path, text: str) -> None:
-    """Whole or not at all: it may be looked at while a run goes on."""
+    page = comparison_page([read_run(folder) for folder in folders])
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, target)
+    write_whole(target, page)
+    return target
 
 
 def run_page(run: RunRecord, *, refresh: int | None = None) -> str:

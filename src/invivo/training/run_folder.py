@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from invivo.errors import Conflict, InvalidRequest
+from invivo.process_lock import locked
+from invivo.whole_file import write_whole
 
 
 class LineFile:
@@ -63,7 +65,7 @@ class LineFile:
         """Drop the lines of later steps, and half a line at the end."""
         kept = [line for line in self.read() if line["step"] <= step]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        _replace(self.path, text)
+        write_whole(self.path, text)
 
 
 class RunFolder:
@@ -105,7 +107,7 @@ class RunFolder:
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        _replace(self.path / "manifest.json", text)
+        write_whole(self.path / "manifest.json", text)
 
     def cut_after(self, step: int) -> None:
         """Forget what was measured after ``step``: it will be measured again."""
@@ -119,18 +121,9 @@ class RunFolder:
         Raises:
             Conflict: another process trains in it.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with (self.path.parent / f".{self.path.name}.lock").open("w") as handle:
-            try:
-                import fcntl
-
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:  # no such locks on this system
-                pass
-            except OSError as error:
-                raise Conflict(
-                    "another process trains in this folder", field="run", given=str(self.path)
-                ) from error
+        lock = self.path.parent / f".{self.path.name}.lock"
+        taken = Conflict("another process trains in this folder", field="run", given=str(self.path))
+        with locked(lock, otherwise=taken):
             yield
 
     def set_aside(self) -> Path:
@@ -140,16 +133,3 @@ class RunFolder:
             number += 1
         self.path.rename(aside)
         return aside
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(f".{path.name}.unfinished")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
