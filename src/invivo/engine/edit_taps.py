@@ -88,6 +88,8 @@ class EditTaps:
             for layer, kind in enumerate(config.layers):
                 if hides or (span.edits.numbered and kind.window is not None):
                     self._open.setdefault(layer, {})[span.span] = span
+        self._layers = {*self._open, *self._states}
+        self._layers |= {layer + (site == "resid.post") for site, layer in self._at}
         self._together = {
             key: groups for key, there in self._at.items() if (groups := self._groups(key, there))
         }
@@ -109,6 +111,10 @@ class EditTaps:
         taken = {id(span) for group in several for span in group.spans}
         there[:] = [span for span in there if id(span) not in taken]
         return several
+
+    def in_layer(self, layer: int) -> bool:
+        """Whether anything happens at what ``layer`` offers."""
+        return self._inner is not None or layer in self._layers
 
     def touched(self) -> set[tuple[str, int]]:
         """Sites where something happens; those of logits left out."""

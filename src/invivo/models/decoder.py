@@ -24,7 +24,7 @@ from invivo.models.mixers.attention import Attention
 from invivo.models.mixers.gla import GatedLinearAttention
 from invivo.models.norm import Norm
 from invivo.models.rope import rope_table
-from invivo.models.sites import Taps, offer
+from invivo.models.sites import Taps, offer, taps_of
 
 Table = tuple[torch.Tensor, torch.Tensor]
 
@@ -345,7 +345,8 @@ class Decoder(nn.Module):
             which = kinds[i].rope
             rope = None if which is None else ropes[which]
             kv = memory[i - first]
-            pending, residual = self.layers[i](pending, residual, layout, kv, rope, bypass, taps)
+            here = None if taps is None else taps_of(taps, i)
+            pending, residual = self.layers[i](pending, residual, layout, kv, rope, bypass, here)
         return pending, residual
 
     def logits(self, hidden: torch.Tensor, *, taps: Taps | None = None) -> torch.Tensor:

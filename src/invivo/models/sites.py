@@ -129,6 +129,21 @@ def state_taps(taps: object) -> StateTaps | None:
     return taps if isinstance(taps, StateTaps) else None
 
 
+@runtime_checkable
+class SparseTaps(Protocol):
+    """Taps that know which layers nothing is wanted of; those run as without taps."""
+
+    def in_layer(self, layer: int) -> bool:
+        """Whether a site is wanted that ``layer`` offers; the next one offers ``resid.post``."""
+        ...
+
+
+def taps_of(taps: Taps | None, layer: int) -> Taps | None:
+    """What one layer has to ask."""
+    sparse: object = taps
+    return None if isinstance(sparse, SparseTaps) and not sparse.in_layer(layer) else taps
+
+
 def split_taps(taps: object) -> SplitTaps | None:
     """``taps`` if they look at the attention of single spans."""
     return taps if isinstance(taps, SplitTaps) else None
