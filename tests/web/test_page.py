@@ -373,4 +373,7 @@ def test_training_runs_appear_with_their_curve(open_page, lm, tmp_path):
         assert "1.250 bits a byte of held-out text at step 150" in facts
         assert page.locator("#training-chart canvas").count() == 1
         page.wait_for_selector("#training-chart:not(.is-empty)")
+        keys = page.locator("#training-legend .key:visible").all_text_contents()
+        assert len(keys) == 3
+        assert not any("held-out" in key for key in keys)  # bits a byte are no loss
         page.close()  # it would go on asking a server that is gone

@@ -293,7 +293,11 @@ export class LossChart extends Chart {
     this.steps = Math.max(2, Math.min(steps, Math.max(20, 1.5 * (xs.at(-1) ?? 0))));
     const losses = pairs.map(([, loss]) => loss);
     const at = (values) => xs.map((step) => values.get(step) ?? null);
-    this.update(0, [xs, losses, smoothed(losses), at(rates), at(held)]);
+    const data = [xs, losses, smoothed(losses), at(rates), at(held)];
+    this.values.forEach((value, i) => { // what this job has not needs no key
+      value.parentElement.hidden = i > 1 && data[i + 1].every((one) => one == null);
+    });
+    this.update(0, data);
   }
 
   scales() {
