@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tests.training.small_run import GLA, LLAMA, small
 
-from invivo.errors import NotFound
+from invivo.errors import InvalidRequest, NotFound
 from invivo.training import seeds
 from invivo.training.evaluate import PositionBucket
 from invivo.training.recall import RecallScore
@@ -162,6 +162,16 @@ def test_long_texts_and_recall_are_drawn(tmp_path: Path) -> None:
     assert tags(page).tags.count("svg") == 4
     both = write_comparison([folder, written(tmp_path / "other", lines)], tmp_path / "c.html")
     assert tags(both.read_text(encoding="utf-8")).tags.count("svg") == 4
+
+
+def test_right_answers_are_not_set_beside_bits_per_byte(tmp_path: Path) -> None:
+    place = {"kind": "evaluation", "step": 1, "tokens": 30}
+    asked = written(tmp_path / "asked", [step(1), place | {"accuracy": 0.5}])
+    read = written(tmp_path / "read", [step(1), place | {"bits_per_byte": 2.0}])
+    with pytest.raises(InvalidRequest) as error:
+        write_comparison([asked, read], tmp_path / "both.html")
+    assert error.value.field == "run"
+    assert not (tmp_path / "both.html").exists()
 
 
 def test_long_runs_make_small_pages(tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ def _tell(outcome: Outcome, again: str) -> None:
         note(f"held out: {_held_out(outcome.evaluation)}")
     if outcome.status == "done":
         sys.stdout.write(f"{outcome.model}\n")
-        note(f"try it: invivo generate -m {outcome.model} 'Once upon a time'")
+        if "accuracy" not in (outcome.evaluation or {}):  # recall rows are no texts
+            note(f"try it: invivo generate -m {outcome.model} 'Once upon a time'")
         return
     why = "the minutes are over" if outcome.status == "time" else "stopped"
     note(f"{why}: step {outcome.step} of {outcome.steps} is saved; go on with: {again}")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from invivo import html_page
+from invivo.errors import InvalidRequest
 from invivo.training import figures
 from invivo.training.figures import measure_of
 from invivo.training.run_record import Line, RunRecord, read_run
@@ -39,9 +40,19 @@ def write_comparison(folders: Sequence[Path], target: Path) -> Path:
 
     Raises:
         NotFound: one of the folders has no run.
+        InvalidRequest: the runs are judged by different numbers.
         MissingDependency: matplotlib is not installed.
     """
-    page = comparison_page([read_run(folder) for folder in folders])
+    runs = [read_run(folder) for folder in folders]
+    judged = {measure: run.name for run in runs if (measure := measure_of(run)) is not None}
+    if len(judged) > 1:
+        raise InvalidRequest(
+            "runs on text and runs on recall rows have no number in common",
+            field="run",
+            given=sorted(judged.values()),
+            remedy="Write a page for each kind",
+        )
+    page = comparison_page(runs)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, page)
     return target
