@@ -173,6 +173,20 @@ def test_no_request_makes_it_fail_and_answers_conform(api, known, method, path):
     check()
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the"}]}),
+        ("/v1/completions", {"prompt": "the"}),
+    ],
+)
+def test_streams_conform(api, path, asked):
+    case = api[path]["POST"].Case(body={**asked, "stream": True, "max_tokens": 2})
+    response = case.call(timeout=PATIENCE)
+    assert response.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(response, checks=CHECKS)
+
+
 def test_every_operation_is_tried(lm):
     paths = create_app(lm).openapi()["paths"]
     documented = {(method.upper(), path) for path, methods in paths.items() for method in methods}

@@ -34,7 +34,8 @@ def streamed(description: str) -> dict[int | str, dict[str, Any]]:
     return {
         200: {
             "description": description,
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            # No schema: tools disagree on whether it would be of the text or of each event.
+            "content": {"text/event-stream": {}},
         }
     }
 
