@@ -96,9 +96,25 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="no such file") as refused:
         load_items(str(tmp_path / "none.jsonl"))
     assert "synthetic" in refused.value.remedy
-    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "other.jsonl").write_text("[1]\n")
+    with pytest.raises(InvalidRequest, match="no multiple-choice item"):
+        load_items(str(tmp_path / "other.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bad.jsonl", b"{"),
+        ("bad.json", b"3"),
+        ("bad.jsonl.gz", b"no gzip"),
+        ("cut.jsonl.gz", gzip.compress(b"{}" * 99)[:-12]),
+        ("bad.parquet", b"no table"),
+    ],
+)
+def test_what_cannot_be_read_is_said(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidRequest, match="cannot be read"):
-        load_items(str(tmp_path / "bad.jsonl"))
+        load_items(str(tmp_path / name))
 
 
 @pytest.mark.skipif(not STAGED.is_dir(), reason="the staged items are not here")

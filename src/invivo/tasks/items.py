@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,11 +112,11 @@ def read_item(record: Mapping[str, Any], name: str) -> Item:
         if not 0 <= label < len(options) or len(options) < 2:
             raise ValueError
         return Item(str(record.get("id", name)), str(record["question"]), tuple(options), label)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InvalidRequest(
             "a record is no multiple-choice item",
             field=f"items.{name}",
-            given=dict(record),
+            given=record,
             remedy="Give question, options and label (the number of the right option)",
         ) from error
 
@@ -148,18 +149,22 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
             yield from json.loads(text)
         else:
             yield from (json.loads(line) for line in text.splitlines() if line.strip())
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
         raise InvalidRequest(f"cannot be read: {error}", field="items", given=str(path)) from error
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
+        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise MissingDependency(
             "Parquet files need pyarrow", remedy="Run: pip install 'invivo[study]'"
         ) from error
-    found: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    try:
+        found: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InvalidRequest(f"cannot be read: {error}", field="items", given=str(path)) from error
     return found
 
 
