@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from invivo.errors import InvivoError
+
+_LOOKS, _A_LOOK = 4, 0.05  # who asks whether a lock is held holds it himself for a moment
 
 
 @contextmanager
@@ -25,10 +28,28 @@ def locked(path: Path, *, otherwise: InvivoError | None = None) -> Iterator[None
         except ImportError:
             yield
             return
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if otherwise is None else fcntl.LOCK_NB))
-        except OSError as error:
-            if otherwise is None:
-                raise
-            raise otherwise from error
+        looks = 0
+        while otherwise is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                looks += 1
+                if looks == _LOOKS:
+                    raise otherwise from error
+                time.sleep(_A_LOOK)
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def abandoned(path: Path) -> bool:
+    """Whether ``path`` is a lock file that no process holds; False where this cannot be told."""
+    try:
+        import fcntl
+
+        with path.open("r") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True

@@ -54,12 +54,14 @@ def test_a_page_follows_its_run(tmp_path: Path) -> None:
     folder.write_manifest(done | {"status": "running"})
     page = folder.path / "report.html"
     following = threading.Thread(target=report, args=([folder.path], None, 1))
-    following.start()
-    try:
-        wait_for(lambda: page.exists() and 'http-equiv="refresh" content="1"' in page.read_text())
-    finally:
-        folder.write_manifest(done)
-        following.join(PATIENCE)
+    with folder.held():
+        following.start()
+        try:
+            refreshed = 'http-equiv="refresh" content="1"'
+            wait_for(lambda: page.exists() and refreshed in page.read_text())
+        finally:
+            folder.write_manifest(done)
+            following.join(PATIENCE)
     assert not following.is_alive()
     assert "http-equiv" not in page.read_text()
 

@@ -32,6 +32,7 @@ from invivo.training.forward import dense_forward
 from invivo.training.loss_model import LossModel
 from invivo.training.run import Outcome, train
 from invivo.training.run_folder import RunFolder
+from invivo.training.run_record import read_run
 
 WORKER = Path(__file__).with_name("train_worker.py")
 
@@ -71,6 +72,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait(PATIENCE)
     assert [line["step"] for line in folder.metrics.read()][-1] == 10
+    assert folder.manifest()["status"] == "running"
+    assert read_run(folder.path).manifest["status"] == "killed"
     with folder.metrics.path.open("a") as file:
         file.write('{"kind": "step", "st')
     assert [p.name for p in checkpoints(folder.checkpoints)] == ["step-00000005"]

@@ -68,8 +68,12 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
         command = [sys.executable, "-c", ask, str(tmp_path / "run")]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    with RunFolder(tmp_path / "run").held():
+    folder = RunFolder(tmp_path / "run")
+    assert folder.status("running") == "running"  # no process has said otherwise
+    with folder.held():
         assert asked() == "taken"
+        assert folder.status("running") == "running"
         with pytest.raises(Conflict):
             RunFolder(tmp_path / "run").held().__enter__()
     assert asked() == "free"
+    assert (folder.status("running"), folder.status("done")) == ("killed", "done")

@@ -16,6 +16,7 @@ from invivo.server.answers import TrainingRun, TrainingRunList
 from invivo.server.auth import Principal, needs
 from invivo.server.documents import failures
 from invivo.server.services import services_of
+from invivo.training.run_folder import RunFolder
 
 router = APIRouter(tags=["watch"])
 
@@ -49,7 +50,10 @@ def _run(folder: Path) -> TrainingRun | None:
         with contextlib.suppress(FileNotFoundError):
             status = (folder / name).stat()
             stamps.append((status.st_mtime_ns, status.st_size))
-    return _read(folder, tuple(stamps))
+    run = _read(folder, tuple(stamps))
+    if run is None:
+        return None
+    return run.model_copy(update={"status": RunFolder(folder).status(run.status)})
 
 
 @lru_cache(maxsize=4 * MAX_RUNS)

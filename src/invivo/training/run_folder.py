@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from invivo.errors import Conflict, InvalidRequest
-from invivo.process_lock import locked
+from invivo.process_lock import abandoned, locked
 from invivo.whole_file import write_whole
 
 
@@ -82,6 +82,7 @@ class RunFolder:
         self.samples = LineFile(path / "samples.jsonl")
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
+        self._lock = path.parent / f".{path.name}.lock"
 
     @property
     def exists(self) -> bool:
@@ -104,6 +105,10 @@ class RunFolder:
             ) from error
         return found
 
+    def status(self, written: str) -> str:
+        """The manifest's status, or ``killed`` where the process that wrote ``running`` is gone."""
+        return "killed" if written == "running" and abandoned(self._lock) else written
+
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
@@ -121,9 +126,8 @@ class RunFolder:
         Raises:
             Conflict: another process trains in it.
         """
-        lock = self.path.parent / f".{self.path.name}.lock"
         taken = Conflict("another process trains in this folder", field="run", given=str(self.path))
-        with locked(lock, otherwise=taken):
+        with locked(self._lock, otherwise=taken):
             yield
 
     def set_aside(self) -> Path:

@@ -69,6 +69,7 @@ def read_run(folder: Path) -> RunRecord:
             field="run",
             given=str(folder),
         )
+    manifest["status"] = run.status(manifest["status"])
     kinds: dict[str, list[Line]] = {"step": [], "evaluation": [], "event": [], "positions": []}
     for line in run.metrics.read():
         kinds.setdefault(line["kind"], []).append(line)

@@ -5,7 +5,7 @@ import { LossChart } from "./charts.js";
 import * as format from "./format.js";
 
 const PERIOD = 5000; // ms between two looks
-const TAGS = { running: "running", done: "succeeded", diverged: "failed", failed: "failed" };
+const TAGS = { running: "running", done: "succeeded", diverged: "failed", failed: "failed", killed: "failed" };
 
 const $ = (id) => document.getElementById(id);
 
