@@ -682,3 +682,21 @@ def test_an_engine_that_closes_while_a_checkpoint_is_written_waits_for_it(
     closing.join(PATIENCE)
     assert not closing.is_alive()
     assert job.kinds()[-2:] == ["checkpoint", "stopped"]
+
+
+def test_steps_closed_at_once_leave_later_plans_their_time(exact: LoadedModel) -> None:
+    """What the ends of steps take is counted once, however many there were."""
+    engine = small_engine(exact, policy="co-serve", **UNHURRIED)
+    rng = random.Random(2)
+    job = engine.finetune(JobSpec("job", LORA, 30), Listed([text_of(rng)]), [].append)
+    asked: list[Inquiry] = []
+    for _ in range(2000):
+        if job.ended.is_set():
+            break
+        if all(one.done for one in asked):
+            asked.append(ask(engine, [5, 6, 7], max_tokens=20, ignore_eos=True))
+        engine.step()
+    assert job.state == "succeeded"
+    finetuning = engine._finetuning
+    assert finetuning._just_closed == finetuning._before_plan == 0.0  # a CPU is done with them
+    engine.close()

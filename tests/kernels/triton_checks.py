@@ -334,7 +334,7 @@ def test_cross_entropy(softcap, weighted, monkeypatch):
     )
     assert torch.equal(logprobs, again)
     assert relative_error(logprobs, expected.logprobs[kept]) < 1e-6
-    assert relative_error(logits @ head, expected.d_hidden[kept]) < 2e-6
+    assert relative_error(logits @ head, expected.d_hidden[kept]) < 5e-6
 
 
 def test_training_through_the_kernels_equals_training_without(monkeypatch):

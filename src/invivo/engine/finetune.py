@@ -227,7 +227,9 @@ class FineTuning:
         self._seen: deque[Sample] = deque(maxlen=4 * ENOUGH)  # iterations before the first job
         self._measured: deque[tuple[str, Part, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._stopped = False
-        self._just_closed = 0.0  # seconds of ends of steps that no plan has counted yet
+        # Seconds of ends of steps launched since the last plan, and before it: a device may still
+        # be at them when the plan's work is launched.
+        self._just_closed = self._before_plan = 0.0
 
     # --- any thread -------------------------------------------------------------------------
     def add(
@@ -394,7 +396,8 @@ class FineTuning:
             # A disk that is slower than training holds up its job and nobody else.
             if job.closing is not None and not (job.writer is not None and job.writer.busy)
         ]
-        start = max(now, busy_until or now) + self._just_closed
+        self._before_plan, self._just_closed = self._just_closed, 0.0
+        start = max(now, busy_until or now) + self._before_plan
         return self._coserver.plan(now, trainees, busy_until=start, closings=closings)
 
     def predicted(self, plan: Plan) -> float:
@@ -403,8 +406,7 @@ class FineTuning:
             return 0.0
         closings = [job.closing for job in self._jobs if job.name in plan.closing]
         ends = sum(self._coserver.closings.seconds(one) for one in closings if one is not None)
-        ends, self._just_closed = ends + self._just_closed, 0.0
-        return self._coserver.latency.predict(work_of(plan)) + ends
+        return self._coserver.latency.predict(work_of(plan)) + ends + self._before_plan
 
     def board(self, plan: Plan) -> Riders | None:
         """Begin and interrupt texts as the plan says, end optimizer steps; its pieces of training,
@@ -493,7 +495,8 @@ class FineTuning:
             if self._policy.sharing != "fill" or not self._scheduler.has_work:
                 self._close_step(job)
             elif self._coserver is not None and self._coserver.closes_at_once(job.closing):
-                self._just_closed += self._coserver.closings.seconds(job.closing)
+                if self._on_gpu:
+                    self._just_closed += self._coserver.closings.seconds(job.closing)
                 self._close_step(job)
             return
         self._go_on(job)
@@ -676,8 +679,12 @@ class FineTuning:
         else:
             self._measured.append((job.name, part, begun, done))
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self._cache.k.device.type == "cuda"
+
     def _mark(self) -> torch.cuda.Event | None:
-        if self._cache.k.device.type != "cuda":
+        if not self._on_gpu:
             return None
         event = torch.cuda.Event(enable_timing=True)
         event.record()
