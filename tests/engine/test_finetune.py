@@ -249,6 +249,27 @@ def test_training_rows_ride_in_batches_of_inference(exact: LoadedModel) -> None:
     assert any(mixed)
 
 
+def test_predictions_that_are_too_long_do_not_add_up(tiny: LoadedModel) -> None:
+    """A device that is thought to be busy for ever would get no training beside requests."""
+    engine = small_engine(tiny, max_batch_tokens=48, overlap=True, **UNHURRIED)
+    tuning, thought = engine._finetuning, []
+    plan, predicted = tuning.plan, tuning.predicted
+
+    def watched(now: float, busy: float | None) -> Any:
+        if busy is not None:
+            thought.append(busy - now)
+        return plan(now, busy)
+
+    tuning.plan = watched  # type: ignore[method-assign]
+    tuning.predicted = lambda plan: predicted(plan) + 100.0  # type: ignore[method-assign]
+    job = start(engine, JobSpec("j", LORA, 4), texts())
+    asked = random_requests(engine, 8)
+    drive(engine, job)
+    drive(engine, until=lambda: all(one.done for one in asked))
+    assert len(thought) > 10
+    assert max(thought) < 200.0
+
+
 def test_the_published_adapter_answers_as_trained(tiny: LoadedModel) -> None:
     tokens = [5, 6, 7, 8, 9, 10]
     engine = small_engine(tiny)

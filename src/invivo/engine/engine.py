@@ -180,6 +180,7 @@ class Engine:
             wake=self._wake,
         )
         self._busy_until: float | None = None  # when the step in flight will be done
+        self._predicted = 0.0  # seconds of that step
         self._last_fold = 0.0  # perf_counter seconds
         self._counters = Counters()
         self._thread: threading.Thread | None = None
@@ -533,7 +534,8 @@ class Engine:
                 return None, None
             if self._overlap:
                 start = max(now, self._busy_until or now)
-                self._busy_until = start + self._finetuning.predicted(plan)
+                self._predicted = self._finetuning.predicted(plan)
+                self._busy_until = start + self._predicted
             riders = self._finetuning.board(plan)
             if not plan.spans:
                 assert riders is not None
@@ -660,6 +662,9 @@ class Engine:
             self._step_failed(plan, error)
             return
         now = time.monotonic()
+        if self._busy_until is not None:
+            # The step in flight has begun by now: what was predicted too long must not add up.
+            self._busy_until = min(self._busy_until, now + self._predicted)
         second = int(time.time())
         by_purpose = [0, 0, 0, 0]
         gaps: list[float] = []
