@@ -600,6 +600,8 @@ class LocalLM(LM):
         if asked.default_length and params.max_tokens is not None:
             params = replace(params, max_tokens=min(params.max_tokens, room))
         n_new = room if params.max_tokens is None else min(params.max_tokens, room)
+        if params.prompt_logprobs is not None:
+            prompt = replace(prompt, n_past=0)
         return Request(
             id=_new_id(prefix),
             tokens=prompt.ids,
@@ -655,13 +657,7 @@ class LocalLM(LM):
         top: int,
         given: GivenProgram | None,
     ) -> Request:
-        if isinstance(item, tuple) and is_parts(item[0]):
-            prompt, start = self._after_parts(*item)
-        elif isinstance(item, tuple):
-            ids, start = self._pair(*item)
-            prompt = MarkedPrompt(tuple(ids))
-        else:
-            prompt, start = self.marked(item), 1
+        prompt, start = self.scored(item)
         return Request(
             id=_new_id("score"),
             tokens=prompt.ids,
@@ -673,6 +669,17 @@ class LocalLM(LM):
             intervention=self.programs.intervention(given, prompt),
             arrival=time.monotonic(),
         )
+
+    def scored(self, item: ScoreItem) -> tuple[MarkedPrompt, int]:
+        """The tokens of an item to score, and the first of them that is scored."""
+        if isinstance(item, tuple) and is_parts(item[0]):
+            prompt, start = self._after_parts(*item)
+        elif isinstance(item, tuple):
+            ids, start = self._pair(*item)
+            prompt = MarkedPrompt(tuple(ids))
+        else:
+            prompt, start = self.marked(item), 1
+        return replace(prompt, n_past=max(start - 1, 0)), start
 
     def _after_parts(self, context: Any, continuation: Prompt) -> tuple[MarkedPrompt, int]:
         """:meth:`_pair` after a context with sets; the last text goes on in the continuation."""

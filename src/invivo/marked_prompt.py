@@ -37,12 +37,14 @@ class MarkedPrompt:
         sets: token ranges of the members of each set, in the order in which they were given.
         text: of the whole prompt, where it is known.
         turns: (role, first character, end) in ``text`` of the content of each message.
+        n_past: leading tokens of which the request itself wants nothing; None: all but the last.
     """
 
     ids: tuple[int, ...]
     sets: tuple[tuple[Range, ...], ...] = ()
     text: str | None = None
     turns: tuple[tuple[str, int, int], ...] = ()
+    n_past: int | None = None
 
 
 Part = str | tuple[str, ...]  # a text, or the members of a set

@@ -325,7 +325,7 @@ class Programs:
     ) -> ResolvedProgram:
         """``following``: tokens behind the prompt that are known already."""
         digest, names = self._identity(program)
-        asked = (prompt.ids, prompt.sets, prompt.turns, n_new, following)
+        asked = (prompt.ids, prompt.sets, prompt.turns, prompt.n_past, n_new, following)
         key = (digest, *asked, blobs.hashes(names))
 
         def make() -> ResolvedProgram:
@@ -402,6 +402,7 @@ class Programs:
         return replace(
             found,
             n_new=n_new,
+            n_past=found.n_past if prompt.n_past is None else prompt.n_past,
             turns=tuple((role, *_tokens_over(found, a, b)) for role, a, b in turns),
             groups={f"set{i}": ranges for i, ranges in enumerate(prompt.sets)},
         )

@@ -137,6 +137,7 @@ PROGRAMS = st.fixed_dictionaries(
         "v": st.just(1),
         "model": st.just("tiny"),
         "numerics": st.sampled_from(["fast", "exact"]),
+        "recompute": st.booleans(),
         "sweep": st.sampled_from([{"L": "0..2"}, {"L": [0, 2], "a": [0.5, 1.0]}]),
     },
 )

@@ -178,6 +178,11 @@ class Builder:
         ]
         return self
 
+    def keep_past(self) -> Builder:
+        """``"recompute": false``: leave what a cache can hold of the prompt as it is."""
+        self.data["recompute"] = False
+        return self
+
     def at(
         self, site: Sites, pos: Where | None = None, *, run: str | None = None, expand: bool = False
     ) -> Place:

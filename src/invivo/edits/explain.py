@@ -20,7 +20,9 @@ def explain(resolved: ResolvedProgram) -> dict[str, Any]:
     """The plan as JSON-able data; of a sweep the first row, and the cost of all.
 
     ``ranges`` are half-open; ``tokens`` are the texts of the first of them; ``passes`` are the runs
-    that go through the layers side by side; a ``token_layer`` is one token through one layer.
+    that go through the layers side by side; a ``token_layer`` is one token through one layer;
+    ``reused_tokens`` of a run are those that a plain request leaves in the prefix cache, where the
+    program does without computing them again.
     """
     program, row = resolved.program, resolved.rows[0]
     touches = [touch for plan in row.runs.values() for touch in plan.touches]
@@ -29,7 +31,7 @@ def explain(resolved: ResolvedProgram) -> dict[str, Any]:
         "program": resolved.hash,
         "rows": len(resolved.rows),
         "bindings": [dict(r.binding) for r in resolved.rows[:_MOST_ROWS] if r.binding],
-        "runs": {name: _run(plan) for name, plan in row.runs.items()},
+        "runs": {name: _run(plan, reuses=not program.recompute) for name, plan in row.runs.items()},
         "unused_runs": sorted(set(program.runs) - set(row.runs)),
         "passes": [list(names) for names in row.passes],
         "order": [_touch(t, row) for t in touches[:_MOST_TOUCHES]],
@@ -95,8 +97,10 @@ def _where(positions: Positions, prompt: PromptText) -> dict[str, Any]:
     }
 
 
-def _run(plan: RunPlan) -> dict[str, Any]:
+def _run(plan: RunPlan, *, reuses: bool) -> dict[str, Any]:
     out: dict[str, Any] = {"tokens": plan.prompt.n_prompt, "text": plan.prompt.text[:200]}
+    if reuses:
+        out["reused_tokens"] = plan.prompt.n_past
     if plan.prompt.n_new:
         out["new_tokens"] = plan.prompt.n_new
     if plan.adapter is not None:
@@ -163,6 +167,8 @@ def explain_text(explained: dict[str, Any]) -> str:
         lines.append(f"sweep of {explained['rows']} rows; shown is the first")
     for name, run in explained["runs"].items():
         extra = f", stops after layer {run['stops_after']}" if "stops_after" in run else ""
+        if "reused_tokens" in run:
+            extra += f", the first {run['reused_tokens']} as a plain request leaves them"
         lines.append(f"run {name}: {run['tokens']} tokens{extra}")
     if len(explained["passes"]) > 1:
         shown = ", then ".join(" + ".join(names) for names in explained["passes"])

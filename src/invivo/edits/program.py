@@ -169,6 +169,8 @@ class Program:
     Attributes:
         model: name or fingerprint of the model it is meant for; None: any.
         numerics: "fast", or "exact": a row's bits do not depend on the batch.
+        recompute: False: the prompt's past (``PromptText.n_past``) is read as a plain request
+            leaves it; nothing is changed or brought back there.
         runs: other prompts by name.
         sets: lists of indices that names may refer to ("layers.@late.resid.post").
         sel: named selectors.
@@ -186,6 +188,7 @@ class Program:
     sweep: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)
     model: str | None = None
     numerics: str = "fast"
+    recompute: bool = True
 
     @property
     def n_rows(self) -> int:
@@ -201,6 +204,8 @@ class Program:
             out["model"] = self.model
         if self.numerics != "fast":
             out["numerics"] = self.numerics
+        if not self.recompute:
+            out["recompute"] = False
         if self.runs:
             out["runs"] = {name: _run_to_json(run) for name, run in self.runs.items()}
         if self.sets:
@@ -291,6 +296,7 @@ def parse_program(data: object, *, bounds: Bounds = DEFAULT_BOUNDS) -> Program:
         )
     model = fields.take("model")
     numerics = read_choice(fields.take("numerics", "fast"), "numerics", ("fast", "exact"))
+    recompute = read_bool(fields.take("recompute", True), "recompute")
     runs = {
         name: _read_run(value, f"runs.{name}")
         for name, value in _named(fields.take("runs", {}), "runs", bounds.runs)
@@ -338,6 +344,7 @@ def parse_program(data: object, *, bounds: Bounds = DEFAULT_BOUNDS) -> Program:
         sweep=sweep,
         model=None if model is None else read_string(model, "model", longest=200),
         numerics=numerics,
+        recompute=recompute,
     )
 
 

@@ -20,6 +20,8 @@ class PromptText:
         offsets: (start, end) of each token in ``text``; empty ranges for tokens without text.
         n_prompt: how many tokens are the prompt; None: all.
         n_new: how many tokens may follow the prompt at most; None: those that are known.
+        n_past: leading tokens of which a request wants nothing but that later ones see them: all
+            that a prefix cache can spare it; None: all but the prompt's last.
         turns: (role, first token, end) of each turn of a chat.
         groups: marked ranges of tokens by name (an image, the blocks of a set).
     """
@@ -30,6 +32,7 @@ class PromptText:
     offsets: tuple[Range, ...]
     n_prompt: int = -1
     n_new: int = -1
+    n_past: int = -1
     turns: tuple[tuple[str, int, int], ...] = ()
     groups: Mapping[str, tuple[Range, ...]] = field(default_factory=dict, hash=False)
 
@@ -39,6 +42,8 @@ class PromptText:
             object.__setattr__(self, "n_prompt", len(self.ids))
         if self.n_new < 0:
             object.__setattr__(self, "n_new", len(self.ids) - self.n_prompt)
+        if self.n_past < 0:
+            object.__setattr__(self, "n_past", max(self.n_prompt - 1, 0))
         assert len(self.ids) <= self.n_prompt + self.n_new
 
     @property

@@ -61,6 +61,7 @@ _ALL = Selector("all")
 _LAST = Selector("index", (-1,))
 _KEY_SITES = ("attn.head.score", "attn.head.prob")
 _UNREADABLE = INPUTS | BLOCKS | EDGES | {"moe.expert.on"}
+_PROMPT_SITES = ("input.tokens", "input.position")
 _MEMORY, _STATE = "gla.head.memory", "gla.head.state"
 # What some operations have become once their sources are known.
 _BECOMES = {
@@ -285,6 +286,33 @@ class _Resolution:
     def _positions(self, run: str, selector: Selector, path: str) -> Positions:
         return self._resolver(run, path).resolve(selector, path)
 
+    def _acting(self, run: str, selector: Selector, path: str) -> Positions:
+        """The positions at which something is done or read for what is done.
+
+        Raises:
+            InvalidRequest: the past of the run is not computed again, and they all lie there.
+        """
+        found = self._positions(run, selector, path)
+        if self.program.recompute:
+            return found
+        n_past = self.prompts[run].n_past
+        if not (acting := found.since(n_past)).ranges:
+            raise self._in_the_past(run, found.indices()[-1], path)
+        return acting
+
+    def _check_wanted(self, run: str, positions: Sequence[int], path: str) -> None:
+        """Raises InvalidRequest where something is read in a past that is not computed again."""
+        if not self.program.recompute and positions and min(positions) < self.prompts[run].n_past:
+            raise self._in_the_past(run, min(positions), path)
+
+    def _in_the_past(self, run: str, position: int, path: str) -> InvalidRequest:
+        return InvalidRequest(
+            f'token {position} of run "{run}" would have to be computed again, and "recompute" is '
+            f"false: the first token that is computed is {self.prompts[run].n_past}",
+            field=path,
+            remedy='Choose later positions ("@last", "@generated"), or leave "recompute" out',
+        )
+
     def _resolver(self, run: str, path: str) -> Resolver:
         if run not in self.resolvers:
             raise InvalidRequest(
@@ -318,6 +346,12 @@ class _Resolution:
         self._resolver(step.run, f"{path}.run")
         args, do = dict(step.args), step.do
         keys: Positions | None = None
+        if not self.program.recompute and (do == "parallel" or refs[0].site in _PROMPT_SITES):
+            raise InvalidRequest(
+                f'{do} changes the prompt, and "recompute" is false',
+                field=path,
+                remedy='Leave "recompute" out; prompts with sets need it too',
+            )
         if do == "parallel":
             blocks = [
                 self._positions(step.run, block, f"{path}.blocks[{i}]")
@@ -326,10 +360,14 @@ class _Resolution:
             args["blocks"] = tuple(blocks)
             positions = blocks[0]
         elif operation.kernel == "edge":
-            positions = self._positions(step.run, args.pop("to"), f"{path}.to")
+            positions = self._acting(step.run, args.pop("to"), f"{path}.to")
             keys = self._positions(step.run, args.pop("from"), f"{path}.from")
+            if refs[0].site == "gla.edge":  # what a key left is known where it is computed
+                length = self.prompts[step.run].length
+                cut = keys.complement(length) if do == "edge_only" else keys
+                self._check_wanted(step.run, cut.indices()[:1], f"{path}.from")
         else:
-            positions = self._positions(step.run, step.pos or _ALL, f"{path}.pos")
+            positions = self._acting(step.run, step.pos or _ALL, f"{path}.pos")
         if do == "freeze":
             excluded = args.pop("except")
             if excluded is not None:
@@ -437,7 +475,7 @@ class _Resolution:
         how = source.map
         if pooled:
             selector = source.pos or step.pos or _ALL
-            found = resolver.resolve(selector, f"{path}.pos")
+            found = self._acting(source.run, selector, f"{path}.pos")
             places = tuple(found.indices())
             if source.run == step.run:
                 _check_past(site, read, [max(places)] * len(positions), positions, path)
@@ -446,10 +484,11 @@ class _Resolution:
             how = "selector"
         if how in ("selector", "one"):
             selector = source.pos or step.pos or _ALL
-            selected = resolver.resolve(selector, f"{path}.pos")
+            selected = self._acting(source.run, selector, f"{path}.pos")
         elif source.pos is not None:
             raise InvalidRequest(f"map {how} takes no positions of its own", field=f"{path}.pos")
         paired = pair(positions, selected, how, here, there, path)
+        self._check_wanted(source.run, paired, path)
         if source.run == step.run:
             _check_past(site, read, paired, positions, path)
         return SourceRef(source.run, None, read, paired)
@@ -516,6 +555,7 @@ class _Resolution:
     ) -> list[CaptureRef]:
         path = f"out[{number}]"
         positions = self._positions(capture.run, capture.pos or _ALL, f"{path}.pos")
+        self._check_wanted(capture.run, positions.indices()[:1], f"{path}.pos")
         found = []
         tokens = self._lens_tokens(capture, path)
         for site in self._refs(capture.at, f"{path}.capture", capture.expand):
@@ -624,6 +664,7 @@ class _Resolution:
     def _measure_of(self, number: int, measure: Measure, stops: dict[str, int]) -> MeasureRef:
         path = f"out[{number}]"
         positions = self._positions(measure.run, measure.pos or _LAST, f"{path}.pos")
+        self._check_wanted(measure.run, positions.indices()[:1], f"{path}.pos")
         self._check_reached(SiteRef("logits", -1), measure.run, stops, path)
         args = measure.args
         names = ("a", "b") if measure.kind == "logit_diff" else ("token",)
@@ -643,6 +684,7 @@ class _Resolution:
                 resolver.prompt,
                 path,
             )
+            self._check_wanted(other, paired, f"{path}.to")
         return MeasureRef(
             number,
             measure.name or str(number),

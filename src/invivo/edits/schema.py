@@ -118,6 +118,7 @@ def json_schema() -> Schema:
         "v": {"const": VERSION},
         "model": {"type": "string"},
         "numerics": {"enum": ["fast", "exact"]},
+        "recompute": {"type": "boolean"},
         "runs": _map(_ref("run")),
         "sets": _map({"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}),
         "sel": _map(_ref("selector")),

@@ -225,6 +225,10 @@ class Positions:
         """The indices before ``length``."""
         return [i for a, b in self.ranges for i in range(a, min(b, length))]
 
+    def since(self, start: int) -> Positions:
+        """Those from ``start`` on."""
+        return Positions(tuple((max(a, start), b) for a, b in self.ranges if b > start))
+
     def __or__(self, other: Positions) -> Positions:
         merged: list[tuple[int, int]] = []
         for start, stop in sorted(self.ranges + other.ranges):

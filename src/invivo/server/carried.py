@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -76,6 +77,8 @@ async def reserve_passes(
         for prompt in prompts:
             room = max(longest - len(prompt.ids), 1)
             n_new = room if new is None else min(new, room)
+            if keywords.get("prompt_logprobs") is not None:
+                prompt = replace(prompt, n_past=0)
             carried = programs.intervention(given, prompt, n_new=n_new)
             assert carried is not None
             tokens += max(programs.n_tokens(carried) - len(prompt.ids), 0)

@@ -76,8 +76,8 @@ def _item(item: ScoreItem) -> Any:
 
 
 def _marked(services: Services, items: list[Any]) -> list[MarkedPrompt]:
-    """The items' tokens, as far as the account needs them."""
-    return [services.local.marked(item[1] if isinstance(item, tuple) else item) for item in items]
+    """The items' tokens, for the account."""
+    return [services.local.scored(item)[0] for item in items]
 
 
 def _sizes(lm: LM, items: list[ScoreItem]) -> list[int]:
