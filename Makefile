@@ -17,7 +17,8 @@ demo: $(VENV)/.ready-run
 	$(BIN)/python -m invivo.demo $(ARGS)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m compileall -q src  # dozens of tests start processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -50,6 +50,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
+@pytest.fixture(autouse=True)
+def _quicker(monkeypatch):
+    if DEVICE == "cpu":
+        from tests.kernels.interpreting import prepare_once_a_launch
+
+        prepare_once_a_launch(monkeypatch)
+        monkeypatch.setattr(triton_attention, "PROGRAMS", 16)  # few splits; more cost time alone
+
+
 def on_device(case):
     layout = case.layout
     for name in ("positions", "slots", "span_start", "kv_len", "block_table"):
@@ -76,7 +85,7 @@ def test_attention_of_every_head_size(head_dim, block_size):
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, 3.0), (9, None), (40, 2.0), (1, None)])
 def test_attention_with_window_and_cap(window, softcap):
-    shape = AttentionShape(n_heads=4, n_groups=4, head_dim=64)
+    shape = AttentionShape(n_heads=2, n_groups=2, head_dim=64)
     spans = [(1, 3), (1, 70), (9, 60), (1, 50), (2, 2)]
     check_attention(spans, shape, window=window, softcap=softcap)
 
