@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from invivo.engine.training_rows import Rows, TrainingRows
 from invivo.engine.window import WindowTrainer
 from invivo.kernels import attention, attention_backward
 from invivo.kernels.attention_backward import gather_rows
+from invivo.kernels.cudnn_attention_backward import attention_backward_cudnn
 from invivo.kernels.paging import blocks_needed, contiguous_layout
 from invivo.models.cache import allocate_kv_cache
 from invivo.models.config import LayerConfig, ModelConfig, RopeConfig
@@ -169,10 +171,11 @@ def main() -> None:
             ("ours, everything kept", {}),
             ("ours, an eighth of peft's memory", {"limit": limit}),
             ("the same, backward in halves", {"limit": limit, "rows": length // 2}),
-            ("the same, torch's flash backward", {"limit": limit, "flash": True}),
-            ("ours, everything kept, flash", {"flash": True}),
+            ("the same, torch's flash backward", {"limit": limit, "by": torch_flash_backward}),
+            ("the same, cuDNN's backward", {"limit": limit, "by": attention_backward_cudnn}),
+            ("ours, everything kept, cuDNN", {"by": attention_backward_cudnn}),
         ):
-            if options.get("flash") and not device.is_cuda:
+            if "by" in options and not device.is_cuda:
                 continue
             with results.part(what):
                 row = ours.measure(what, length, args.steps, floor, **options)
@@ -241,6 +244,7 @@ def torch_flash_backward(
     softcap: float | None = None,
     dk: torch.Tensor | None = None,
     dv: torch.Tensor | None = None,
+    fresh: bool = False,
 ) -> torch.Tensor | None:
     """The function of ``attention_backward`` by the kernel inside torch, without soft cap; a
     candidate, its sums change from run to run."""
@@ -257,8 +261,40 @@ def torch_flash_backward(
     )  # fmt: skip
     for total, grad in ((dk, d_keys), (dv, d_values)):
         if total is not None:
-            total[:stop] += grad[0]
+            total[:stop] = grad[0] if fresh else total[:stop] + grad[0]
     return dq[0]
+
+
+def forward_by_cudnn(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """A whole text's attention [s, H, D] with its log-sum-exps by cuDNN; a candidate."""
+    k, v = (gather_rows(pages, blocks, 0, q.shape[0]) for pages in (k_cache, v_cache))
+    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *heads_first, None, True, 0.0, True, scale=scale
+    )
+    return found[0][0].transpose(0, 1)
+
+
+def forward_by_flash(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """The same by the flash kernel inside torch."""
+    n = q.shape[0]
+    k, v = (gather_rows(pages, blocks, 0, n)[None] for pages in (k_cache, v_cache))
+    found = torch.ops.aten._flash_attention_forward(
+        q[None], k, v, None, None, n, n, 0.0, True, False, scale=scale
+    )
+    return found[0][0]
 
 
 def time_kernels(config: ModelConfig, device: Device, length: int) -> list[dict[str, Any]]:
@@ -271,6 +307,7 @@ def time_kernels(config: ModelConfig, device: Device, length: int) -> list[dict[
     ]
     if device.is_cuda:
         ways.append(("torch's flash backward", torch_flash_backward))
+        ways.append(("cuDNN's backward", attention_backward_cudnn))
     # From the start, after a past, under a sliding window.
     cases = [(length // 4, 0, None), (length // 8, length // 8, None), (length // 4, 0, 100)]
     for name, call in ways:
@@ -290,6 +327,26 @@ def time_kernels(config: ModelConfig, device: Device, length: int) -> list[dict[
         options = {"scale": config.head_dim**-0.5}
         ms = event_ms(lambda: attention.attention_with_lse(q, k, v, layout, **options), 20)
         found.append({"what": "forward with log-sum-exps", "ms": ms})
+        found += time_other_forwards(shape, length, device, options["scale"])
+    return found
+
+
+def time_other_forwards(
+    shape: tuple[int, int, int], length: int, device: Device, scale: float
+) -> list[dict[str, Any]]:
+    """A whole text's forward by the kernels inside torch, their gathering of keys included."""
+    found = []
+    for name, call in (("cuDNN", forward_by_cudnn), ("torch's flash", forward_by_flash)):
+        row: dict[str, Any] = {"what": f"forward with log-sum-exps, {name}"}
+        try:
+            given, _ = attention_case(*shape, length, 0, None, torch.bfloat16, device)
+            ask = partial(call, *given[1:5], scale)
+            row["error"] = relative_error(ask(), given[6])
+            row["ms"] = event_ms(ask, 20)
+        except Exception as error:
+            row["failed"] = repr(error)[:500]
+        found.append(row)
+        print(row, flush=True)
     return found
 
 
@@ -363,18 +420,18 @@ class Ours:
         *,
         limit: int | None = None,
         rows: int | None = None,
-        flash: bool = False,
+        by: Callable[..., Any] | None = None,
     ) -> dict[str, Any]:
         """Median time of a step and peak memory.
 
         Args:
             limit: bytes beside the weights; the tape is cut until the peak stays below.
             rows: of a backward unit; None = all.
-            flash: torch's own kernel for the attention backward.
+            by: in place of our own attention backward.
         """
         before = layer_backward.attention_backward
-        if flash:
-            layer_backward.attention_backward = torch_flash_backward
+        if by is not None:
+            layer_backward.attention_backward = by
         try:
             budget = None if limit is None else self.budget_within(limit, length, rows)
             job = Job(self.decoder, length, budget, rows, self.device)
@@ -508,7 +565,6 @@ class Job:
         trainer, sequence = self.trainer, self.sequence
         trainer.begin(sequence)
         assert sequence.tape is not None
-        self.tape_bytes = sequence.tape.n_bytes
         rows = TrainingRows(None, [Rows(0, self.length, trainer.bypass.window(0, self.length))])
         piece = trainer.piece(sequence, 0, self.length, 0)
         recording = Recording(self.decoder, self.cache, rows, [piece])
@@ -517,6 +573,7 @@ class Job:
         hidden = self.decoder(
             sequence.tokens, self.layout, self.cache, bypass=recording.bypass, taps=recording
         )
+        self.tape_bytes = sequence.tape.n_bytes
         marks.mark("loss")
         trainer.forward_done(sequence, 0, self.length, hidden)
         del hidden

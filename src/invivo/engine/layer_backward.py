@@ -186,7 +186,7 @@ class _Window:
         return value
 
     def held(self, name: str) -> bool:
-        return (self.index, name) in self.tape.held
+        return (self.index, name) in self.tape.keys
 
     def layer_input(self) -> torch.Tensor:
         """The residual stream between two layers: behind the hook at the end of the one below."""
@@ -217,7 +217,17 @@ class _Window:
         return self.hook_rows("attn.in", self.get("attn.in"))
 
     def resid_mid(self) -> torch.Tensor:
-        return self.get("resid.pre") + self.hook_rows("attn.out", self.get("attn.out"))
+        before = self.get("resid.pre")
+        out = self.hook_rows("attn.out", self.get("attn.out"))
+        if "attn.out" not in self.reads:
+            self.made.pop("attn.out", None)  # nobody asks again
+        norm = self.layer.norm2
+        wanted = self.reads & {"gate_up", "up"} or self.rerun & {"gate", "up"}
+        if norm is None or "resid.mid" in self.hooked or not wanted:
+            return before + out
+        # As in the forward: the sum and what the feed-forward reads, in one pass.
+        self.made["mlp.in"], total = norm.add(out, before)
+        return total
 
     def resid_mid_hooked(self) -> torch.Tensor:
         return self.hook_rows("resid.mid", self.get("resid.mid"))
@@ -265,6 +275,9 @@ class _Window:
             linear = "gate_up" if self.config.gated_mlp else "up"
         if linear not in self.hooked:
             self.made.update(self.run_again(linear))
+            if linear != "qkv" and "mlp.in" not in self.reads:  # nobody asks again
+                self.made.pop("mlp.in", None)
+                self.made.pop("mlp.in.hooked", None)
             return self.made[part]
         y = self.linear_output(linear)
         y = self.bypass(self.index, linear, self.linear_input(linear, y), y)
@@ -326,6 +339,8 @@ class _Window:
         parts = output_parts(self.config, linear)
         width = parts[-1][1].stop
         again = self.run_again(linear) if any(self.runs_again(name) for name, _ in parts) else {}
+        if len(parts) == 1 and again:
+            return again[parts[0][0]]
         y = torch.zeros(
             self.stop - self.start, width, dtype=self.dtype, device=self.sequence.tokens.device
         )
@@ -389,7 +404,7 @@ class _Window:
             q = self.normed("attn.q")
         if self.mixer.qkv_clip is not None:
             q = q.clamp(-self.mixer.qkv_clip, self.mixer.qkv_clip)
-        return self.turned(q, backward=False)
+        return self.turned(q, torch.empty_like(q, dtype=self.dtype), backward=False)
 
     def heads(self, name: str) -> torch.Tensor:
         return self.get(name).view(self.stop - self.start, -1, self.mixer.head_dim)
@@ -405,13 +420,12 @@ class _Window:
         weight = self.mixer.q_norm if name == "attn.q" else self.mixer.k_norm
         return (x if self.mixer.qk_norm == "head" else x.flatten(1)), weight
 
-    def turned(self, x: torch.Tensor, *, backward: bool) -> torch.Tensor:
-        """x [s, heads, D] by the rotary angles, or by their transpose; in the model's dtype."""
+    def turned(self, x: torch.Tensor, out: torch.Tensor, *, backward: bool) -> torch.Tensor:
+        """x [s, heads, D] by the rotary angles, or by their transpose: ``out``, of its shape."""
         rope = self.decoder.rope_of(self.index)
         if rope is None:
-            return x.to(self.dtype)
+            return out.copy_(x)
         positions = self.sequence.positions(self.start, self.stop)
-        out = torch.empty(x.shape, dtype=self.dtype, device=x.device)
         turn_heads(x, *rope, positions, out, backward=backward)
         return out
 
@@ -512,6 +526,7 @@ class _Window:
         mixed = queries or dk is not None  # the gradient of values alone does not read z
         d_z = d_z.view(d_z.shape[0], -1, mixer.head_dim)
         q, lse = self.get("attn.q.final").view(d_z.shape), self.get("attn.lse")
+        fresh = (self.start, self.stop) == (0, sequence.length)  # the sums hold nothing yet
         z = self.get("attn.z").view(d_z.shape) if mixed else None
         found = [
             attention_backward(
@@ -528,23 +543,29 @@ class _Window:
                 softcap=mixer.softcap,
                 dk=None if dk is None else dk[part.begin :],
                 dv=None if dv is None else dv[part.begin :],
+                fresh=fresh,
             )
             for part in self.parts
         ]
         dq = found[0] if len(found) == 1 else _joined(found)
-        d_q = self.turned(dq, backward=True) if queries and dq is not None else None
         for name in ("attn.q.final", "attn.z", "attn.lse"):
             self.made.pop(name, None)
-        d_k = None if dk is None else self.rows_vjp("attn.kvhead.k", self.complete(dk, turn=True))
-        d_v = None if dv is None else self.rows_vjp("attn.kvhead.v", self.complete(dv))
+        # Every part is written where the map's gradient reads it.
+        d_qkv = d_z.new_empty(d_z.shape[0], sum(mixer.split), mixer.head_dim)
+        to_q, to_k, to_v = d_qkv.split(mixer.split, dim=1)
+        d_q = self.turned(dq, to_q, backward=True) if queries and dq is not None else None
+        d_k = d_v = None
+        if dk is not None:
+            own = self.turned(dk[self.start : self.stop], to_k, backward=True)
+            d_k = self.rows_vjp("attn.kvhead.k", own)
+        if dv is not None:
+            d_v = self.rows_vjp("attn.kvhead.v", to_v.copy_(dv[self.start : self.stop]))
         if self.is_last("attn.kvhead.k"):
             return None
-        parts = [
-            self.map_output_backward("attn.q", d_q, self.config.n_heads),
-            self.map_output_backward("attn.k", d_k, self.config.n_kv_heads),
-            self.map_output_backward("attn.v", d_v, self.config.n_kv_heads),
-        ]
-        d_qkv = torch.cat(parts, dim=-1)
+        self.map_output_backward("attn.q", d_q, to_q)
+        self.map_output_backward("attn.k", d_k, to_k)
+        self.map_output_backward("attn.v", d_v, to_v)
+        d_qkv = d_qkv.flatten(1)
         d_in = self.linear_vjp("qkv", mixer.qkv, d_qkv)
         d_in = None if d_in is None else self.rows_vjp("attn.in", d_in)
         if d_in is None:
@@ -554,26 +575,21 @@ class _Window:
         before = self.get("resid.pre")
         return self.rows_vjp("resid.pre", norm_backward(self.layer.norm1, d_in, before, d_mid))
 
-    def complete(self, total: torch.Tensor, *, turn: bool = False) -> torch.Tensor:
-        """The window's own rows of a sum [L, G, D]: no window is left that reads them."""
-        own = total[self.start : self.stop]
-        return self.turned(own, backward=True) if turn else own.to(self.dtype)
+    def map_output_backward(self, name: str, d: torch.Tensor | None, out: torch.Tensor) -> None:
+        """Back through clip and QK-norm to what the map gave, into ``out`` [s, heads, D].
 
-    def map_output_backward(self, name: str, d: torch.Tensor | None, n_heads: int) -> torch.Tensor:
-        """Back through clip and QK-norm to what the map gave: [s, heads, D] -> [s, heads * D].
-
-        None, which nobody reads, gives zeros.
+        ``d`` [s, heads, D] may be ``out``; None, which nobody reads, gives zeros.
         """
         m = self.mixer
         if d is None:
-            width = n_heads * m.head_dim
-            device = self.sequence.tokens.device
-            return torch.zeros(self.stop - self.start, width, dtype=self.dtype, device=device)
+            out.zero_()
+            return
         d = self.clip_backward(name, d)
         if m.qk_norm != "none" and name != "attn.v":
             x, weight = self.qk_norm_input(name)
             d = rms_norm_backward(d.reshape(x.shape), x, weight, m.eps, unit_offset=m.unit_offset)
-        return d.flatten(1)
+        if d is not out:
+            out.copy_(d.view(out.shape))
 
     def clip_backward(self, name: str, d: torch.Tensor) -> torch.Tensor:
         """Zero where the clip cut."""
@@ -596,7 +612,7 @@ class _Window:
         layer, bypass = self.index, self.bypass
         # Steering vectors and virtual rows read nothing, so that nothing may be kept for them.
         value = (
-            self.get("layer.input" if name == "resid.pre" else name)
+            differentiable(self.get("layer.input" if name == "resid.pre" else name))
             if name in self.reads
             else torch.zeros_like(d)
         )
@@ -629,7 +645,7 @@ class _Window:
         parts = output_parts(self.config, linear)
         scaled = any((layer, name) in self.tape.plan.scaled for name, _ in parts)
         y = self.linear_output(linear) if scaled else torch.zeros_like(d_out)
-        x = self.linear_input(linear, y)
+        x, y = differentiable(self.linear_input(linear, y)), differentiable(y)
         if linear == self.last_hook:
             self.vjp(lambda: bypass(layer, linear, x, y), [], d_out)
             return None
@@ -683,11 +699,16 @@ class _Window:
     ) -> list[torch.Tensor]:
         """Gradients by ``inputs``; parameters inside gather theirs in ``.grad``."""
         with torch.enable_grad():
-            leaves = [value.detach().requires_grad_() for value in inputs]
+            leaves = [differentiable(value).detach().requires_grad_() for value in inputs]
             out = function(*leaves)
             if out.requires_grad:
                 torch.autograd.backward([out], [d_out.view(out.shape)])
         return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+
+def differentiable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as autograd takes it: a copy where it was made in inference mode."""
+    return x.clone() if x.is_inference() else x
 
 
 def _joined(found: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -74,7 +74,7 @@ class Recording:
         ]
         self._wanted: set[tuple[str, int]] = set()
         at, last = self.bypass.at, config.n_layers - 1
-        for layer, name in {key for piece in pieces for key in piece.tape.held}:
+        for layer, name in {key for piece in pieces for key in piece.tape.keys}:
             if name in _QUERY_NAMES:
                 self._wanted.add((self._query_site[layer], layer))
             if name == LSE:
@@ -91,14 +91,14 @@ class Recording:
         return (site, layer) in self._wanted
 
     def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
-        """Copy the rows of every piece."""
+        """Keep the rows of every piece: nothing changes them after a site."""
         if site == LSE:
             self._lse = value
             return value
         if site == self._query_site[layer]:
             self._queries = [piece.of(value) for piece in self._pieces]
             for piece, rows in zip(self._pieces, self._queries, strict=True):
-                piece.tape.write(layer, "attn.q.final", piece.start, rows)
+                piece.tape.take(layer, "attn.q.final", piece.start, rows)
             return value
         for name in _FROM_SITE[site]:
             if name == LSE:
@@ -108,8 +108,9 @@ class Recording:
             for piece in self._pieces:
                 rows = piece.of(value)
                 if name == "mlp.sign":
-                    rows = rows > 0
-                piece.tape.write(layer, name, piece.start, rows)
+                    piece.tape.write(layer, name, piece.start, rows > 0)
+                else:
+                    piece.tape.take(layer, name, piece.start, rows)
         return value
 
     def _write_lse(self, layer: int, queries_of: list[torch.Tensor]) -> None:
@@ -119,10 +120,10 @@ class Recording:
         mixer = block.mixer
         assert isinstance(mixer, Attention)  # no tape has another
         for piece, queries in zip(self._pieces, queries_of, strict=bool(queries_of)):
-            if (layer, LSE) not in piece.tape.held:
+            if (layer, LSE) not in piece.tape.keys:
                 continue
             if self._lse is not None and all(p.stop - p.start > 1 for p, _ in piece.parts):
-                piece.tape.write(layer, LSE, piece.start, piece.of(self._lse))
+                piece.tape.take(layer, LSE, piece.start, piece.of(self._lse))
                 continue
             for part, table in piece.parts:
                 lse = attention_lse(
@@ -144,7 +145,7 @@ class _RecordingBypass:
         self._config = decoder.config
         self._inner = inner
         self._pieces = pieces
-        self._held = {key for piece in pieces for key in piece.tape.held}
+        self._held = {key for piece in pieces for key in piece.tape.keys}
         self.at: frozenset[str] = frozenset() if inner is None else inner.at
 
     def __call__(self, layer: int, linear: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# Names of one product's halves: a tape that keeps both keeps the product.
+_HALVES = ("mlp.gate", "mlp.up")
 # What the plan adds to a site's name for the tensor behind an adapter, a steering vector.
 _AFTER_HOOK = (".steered", ".adapted")
 
@@ -138,25 +140,24 @@ def layer_inputs(config: ModelConfig, hooks: TrainedHooks, *, dtype: torch.dtype
 
 @dataclass(slots=True)
 class Tape:
-    """Kept tensors of one sequence of ``length`` rows, each [L, ...]; bits eight to a byte."""
+    """Kept tensors of one sequence of ``length`` rows, each [L, ...]; bits eight to a byte.
 
-    held: dict[tuple[int, str], torch.Tensor]
+    Attributes:
+        keys: layer and name of all that is kept; ``held`` has what was written so far.
+    """
+
     plan: TapePlan
+    length: int
+    keys: frozenset[tuple[int, str]]
+    held: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def allocate(cls, plan: TapePlan, length: int, device: torch.device) -> Tape:
-        held = {}
-        for key, entry in plan.entries.items():
-            if entry.dtype == "bit":
-                width = -(-_count(entry.shape) // 8)
-                held[key] = torch.zeros(length, width, dtype=torch.uint8, device=device)
-            else:
-                dtype = DTYPES[entry.dtype]
-                held[key] = torch.zeros(length, *entry.shape, dtype=dtype, device=device)
-        return cls(held, plan)
+    def of(cls, plan: TapePlan, length: int) -> Tape:
+        return cls(plan, length, frozenset(plan.entries))
 
     def let_go(self, layer: int) -> None:
         """Drop what only ``layer`` and those above it read."""
+        self.keys = frozenset(key for key in self.keys if key[0] < layer)
         for key in [key for key in self.held if key[0] >= layer]:
             del self.held[key]
 
@@ -166,12 +167,33 @@ class Tape:
 
     def write(self, layer: int, name: str, start: int, value: torch.Tensor) -> None:
         """Rows [start, start + n): value [n, ...], bools where the plan keeps bits."""
-        held = self.held.get((layer, name))
-        if held is None:
+        if (layer, name) not in self.keys:
             return
-        if self.plan.entries[layer, name].dtype == "bit":
+        entry = self.plan.entries[layer, name]
+        shape, dtype = entry.shape, DTYPES.get(entry.dtype, torch.uint8)
+        if entry.dtype == "bit":
             value = pack_bits(value.reshape(value.shape[0], -1))
-        held[start : start + value.shape[0]] = value.reshape(-1, *held.shape[1:])
+            shape = (value.shape[1],)
+        held = self.held.get((layer, name))
+        if held is None:  # every row is written before any is read
+            held = torch.empty(self.length, *shape, dtype=dtype, device=value.device)
+            self.held[layer, name] = held
+        held[start : start + value.shape[0]] = value.reshape(-1, *shape)
+
+    def take(self, layer: int, name: str, start: int, value: torch.Tensor) -> None:
+        """:meth:`write` for a value that nobody changes any more: it is kept as it is, without a
+        copy, where it is the whole sequence's and its memory holds nothing else."""
+        entry = self.plan.entries.get((layer, name))
+        if entry is None or (layer, name) not in self.keys:
+            return
+        both = name in _HALVES and all((layer, half) in self.keys for half in _HALVES)
+        lone = value.numel() * value.element_size()
+        whole = value.shape[0] == self.length and value.dtype == DTYPES.get(entry.dtype)
+        exact = value.untyped_storage().nbytes() == (2 * lone if both else lone)
+        if whole and exact and value[0].is_contiguous():
+            self.held[layer, name] = value.view(self.length, *entry.shape)
+        else:
+            self.write(layer, name, start, value)
 
     def read(self, layer: int, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Rows [start, stop) of a kept tensor, None if it is not kept. Bits come as bools."""

@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 
 from invivo.engine.bypasses import BypassSpec, Parameters, TrainBypass
-from invivo.engine.layer_backward import LayerBackward
+from invivo.engine.layer_backward import LayerBackward, differentiable
 from invivo.engine.packing import parts
 from invivo.engine.recording import Piece
 from invivo.engine.rerun import States, replay, rerun_backward
@@ -169,10 +169,10 @@ class WindowTrainer:
         sequence.dx = None
         if not sequence.held_out:
             shape = (n, decoder.config.d_model)
-            sequence.dx = torch.zeros(shape, dtype=decoder.embed.dtype, device=device)
+            sequence.dx = torch.empty(shape, dtype=decoder.embed.dtype, device=device)
         sequence.tape = None
         if plan is not None and plan.entries:
-            sequence.tape = Tape.allocate(plan, n, device)
+            sequence.tape = Tape.of(plan, n)
         sequence.sums = {}
         sequence.d_embeddings = None
         self.rewind(sequence)
@@ -318,7 +318,7 @@ class WindowTrainer:
         """
         assert sequence.forwarded == sequence.length, "the backward begins after the last window"
         rows, layers = (unit.start, unit.stop), (unit.first_layer, unit.last_layer)
-        self._make_sums(sequence, layers)
+        self._make_sums(sequence, unit)
         bypass = self.bypass_of(*rows, sequence.begins)
         if self._backward is not None:
             assert bypass is not None
@@ -330,13 +330,18 @@ class WindowTrainer:
             if layers[0] > 0:
                 assert sequence.tape is not None
                 x = sequence.tape.read(layers[0], "layer.input", *rows)
+                assert x is not None
+                x = differentiable(x)
             entering = self._entering(sequence, unit.start)
             dx = rerun_backward(
                 self.decoder, self._cache, self._hooks, sequence, bypass, rows, layers, x, entering
             )
         if dx is not None:
             assert sequence.dx is not None
-            sequence.dx[unit.start : unit.stop] = dx
+            if _is_whole(sequence, unit):
+                sequence.dx = dx
+            else:
+                sequence.dx[unit.start : unit.stop] = dx
         self._advance(sequence, unit)
         self._release(sequence)
 
@@ -363,13 +368,16 @@ class WindowTrainer:
             if sequence.row == 0:
                 sequence.row, sequence.layer = sequence.length, unit.first_layer
 
-    def _make_sums(self, sequence: TrainSequence, layers: tuple[int, int]) -> None:
-        """Room for the gradients of keys and values of these layers, if there is none yet."""
+    def _make_sums(self, sequence: TrainSequence, unit: BackwardUnit) -> None:
+        """Room for the gradients of keys and values of a unit's layers, if there is none yet."""
         config = self.decoder.config
         shape = (sequence.length, config.n_kv_heads, config.head_dim)
         wide = torch.float64 if self.decoder.embed.dtype == torch.float64 else torch.float32
         device = sequence.tokens.device
-        for layer in range(*layers):
+        # A backward by the tape that takes all rows at once writes the sums and adds nothing.
+        written = self._backward is not None and _is_whole(sequence, unit)
+        make = torch.empty if written else torch.zeros
+        for layer in range(unit.first_layer, unit.last_layer):
             if layer in config.recurrent:
                 carries = self._hooks.carries_state(config, layer)
                 if carries and layer not in sequence.sums:
@@ -379,7 +387,7 @@ class WindowTrainer:
                 continue
             if layer not in sequence.sums:
                 k, v = (
-                    torch.zeros(shape, dtype=wide, device=device) if wanted else None
+                    make(shape, dtype=wide, device=device) if wanted else None
                     for wanted in self._hooks.carried[layer]
                 )
                 sequence.sums[layer] = (k, v)
@@ -397,3 +405,8 @@ class WindowTrainer:
             sequence.sums = {}
             sequence.entering = {}
             sequence.tape = sequence.dx = None
+
+
+def _is_whole(sequence: TrainSequence, unit: BackwardUnit) -> bool:
+    """Whether a unit takes all rows."""
+    return (unit.start, unit.stop) == (0, sequence.length)

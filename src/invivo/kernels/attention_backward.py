@@ -76,6 +76,7 @@ def attention_backward_reference(
     softcap: float | None = None,
     dk: torch.Tensor | None = None,
     dv: torch.Tensor | None = None,
+    fresh: bool = False,
 ) -> torch.Tensor | None:
     """Gradient of the queries; those of keys and values are added to ``dk`` and ``dv``.
 
@@ -90,6 +91,7 @@ def attention_backward_reference(
         scale, window, softcap: as in :func:`invivo.kernels.attention.paged_attention`.
         dk, dv: [>= start + s, G, D] sums of the sequence, changed in place; None where nobody
             reads them.
+        fresh: the sums hold nothing yet: what lies there is forgotten.
 
     Returns:
         [s, H, D] in the dtype of ``q``; None without ``z``.
@@ -97,6 +99,10 @@ def attention_backward_reference(
     wide = _wide(q)
     n_rows, n_heads, _ = q.shape
     n_groups = k_cache.shape[2]
+    if fresh:
+        for total in (dk, dv):
+            if total is not None:
+                total[: start + n_rows] = 0.0
     dq = delta = None
     if z is not None:
         dq = torch.empty_like(q)
@@ -147,6 +153,7 @@ def attention_backward(
     softcap: float | None = None,
     dk: torch.Tensor | None = None,
     dv: torch.Tensor | None = None,
+    fresh: bool = False,
 ) -> torch.Tensor | None:
     """:func:`attention_backward_reference`, by the fastest way for the device."""
     backward = attention_backward_reference
@@ -168,6 +175,7 @@ def attention_backward(
         softcap=softcap,
         dk=dk,
         dv=dv,
+        fresh=fresh,
     )
 
 

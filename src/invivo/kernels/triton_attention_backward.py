@@ -206,6 +206,7 @@ def attention_backward_triton(
     softcap: float | None = None,
     dk: torch.Tensor | None = None,
     dv: torch.Tensor | None = None,
+    fresh: bool = False,
 ) -> torch.Tensor | None:
     """The function of ``attention_backward_reference``; no host reads.
 
@@ -251,6 +252,10 @@ def attention_backward_triton(
     each = repeat if tiles * n_groups >= PROGRAMS else 1
     into = [None if total is None else total[low:stop] for total in (dk, dv)]
     sums = into
+    if fresh and (each == repeat or low > 0):  # where not all of it is written below
+        for total in (dk, dv):
+            if total is not None:
+                total[:stop] = 0.0
     if each < repeat:
         size = (repeat // each, n_keys, n_groups, head_dim)
         sums = [
@@ -266,7 +271,10 @@ def attention_backward_triton(
     if each < repeat:
         for total, parts in zip(into, sums, strict=True):
             if total is not None and parts is not None:
-                total += parts.sum(0)
+                if fresh:
+                    torch.sum(parts, 0, out=total)
+                else:
+                    total += parts.sum(0)
     return dq
 
 
