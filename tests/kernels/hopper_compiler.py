@@ -58,7 +58,7 @@ def compiled(call: Callable[[], object]) -> list[Resources]:
         found[id(kernel)] = kernel
         return kernel
 
-    with _replaced(driver, "_active", _Nowhere()), _replaced(JITFunction, "run", only_compile):
+    with replaced(driver, "_active", _Nowhere()), replaced(JITFunction, "run", only_compile):
         call()
     return [resources(kernel) for kernel in found.values()]
 
@@ -93,7 +93,7 @@ def _usage(cubin: bytes) -> str:
 
 
 @contextmanager
-def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -13,8 +13,10 @@ pytest.importorskip("triton")
 
 from tests.kernels.cases import relative_error
 
+from invivo.kernels import triton_replay
 from invivo.kernels.gla import gla_reference, gla_step, log_gates
 from invivo.kernels.triton_gla import ops, passes, tables
+from invivo.kernels.triton_replay import Room
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5
@@ -205,11 +207,52 @@ def test_operators_are_whole_for_the_compiler():
     torch.library.opcheck(ops.gla_backward, (plain[2], None, *plain, start, None, 0.25, None))
 
 
+def test_operators_give_what_the_call_gives():
+    rows, state, start = inputs([9, 3])
+    rows[3] = log_gates(rows[3])
+
+    def operator(*tensors, span_start, initial_state, want_state):
+        return ops.gla_forward(*tensors, span_start, initial_state, 0.25, None, want_state)
+
+    start = start.to(DEVICE, torch.int32)
+    for before in (None, state):
+        called = results(ops.gla_triton, rows, before, start)
+        for name, value, wanted in zip(
+            NAMES, results(operator, rows, before, start), called, strict=False
+        ):
+            assert torch.equal(value, wanted), name
+
+
+def test_passes_come_again_with_other_numbers(caplog):
+    caplog.set_level("DEBUG", "invivo.kernels.triton_replay")
+    triton_replay._known.cache_clear()
+    for turn in range(4):
+        rows, state, start = inputs([9, 3])
+        rows = [x.roll(turn, 0) for x in rows]
+        rows[3] = log_gates(rows[3])
+        start = start.to(DEVICE, torch.int32)
+        tensors = (*rows, start, state, 0.25, None)
+        dz, d_end = rows[2].flip(0), state.flip(0)
+        got = [
+            *passes.forward_pass(*tensors, True),
+            *passes.backward_pass(dz, d_end, *tensors),
+        ]
+        room = Room(start.device)
+        plain = [
+            *passes._forward(room, (0.25, None, True), *rows, start, state),
+            *passes._backward(room, (0.25, None), *rows, dz, start, d_end, state),
+        ]
+        for value, wanted in zip(got, plain, strict=True):
+            assert torch.equal(value, wanted)
+    # On a card, by launches alone; the interpreter has nothing that could be written down.
+    assert bool(caplog.records) == (DEVICE == "cpu")
+
+
 @pytest.mark.parametrize("lengths", [[0], [63, 1], [0, 0, 200, 0, 64]])
 @pytest.mark.parametrize("segment_rows", [0, 128])
 def test_every_row_lies_in_one_chunk_and_one_segment(lengths, segment_rows):
     start = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
-    laid = tables.lay_out(start, sum(lengths), segment_rows)
+    laid = tables.lay_out(Room(start.device), start, sum(lengths), segment_rows)
     for table, unit in ((laid.chunks, 64), (laid.segments, segment_rows or 10**6)):
         found = [(a, a + n) for a, n, *_ in table.tolist() if n]
         wanted = [

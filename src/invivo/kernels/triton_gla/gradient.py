@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from invivo.kernels.rounding import ceil_div
 from invivo.kernels.triton_gla.loads import (
-    aligned,
     anchored,
     ends,
     load_gates,
@@ -32,6 +32,7 @@ from invivo.kernels.triton_gla.loads import (
 )
 from invivo.kernels.triton_gla.pairs import Within
 from invivo.kernels.triton_gla.tables import CHUNK, SUB, Chunks, gradient_tile, padded
+from invivo.kernels.triton_replay import Room
 
 
 @triton.jit
@@ -314,6 +315,7 @@ def _to_end(
 
 
 def gradient(
+    room: Room,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -329,6 +331,7 @@ def gradient(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dg, contiguous, in the dtypes of q, k and g.
 
+    v, dz: ``aligned``.
     kept, d_kept: [slots, H, V padded, K padded], the states entering chunks and their gradients at
         their ends, as ``stream`` gives them; the rest as in ``within_chunks``.
     """
@@ -336,7 +339,7 @@ def gradient(
     n_heads, channels = q.shape[1:]
     k_pad, wide = padded(channels), kept.dtype == torch.float32
     tile = gradient_tile(k_pad, v.shape[2], wide=wide)
-    dq, dk, dg = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, g))
+    dq, dk, dg = (room.result(t.shape, t.dtype) for t in (q, k, g))
     block = min(32, k_pad)
 
     def states(block_v: int, block_k: int) -> list[TensorDescriptor]:
@@ -347,7 +350,6 @@ def gradient(
 
     even = v.shape[2] % tile.v == 0
     if even:
-        v, dz = aligned(v), aligned(dz)
         whole = [_row_tiles(t, tile.v) for t in (v, dz)]
     else:
         whole = states(tile.v, tile.k)  # stand for tiles that are not read
@@ -369,15 +371,17 @@ def gradient(
         "FROM_LOGITS": tau is not None,
         "PRECISION": "tf32x3" if wide else "tf32",
     }
-    _gradient_kernel[(triton.cdiv(k_pad, tile.k), n_heads, chunks.n_chunks)](
+    room.launch(
+        _gradient_kernel, (ceil_div(k_pad, tile.k), n_heads, chunks.n_chunks),
         *rows, *states(tile.v, tile.k), *whole, *squares, *rest,
         BLOCK_K=tile.k, BLOCK_V=tile.v, EVEN=even,
-        num_warps=tile.warps, num_stages=tile.stages, **sizes,
+        warps=tile.warps, stages=tile.stages, **sizes,
     )  # fmt: skip
     block_v = min(32, tile.v)
-    _steep_gradient_kernel[(n_heads, chunks.n_chunks)](
+    room.launch(
+        _steep_gradient_kernel, (n_heads, chunks.n_chunks),
         *rows, *states(block_v, block), below, *rest, SUB_ROWS=SUB, BLOCK_K=block, BLOCK_V=block_v,
-        num_warps=4, num_stages=1, **sizes,
+        warps=4, stages=1, **sizes,
     )  # fmt: skip
     return dq, dk, dg
 

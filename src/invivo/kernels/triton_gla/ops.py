@@ -1,9 +1,12 @@
-"""Gated linear attention on GPUs as torch operators: differentiable, and whole for torch.compile.
+"""Gated linear attention on GPUs: differentiable, and for torch.compile whole operators.
 
-``invivo::gla`` keeps nothing but its inputs for the backward. No operator reads the device from
-the host, so all may be captured in CUDA graphs. Meaning and shapes are those of
-:mod:`invivo.kernels.gla`; the spans come as a tensor on the device, rows beyond the last span are
-not written.
+Nothing but the inputs is kept for the backward. Nothing reads the device from the host, so all may
+be captured in CUDA graphs. Meaning and shapes are those of :mod:`invivo.kernels.gla`; the spans
+come as a tensor on the device, rows beyond the last span are not written.
+
+``invivo::gla`` and its backward are the operators that a compiler sees. Where nothing is compiled
+the passes are called as they are, since torch's way to an operator written in Python would cost the
+host as much as all of their launches.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from invivo.kernels.triton_gla.passes import backward_pass, forward_pass, state_like
+from invivo.kernels.device import wants_grad
+from invivo.kernels.triton_gla.passes import backward_pass, forward_pass
 from invivo.kernels.triton_gla.step import step
 
 MAX_KEYS = 256  # a tile of states of so many channels fits the registers
@@ -44,8 +49,46 @@ def gla_triton(
     span_start: [S + 1] int32 on the device, from 0 to T; S >= 1.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    out, state = gla_forward(q, k, v, g, span_start, initial_state, scale, tau, want_state)
-    return out, state if want_state else None
+    rest = (span_start, initial_state, scale, tau, want_state)
+    if torch.compiler.is_compiling():
+        out, state = gla_forward(q, k, v, g, *rest)
+        return out, state if want_state else None
+    given = (q, k, v, g) if initial_state is None else (q, k, v, g, initial_state)
+    if not wants_grad(*given):
+        return forward_pass(q, k, v, g, *rest)
+    found: tuple[torch.Tensor, torch.Tensor | None] = _Attention.apply(q, k, v, g, *rest)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        span_start: torch.Tensor,
+        initial_state: torch.Tensor | None,
+        scale: float,
+        tau: float | None,
+        want_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, g, span_start, initial_state)
+        ctx.scale, ctx.tau = scale, tau
+        return forward_pass(q, k, v, g, span_start, initial_state, scale, tau, want_state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: torch.Tensor | None, d_final: torch.Tensor | None) -> tuple:
+        q, k, v, g, span_start, initial_state = ctx.saved_tensors
+        dz = torch.zeros_like(v) if dz is None else dz
+        inputs = (q, k, v, g, span_start, initial_state)
+        dq, dk, dv, dg, d_initial = backward_pass(dz, d_final, *inputs, ctx.scale, ctx.tau)
+        if initial_state is not None and d_initial is not None:
+            d_initial = d_initial.to(initial_state.dtype)
+        return dq, dk, dv, dg, None, d_initial, None, None, None
 
 
 @torch.library.custom_op("invivo::gla", mutates_args=())
@@ -61,7 +104,8 @@ def gla_forward(
     want_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`~invivo.kernels.triton_gla.passes.forward_pass`."""
-    return forward_pass(q, k, v, g, span_start, initial_state, scale, tau, want_state)
+    out, state = forward_pass(q, k, v, g, span_start, initial_state, scale, tau, want_state)
+    return out, _nothing(v) if state is None else state
 
 
 @gla_forward.register_fake
@@ -76,9 +120,7 @@ def _(
     tau: float | None,
     want_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    nothing = v.new_empty(0, dtype=torch.float32)
-    out = v.new_empty(v.shape)
-    return out, state_like(q, v, span_start) if want_state else nothing
+    return v.new_empty(v.shape), _states(q, v, span_start) if want_state else _nothing(v)
 
 
 @torch.library.custom_op("invivo::gla_backward", mutates_args=())
@@ -95,7 +137,10 @@ def gla_backward(
     tau: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`~invivo.kernels.triton_gla.passes.backward_pass`."""
-    return backward_pass(dz, d_final, q, k, v, g, span_start, initial_state, scale, tau)
+    *grads, d_initial = backward_pass(
+        dz, d_final, q, k, v, g, span_start, initial_state, scale, tau
+    )
+    return *grads, _nothing(v) if d_initial is None else d_initial
 
 
 @gla_backward.register_fake
@@ -112,8 +157,17 @@ def _(
     tau: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     grads = (t.new_empty(t.shape) for t in (q, k, v, g))
-    nothing = q.new_empty(0, dtype=torch.float32)
-    return *grads, nothing if initial_state is None else state_like(q, v, span_start)
+    return *grads, _nothing(v) if initial_state is None else _states(q, v, span_start)
+
+
+def _states(q: torch.Tensor, v: torch.Tensor, span_start: torch.Tensor) -> torch.Tensor:
+    size = (span_start.shape[0] - 1, q.shape[1], q.shape[2], v.shape[2])
+    return q.new_empty(size, dtype=torch.float32)
+
+
+def _nothing(x: torch.Tensor) -> torch.Tensor:
+    """Stands for a state that is not wanted: operators return tensors alone."""
+    return x.new_empty(0, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from invivo.kernels.triton_gla.loads import anchored, load_gates, load_rows
 from invivo.kernels.triton_gla.tables import CHUNK, STEEP, SUB, Chunks, padded, pair_tile
+from invivo.kernels.triton_replay import Room
 
 
 class PairGradients(NamedTuple):
@@ -194,6 +195,7 @@ def _sum_between(
 
 
 def within_chunks(
+    room: Room,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -215,21 +217,21 @@ def within_chunks(
     k_pad, wide, slots = padded(channels), kind == torch.float32, chunks.n_chunks
     tile = pair_tile(k_pad, v.shape[2], wide=wide)
 
-    def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(slots, n_heads, *shape, dtype=dtype, device=q.device)
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return room.scratch(slots, n_heads, *shape, dtype=dtype)
 
     out = Within(
-        queries=room(CHUNK, k_pad, dtype=kind),
-        keys=room(CHUNK, k_pad, dtype=kind),
-        pairs=room(CHUNK, CHUNK, dtype=kind),
-        decay=room(k_pad, dtype=torch.float32),
-        steep=room(dtype=torch.int32),
+        queries=empty(CHUNK, k_pad, dtype=kind),
+        keys=empty(CHUNK, k_pad, dtype=kind),
+        pairs=empty(CHUNK, CHUNK, dtype=kind),
+        decay=empty(k_pad, dtype=torch.float32),
+        steep=empty(dtype=torch.int32),
         d_pairs=None
         if dz is None
         else PairGradients(
-            room(CHUNK, CHUNK, dtype=torch.float32),
-            room(CHUNK, CHUNK, dtype=torch.float32),
-            room(CHUNK, dtype=torch.float32),
+            empty(CHUNK, CHUNK, dtype=torch.float32),
+            empty(CHUNK, CHUNK, dtype=torch.float32),
+            empty(CHUNK, dtype=torch.float32),
         ),
     )
     d_pairs = out.d_pairs or (out.decay,) * 3  # stands for what the forward pass lacks
@@ -241,19 +243,21 @@ def within_chunks(
         "FROM_LOGITS": tau is not None,
     }
     divisor = 1.0 if tau is None else tau
-    _pairs_kernel[(n_heads, slots)](
+    room.launch(
+        _pairs_kernel, (n_heads, slots),
         q, k, g, v, v if dz is None else dz, chunks.chunks, out.queries, out.keys, out.pairs,
         *d_pairs, out.decay, out.steep, scale, divisor,
         q.stride(0), k.stride(0), g.stride(0), v.stride(0),
         0 if dz is None else dz.stride(0),
         V=v.shape[2], BLOCK_K=tile.k, BLOCK_V=tile.v, BACKWARD=dz is not None,
         PRECISION="tf32x3" if wide else "tf32",
-        num_warps=tile.warps, num_stages=tile.stages, **common,
+        warps=tile.warps, stages=tile.stages, **common,
     )  # fmt: skip
-    _steep_pairs_kernel[(n_heads, slots)](
+    room.launch(
+        _steep_pairs_kernel, (n_heads, slots),
         q, k, g, chunks.chunks, out.pairs, out.steep, scale, divisor,
         q.stride(0), k.stride(0), g.stride(0),
         SUB_ROWS=SUB, BLOCK_K=min(32, k_pad), PRECISION="tf32x3" if wide else "tf32",
-        num_warps=1, num_stages=1, **common,
+        warps=1, stages=1, **common,
     )  # fmt: skip
     return out

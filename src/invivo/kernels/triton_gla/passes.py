@@ -6,11 +6,13 @@ et al., 2023, arXiv 2312.06635, section 4.3).
 
 from __future__ import annotations
 
-import torch
-import triton
+from typing import cast
 
+import torch
+
+from invivo.kernels.rounding import ceil_div
 from invivo.kernels.triton_gla.gradient import gradient
-from invivo.kernels.triton_gla.loads import by_rows
+from invivo.kernels.triton_gla.loads import aligned, by_rows
 from invivo.kernels.triton_gla.pairs import within_chunks
 from invivo.kernels.triton_gla.stream import stream
 from invivo.kernels.triton_gla.tables import (
@@ -23,6 +25,9 @@ from invivo.kernels.triton_gla.tables import (
     segment_rows_for,
     stream_tile,
 )
+from invivo.kernels.triton_replay import Room, Tensors, run
+
+_Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def forward_pass(
@@ -35,16 +40,11 @@ def forward_pass(
     scale: float,
     tau: float | None,
     want_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs [T, H, V], and final states [S, H, K, V] float32 (empty where not wanted)."""
-    q, k, v, g = by_rows(q), by_rows(k), by_rows(v), by_rows(g)
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    end = state_like(q, v, span_start) if want_state else None
-    start = None if initial_state is None else initial_state.float().contiguous()
-    chunks = _lay_out(q, v, span_start)
-    within = within_chunks(q, k, v, g, chunks, scale=scale, tau=tau, kind=_product_kind(q))
-    stream(v, within, chunks, span_start, q.shape[2], start=start, end=end, out=out)
-    return out, out.new_empty(0, dtype=torch.float32) if end is None else end
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Outputs [T, H, V], and final states [S, H, K, V] float32 (None where not wanted)."""
+    rows = (by_rows(x) for x in (q, k, v, g))
+    found = run(_forward, (scale, tau, want_state), *rows, span_start, _whole(initial_state))
+    return cast(tuple[torch.Tensor, torch.Tensor | None], found)
 
 
 def backward_pass(
@@ -58,33 +58,75 @@ def backward_pass(
     initial_state: torch.Tensor | None,
     scale: float,
     tau: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, g and (empty where there is none) the initial state.
+) -> _Gradients:
+    """Gradients of q, k, v, g and (None where there is none) the initial state.
 
     Temporary memory: states of all chunks and their gradients, ``T / 16 * H * K * V`` bytes in
     bfloat16.
     """
-    dz, q, k, v, g = by_rows(dz), by_rows(q), by_rows(k), by_rows(v), by_rows(g)
+    q, k, g, v, dz = by_rows(q), by_rows(k), by_rows(g), aligned(by_rows(v)), aligned(by_rows(dz))
+    states = _whole(d_final), _whole(initial_state)
+    found = run(_backward, (scale, tau), q, k, v, g, dz, span_start, *states)
+    return cast(_Gradients, found)
+
+
+def _forward(
+    room: Room,
+    key: tuple[float, float | None, bool],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    span_start: torch.Tensor,
+    start: torch.Tensor | None,
+) -> Tensors:
+    scale, tau, want_state = key
+    out = room.result(v.shape, v.dtype)
+    end = room.result(_state_shape(q, v, span_start), torch.float32) if want_state else None
+    chunks = _lay_out(room, q, v, span_start)
+    within = within_chunks(room, q, k, v, g, chunks, scale=scale, tau=tau, kind=_product_kind(q))
+    stream(room, v, within, chunks, span_start, q.shape[2], start=start, end=end, out=out)
+    return out, end
+
+
+def _backward(
+    room: Room,
+    key: tuple[float, float | None],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    dz: torch.Tensor,
+    span_start: torch.Tensor,
+    d_end: torch.Tensor | None,
+    start: torch.Tensor | None,
+) -> Tensors:
+    scale, tau = key
     kind, channels = _product_kind(q), q.shape[2]
-    chunks = _lay_out(q, v, span_start)
-    start = None if initial_state is None else initial_state.float().contiguous()
-    d_end = None if d_final is None else d_final.float().contiguous()
-    d_start = None if initial_state is None else state_like(q, v, span_start)
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    within = within_chunks(q, k, v, g, chunks, scale=scale, tau=tau, kind=kind, dz=dz)
-    kept = stream(v, within, chunks, span_start, channels, start=start, keep=True)
+    chunks = _lay_out(room, q, v, span_start)
+    d_start = None
+    if start is not None:
+        d_start = room.result(_state_shape(q, v, span_start), torch.float32)
+    dv = room.result(v.shape, v.dtype)
+    within = within_chunks(room, q, k, v, g, chunks, scale=scale, tau=tau, kind=kind, dz=dz)
+    kept = stream(room, v, within, chunks, span_start, channels, start=start, keep=True)
     d_kept = stream(
-        dz, within, chunks, span_start, channels,
+        room, dz, within, chunks, span_start, channels,
         reverse=True, start=d_end, end=d_start, keep=True, out=dv,
     )  # fmt: skip
-    dq, dk, dg = gradient(q, k, v, g, dz, within, kept, d_kept, chunks, scale=scale, tau=tau)
-    return dq, dk, dv, dg, q.new_empty(0, dtype=torch.float32) if d_start is None else d_start
+    assert kept is not None
+    assert d_kept is not None
+    dq, dk, dg = gradient(room, q, k, v, g, dz, within, kept, d_kept, chunks, scale=scale, tau=tau)
+    return dq, dk, dv, dg, d_start
 
 
-def state_like(q: torch.Tensor, v: torch.Tensor, span_start: torch.Tensor) -> torch.Tensor:
-    """An empty state for every span."""
-    size = (span_start.shape[0] - 1, q.shape[1], q.shape[2], v.shape[2])
-    return torch.empty(size, dtype=torch.float32, device=q.device)
+def _state_shape(q: torch.Tensor, v: torch.Tensor, span_start: torch.Tensor) -> tuple[int, ...]:
+    """Of a state for every span."""
+    return span_start.shape[0] - 1, q.shape[1], q.shape[2], v.shape[2]
+
+
+def _whole(state: torch.Tensor | None) -> torch.Tensor | None:
+    return None if state is None else state.float().contiguous()
 
 
 def _product_kind(q: torch.Tensor) -> torch.dtype:
@@ -94,11 +136,11 @@ def _product_kind(q: torch.Tensor) -> torch.dtype:
     return torch.float32 if plain else torch.bfloat16
 
 
-def _lay_out(q: torch.Tensor, v: torch.Tensor, span_start: torch.Tensor) -> Chunks:
+def _lay_out(room: Room, q: torch.Tensor, v: torch.Tensor, span_start: torch.Tensor) -> Chunks:
     n_spans, n_heads, width = span_start.shape[0] - 1, q.shape[1], v.shape[2]
     wide = _product_kind(q) == torch.float32
     tile = stream_tile(padded(q.shape[2]), width, wide=wide, tracks=n_spans * n_heads)
-    programs = n_heads * triton.cdiv(width, tile.v)
+    programs = n_heads * ceil_div(width, tile.v)
     wanted = WANTED_WIDE if tile.v == WIDE_VALUES else WANTED
     rows = segment_rows_for(q.shape[0], n_spans, programs, wanted)
-    return lay_out(span_start, q.shape[0], rows)
+    return lay_out(room, span_start, q.shape[0], rows)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from invivo.kernels.rounding import ceil_div
 from invivo.kernels.triton_gla.loads import by_rows, log2_gates
 from invivo.kernels.triton_gla.tables import padded, step_tile
 
@@ -60,7 +61,7 @@ def step(
     if n_rows == 0:
         return out
     tile = step_tile(padded(channels), width)
-    _step_kernel[(triton.cdiv(width, tile.v), n_heads, n_rows)](
+    _step_kernel[(ceil_div(width, tile.v), n_heads, n_rows)](
         q, k, v, g, state, slots, out, scale, 1.0 if tau is None else tau,
         q.stride(0), k.stride(0), v.stride(0), g.stride(0),
         N_HEADS=n_heads, K=channels, K_PAD=padded(channels), V=width, BLOCK_V=tile.v,

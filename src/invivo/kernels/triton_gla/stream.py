@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from invivo.kernels.rounding import ceil_div
 from invivo.kernels.triton_gla.loads import load_rows, store_rows
 from invivo.kernels.triton_gla.pairs import Within
 from invivo.kernels.triton_gla.tables import CHUNK, Chunks, padded, stream_tile
+from invivo.kernels.triton_replay import Room
 
 
 @triton.jit
@@ -133,6 +135,7 @@ def _scan_kernel(
 
 
 def stream(
+    room: Room,
     x: torch.Tensor,
     within: Within,
     chunks: Chunks,
@@ -163,12 +166,11 @@ def stream(
     tracks = n_heads * (span_start.shape[0] - 1)
     states = start is not None or end is not None
     tile = stream_tile(k_pad, width, wide=wide, reverse=reverse, states=states, tracks=tracks)
-    v_pad = triton.cdiv(width, tile.v) * tile.v
+    v_pad = ceil_div(width, tile.v) * tile.v
     sizes = {"N_HEADS": n_heads, "K": channels, "V": width}
     kept = None
     if keep:
-        size = (chunks.n_chunks, n_heads, v_pad, k_pad)
-        kept = torch.empty(size, dtype=within.keys.dtype, device=x.device)
+        kept = room.scratch(chunks.n_chunks, n_heads, v_pad, k_pad, dtype=within.keys.dtype)
 
     def walk(
         start: torch.Tensor | None,
@@ -187,7 +189,9 @@ def stream(
             into = queries
         else:
             into = TensorDescriptor.from_tensor(kept.view(-1, k_pad), [tile.v, k_pad])
-        _stream_kernel[(triton.cdiv(width, tile.v), n_heads, chunks.n_segments)](
+        grid = (ceil_div(width, tile.v), n_heads, chunks.n_segments)
+        room.launch(
+            _stream_kernel, grid,
             x, queries, keys, rows, within.decay, chunks.segments,
             *(none if t is None else t for t in (start, end, decays)), into,
             none if out is None else out, x.stride(0),
@@ -195,23 +199,23 @@ def stream(
             PRECISION="tf32x3" if wide else "tf32",
             STARTS=start is not None, ENDS=end is not None, DECAYS=decays is not None,
             KEEPS=kept is not None, WRITES=out is not None,
-            num_warps=tile.warps, num_stages=tile.stages, **sizes,
+            warps=tile.warps, stages=tile.stages, **sizes,
         )  # fmt: skip
 
     if not chunks.segment_rows:
         walk(start, end, None, kept, out)
         return kept
-    room = {"dtype": torch.float32, "device": x.device}
-    states = torch.empty(chunks.n_segments, n_heads, channels, width, **room)
-    decays = torch.empty(chunks.n_segments, n_heads, channels, **room)
+    states = room.scratch(chunks.n_segments, n_heads, channels, width, dtype=torch.float32)
+    decays = room.scratch(chunks.n_segments, n_heads, channels, dtype=torch.float32)
     walk(None, states, decays, None, None)
     block_k, block_v = min(16, k_pad), min(128, padded(width))
-    grid = triton.cdiv(channels, block_k) * triton.cdiv(width, block_v)
-    _scan_kernel[(grid, n_heads, span_start.shape[0] - 1)](
+    grid = ceil_div(channels, block_k) * ceil_div(width, block_v)
+    room.launch(
+        _scan_kernel, (grid, n_heads, span_start.shape[0] - 1),
         states, decays, states if start is None else start, states if end is None else end,
         span_start, SEGMENT_ROWS=chunks.segment_rows, BLOCK_K=block_k, BLOCK_V=block_v,
         REVERSE=reverse, STARTS=start is not None, ENDS=end is not None,
-        num_warps=4, num_stages=2, **sizes,
+        warps=4, stages=2, **sizes,
     )  # fmt: skip
     if kept is not None or out is not None:
         walk(states, None, None, kept, out)

@@ -18,6 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
+from invivo.kernels.rounding import ceil_div, power_of_2
+from invivo.kernels.triton_replay import Room
+
 CHUNK = 64
 SUB = 16  # rows of a sub-chunk, where gates are too steep for one product
 # Log gates below this, in units of log 2, are this: 2 ** -150 is 0 in float32, and beside sums of
@@ -69,7 +72,7 @@ class StepTile(NamedTuple):
 
 def padded(channels: int) -> int:
     """Channels of keys that tiles and scratch tensors have."""
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, power_of_2(channels))
 
 
 def pair_tile(k: int, v: int, *, wide: bool) -> PairTile:
@@ -137,8 +140,8 @@ def segment_rows_for(n_rows: int, n_spans: int, programs: int, wanted: int = WAN
     """
     if n_spans * programs >= ENOUGH or n_rows <= 8 * CHUNK:
         return 0
-    rows = triton.cdiv(n_rows, max(1, wanted // programs))
-    rows = max(4, triton.cdiv(rows, CHUNK)) * CHUNK
+    rows = ceil_div(n_rows, max(1, wanted // programs))
+    rows = max(4, ceil_div(rows, CHUNK)) * CHUNK
     return rows if rows * n_spans < n_rows else 0
 
 
@@ -196,16 +199,17 @@ def _unit(span_start, span, index, UNIT: tl.constexpr):
     return start + local * UNIT, tl.minimum(tl.maximum(rows, 0), UNIT), local
 
 
-def lay_out(span_start: torch.Tensor, n_rows: int, segment_rows: int) -> Chunks:
+def lay_out(room: Room, span_start: torch.Tensor, n_rows: int, segment_rows: int) -> Chunks:
     """span_start [S + 1] int32 on the device, from 0 to ``n_rows``; S >= 1."""
     n_spans = span_start.shape[0] - 1
     n_chunks = n_slots(n_rows, n_spans, CHUNK)
     n_segments = n_slots(n_rows, n_spans, segment_rows) if segment_rows else n_spans
-    room = {"dtype": torch.int32, "device": span_start.device}
-    chunks, segments = torch.empty(n_chunks, 2, **room), torch.empty(n_segments, 3, **room)
+    chunks = room.scratch(n_chunks, 2, dtype=torch.int32)
+    segments = room.scratch(n_segments, 3, dtype=torch.int32)
     block = 128
-    _lay_out_kernel[(triton.cdiv(max(n_chunks, n_segments), block),)](
+    room.launch(
+        _lay_out_kernel, (ceil_div(max(n_chunks, n_segments), block),),
         span_start, chunks, segments, n_spans, n_spans.bit_length(), n_chunks, n_segments,
-        CHUNK_ROWS=CHUNK, SEGMENT_ROWS=segment_rows, BLOCK=block, num_warps=4,
+        CHUNK_ROWS=CHUNK, SEGMENT_ROWS=segment_rows, BLOCK=block, warps=4, stages=3,
     )  # fmt: skip
     return Chunks(chunks, segments, segment_rows)
