@@ -6,6 +6,7 @@ selectors look at, resolves (and remembers what it resolved), and turns what cam
 
 from __future__ import annotations
 
+import functools
 import platform
 import threading
 from collections import OrderedDict
@@ -449,7 +450,7 @@ class Programs:
             "device": weight.device.type,
             "kernel": "triton" if weight.device.type == "cuda" else "torch",
             "numerics": resolved.program.numerics,
-            "versions": _versions(),
+            "versions": dict(_versions()),
         }
         return ProgramResult(rows, explain(resolved), meta)
 
@@ -577,6 +578,7 @@ def read_tensors(data: bytes, field: str) -> dict[str, torch.Tensor]:
     return found
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     import transformers
 

@@ -65,6 +65,27 @@ def test_attention_of_decodes(
     torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    n_decode=st.integers(0, 3),
+    spans=st.lists(st.tuples(st.integers(2, 60), st.integers(0, 40)), min_size=1, max_size=5),
+    window=st.sampled_from([None, 1, 8, 33]),
+    softcap=st.sampled_from([None, 3.0]),
+    seed=st.integers(0, 1000),
+)
+def test_attention_of_short_prefills_beside_decodes_and_long_ones(
+    way, n_decode, spans, window, softcap, seed
+) -> None:
+    shape = AttentionShape(n_heads=6, n_groups=2, head_dim=20, block_size=16)
+    spans = [(1, 9 + i) for i in range(n_decode)] + [(n, n + past) for n, past in spans]
+    case = make_attention_case(spans, shape, dtype=torch.float32, seed=seed)
+    options = {"scale": 0.2, "window": window, "softcap": softcap}
+    expected = paged_attention_reference(case.q, case.k_cache, case.v_cache, case.layout, **options)
+    for _ in range(2):  # the second call finds what the first has prepared
+        out = paged_attention(case.q, case.k_cache, case.v_cache, case.layout, **options)
+        torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("shape", [(1, 8), (5, 33), (3, 576)])
 @pytest.mark.parametrize("unit_offset", [False, True])
 def test_norms(way, shape, unit_offset) -> None:

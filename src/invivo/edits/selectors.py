@@ -6,7 +6,7 @@ A selector that matches nothing, or more than it says, is an error: never a sile
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from invivo.edits.linear_regex import Pattern
@@ -216,6 +216,10 @@ class Positions:
 
     def indices(self) -> list[int]:
         return [i for start, stop in self.ranges for i in range(start, stop)]
+
+    def places(self) -> Sequence[int]:
+        """:meth:`indices` for looking up: a range where they are one."""
+        return range(*self.ranges[0]) if len(self.ranges) == 1 else self.indices()
 
     @property
     def first(self) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from invivo.edits.apply import change_together
 from invivo.edits.site_names import SiteRef
+from invivo.engine.kept_rows import KeptRows
 from invivo.engine.run_edits import OPEN_SITES, STATE_SITES, RunEdits
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
@@ -48,6 +49,16 @@ class _Group:
 
     def change(self, value: torch.Tensor) -> torch.Tensor:
         return change_together(self.do, self.ref, value, [s.row for s in self.spans], self.by)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Rows of a site's tensor that a run keeps as they are, from its ``first``-th position on."""
+
+    edits: RunEdits
+    kept: KeptRows
+    rows: slice
+    first: int
 
 
 class EditTaps:
@@ -94,6 +105,8 @@ class EditTaps:
             key: groups for key, there in self._at.items() if (groups := self._groups(key, there))
         }
 
+        self._only_kept = {key: self._looks(key, there) for key, there in self._at.items()}
+
     def _groups(self, key: tuple[str, int], there: list[EditedSpan]) -> list[_Group]:
         """Changes at a site that are one launch each; their spans are taken out of ``there``."""
         if len(there) == 1:
@@ -111,6 +124,23 @@ class EditTaps:
         taken = {id(span) for group in several for span in group.spans}
         there[:] = [span for span in there if id(span) not in taken]
         return several
+
+    @staticmethod
+    def _looks(key: tuple[str, int], there: list[EditedSpan]) -> list[_Look]:
+        """Rows that are only kept; their spans are taken out of ``there``."""
+        found: list[_Look] = []
+        left: list[EditedSpan] = []
+        for span in there:
+            looks = span.edits.looks(*key, span.window)
+            if looks is None:
+                left.append(span)
+                continue
+            for kept, rows in looks:
+                if rows.index:
+                    at = slice(span.row + rows.index[0], span.row + rows.index[-1] + 1)
+                    found.append(_Look(span.edits, kept, at, rows.first))
+        there[:] = left
+        return found
 
     def in_layer(self, layer: int) -> bool:
         """Whether anything happens at what ``layer`` offers."""
@@ -137,6 +167,14 @@ class EditTaps:
             if new is not part:
                 answer = value.clone() if answer is value else answer
                 span.of(answer).copy_(new)
+        looks = self._only_kept.get((site, layer), ())
+        if looks:
+            # One copy for all, unless most of it is nobody's.
+            wanted = sum(look.rows.stop - look.rows.start for look in looks)
+            whole = value.clone() if 2 * wanted >= value.shape[0] else None
+            for look in looks:
+                part = value[look.rows].clone() if whole is None else whole[look.rows]
+                look.edits.keep(look.kept, part, look.first)
         if self._inner is not None and self._inner.wants(site, layer):
             self._inner(site, layer, answer)
         return answer

@@ -36,16 +36,18 @@ class KeptRows:
 
     def add(self, value: torch.Tensor, rows: Rows) -> None:
         """Take rows of ``value`` [T, ...]; rows that run again replace what was there."""
-        if not rows.index:
-            return
-        assert rows.first <= self.known
-        part = read_part(value, rows.index, self.ref)
+        if rows.index:
+            self.take(read_part(value, rows.index, self.ref), rows.first)
+
+    def take(self, part: torch.Tensor, first: int) -> None:
+        """Take the rows of the positions from the ``first``-th on, which nobody writes to."""
+        assert first <= self.known
         taken = (part,) if self.shrink is None else self.shrink(part)
-        if rows.first < self.known:
+        if first < self.known:
             kept = self._joined()
-            self._pieces = [tuple(t[: rows.first] for t in kept)] if rows.first else []
+            self._pieces = [tuple(t[:first] for t in kept)] if first else []
         self._pieces.append(taken)
-        self.known = rows.first + len(rows.index)
+        self.known = first + len(part)
 
     def below(self, length: int) -> Part | None:
         """What is kept of the positions before ``length``; None if that is nothing."""
@@ -98,6 +100,8 @@ def rows_of(ordered: Sequence[int], window: Sequence[int]) -> Rows:
     last = bisect_left(ordered, window[-1] + 1)
     found = ordered[first:last]
     if isinstance(window, range):
+        if isinstance(found, range):
+            return Rows(range(found.start - window.start, found.stop - window.start), found, first)
         return Rows([p - window[0] for p in found], found, first)
     place = {p: i for i, p in enumerate(window)}
     here = [p for p in found if p in place]

@@ -304,12 +304,12 @@ class CarriedProgram:
         for capture in row.captures:
             if capture.run == name:
                 shrink = None if capture.reduce in ("none", "mean") else self._reducer(capture)
-                places = capture.positions.indices()
+                places = capture.positions.places()
                 yield _capture_key(capture), KeptRows(capture.ref, places, capture.after, shrink)
         for measure in row.measures:
             if measure.run == name:
                 shrink = None if measure.other is not None else _measurer(measure)
-                places = measure.positions.indices()
+                places = measure.positions.places()
                 yield _measure_key(measure), KeptRows(_LOGITS, places, True, shrink)
             if measure.other == name:
                 at = tuple(sorted(set(measure.other_positions)))
@@ -374,6 +374,9 @@ class CarriedProgram:
             run = self._done[self._key(number, capture.run)]
             length = self._length(run, n_main)
             output.captures.append(self._capture(capture, run.kept[_capture_key(capture)], length))
+        on_host = _together_to_host([captured.value for captured in output.captures])
+        for captured, value in zip(output.captures, on_host, strict=True):
+            captured.value = value
         for measure in row.measures:
             run = self._done[self._key(number, measure.run)]
             part = run.kept[_measure_key(measure)].below(self._length(run, n_main))
@@ -398,14 +401,14 @@ class CarriedProgram:
         if part is None:
             empty = torch.empty(0, *capture.shape[1:], dtype=self._context.dtype)
             has_tokens = capture.reduce == "lens" and capture.args["top"] is not None
-            return Captured(capture, _to_host(empty), empty.long() if has_tokens else None)
+            return Captured(capture, empty, empty.long() if has_tokens else None)
         value = part[0]
         if capture.ref.site in OPEN_SITES and kept.shrink is None:
             value = fit_keys(value, length, capture.ref.site)
         if capture.reduce == "mean":
             value = value.mean(0)
         tokens = part[1].cpu() if len(part) > 1 else None
-        return Captured(capture, _to_host(value), tokens)
+        return Captured(capture, value, tokens)
 
 
 def _merge(known: dict[object, KeptRows], more: Iterator[tuple[object, KeptRows]]) -> None:
@@ -425,6 +428,19 @@ def _capture_key(capture: CaptureRef) -> object:
 def _measure_key(measure: MeasureRef) -> object:
     kind = "kl" if measure.other is not None else measure.kind
     return ("measure", kind, measure.positions, measure.tokens)
+
+
+def _together_to_host(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """:func:`_to_host` of many in memory of their own; those of one shape in one copy."""
+    found = list(values)
+    by_shape: dict[object, list[int]] = {}
+    for i, value in enumerate(values):
+        by_shape.setdefault((value.shape, value.dtype, value.device), []).append(i)
+    for places in by_shape.values():
+        stacked = _to_host(torch.stack([values[i] for i in places]))
+        for i, value in zip(places, stacked.unbind(), strict=True):
+            found[i] = value
+    return found
 
 
 def _to_host(value: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ class RunEdits:
                 if share is not None:
                     self._shares.setdefault(touch.ref.layer, []).append(share)
                 continue
-            placed = _Placed(touch, touch.positions.indices())
+            placed = _Placed(touch, touch.positions.places())
             for key in tapped_at(touch):
                 self._touches.setdefault(key, []).append(placed)
         for rows in kept:
@@ -154,6 +154,29 @@ class RunEdits:
             self._constants[placed[0]] = own_value(touch, self._context)
         value = self._constants[placed[0]]
         return None if value is None else (touch, value)
+
+    def looks(self, site: str, layer: int, window: range) -> list[tuple[KeptRows, Rows]] | None:
+        """What is kept of whole rows of ``window``, side by side, where nothing else is done there;
+        None otherwise."""
+        key = (site, layer)
+        touched = any(_meets(p.at, window) for p in self._touches.get(key, ()))
+        if touched or site == _ROUTER or self.error is not None:
+            return None
+        found = []
+        for kept in self._kept.get(key, ()):
+            rows = rows_of(kept.positions, window)
+            if kept.ref.heads or kept.ref.components or not isinstance(rows.index, range):
+                return None
+            found.append((kept, rows))
+        return found
+
+    def keep(self, kept: KeptRows, part: torch.Tensor, first: int) -> None:
+        """Rows for ``kept``, see :meth:`KeptRows.take`."""
+        if self.error is None:
+            try:
+                kept.take(part, first)
+            except Exception as error:
+                self.error = error
 
     def hides(self, window: range) -> bool:
         """Whether a query in ``window`` has a mask of its own."""

@@ -23,9 +23,10 @@ The sites satisfy these identities (float64 tests hold them for every family):
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -124,9 +125,20 @@ class StateTaps(Protocol):
         ...
 
 
+def _offers(taps: object, protocol: type[Any]) -> bool:
+    """Whether the class of ``taps`` has the methods of ``protocol``: asking an object is slow."""
+    classes: Any = type(taps), protocol
+    return _class_offers(*classes)
+
+
+@functools.cache
+def _class_offers(kind: Any, protocol: Any) -> bool:
+    return issubclass(kind, protocol)
+
+
 def state_taps(taps: object) -> StateTaps | None:
     """``taps`` if they look at recurrences."""
-    return taps if isinstance(taps, StateTaps) else None
+    return cast("StateTaps", taps) if _offers(taps, StateTaps) else None
 
 
 @runtime_checkable
@@ -140,13 +152,13 @@ class SparseTaps(Protocol):
 
 def taps_of(taps: Taps | None, layer: int) -> Taps | None:
     """What one layer has to ask."""
-    sparse: object = taps
-    return None if isinstance(sparse, SparseTaps) and not sparse.in_layer(layer) else taps
+    sparse = _offers(taps, SparseTaps)
+    return None if sparse and not cast("SparseTaps", taps).in_layer(layer) else taps
 
 
 def split_taps(taps: object) -> SplitTaps | None:
     """``taps`` if they look at the attention of single spans."""
-    return taps if isinstance(taps, SplitTaps) else None
+    return cast("SplitTaps", taps) if _offers(taps, SplitTaps) else None
 
 
 def offer(taps: Taps, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
