@@ -505,3 +505,25 @@ def test_a_burst_does_not_starve_training_beside_answers_that_never_gather_slack
         tokens[burst] = 256 * job.texts / bench.now
         assert longest <= burst + 1
     assert tokens[4.0] > 0.1 * tokens[1.0] > 0
+
+
+def test_a_spoiled_prediction_is_found_out_by_a_small_piece() -> None:
+    """Iterations that took a second have taught the model that no training ever fits."""
+    bench = Bench(slo=Slo(tpot_ms=12), sizes=Sizes(quantum_ms=12))
+    latency = machine()
+    bench.coserver.latency = latency
+    job = bench.job(length=256)
+    bench.ask(8, 1900)
+    for _ in range(40):
+        latency.record(Work(9).with_window(0, 8), 1.0)
+        latency.record(Work(1).with_backward(256, 1), 1.0)
+    trained = 0
+    for i in range(600):
+        plan = bench.step()
+        assert plan is not None
+        if trained_of(plan) or plan.backward:
+            trained += 1
+            assert i >= 50, "the prediction was not spoiled"
+        latency.record(work_of(plan), MACHINE.predict(work_of(plan)))
+    assert trained > 200
+    assert job.texts > 1

@@ -29,6 +29,7 @@ from invivo.engine.types import BackwardUnit, Plan, Purpose, Sequence, Span, Sta
 from invivo.errors import InvalidRequest
 
 _GATHERED = 0.6  # of the slack that a burst allows, from which training joins
+_PROBE = 64  # iterations that leave time and yet nothing fits, after which a piece is tried
 
 
 class Trainee(Protocol):
@@ -134,6 +135,7 @@ class Coserver:
         self.closings = ClosingTimes()
         self._paces: dict[Sequence, _Pace] = {}
         self._gathered = 0  # iterations in a row that waited for more slack
+        self._idle = 0  # iterations that left time in which no piece was thought to fit
         self._turn: Sequence | None = None  # the text of a whole training iteration under way
         self._since = 0  # iterations of inference since the last one
         self._iteration = 0.0  # running mean of their predicted seconds
@@ -189,6 +191,8 @@ class Coserver:
         if plan.spans and self._gathers(work, budget):
             return plan
         self._fill(plan, work, order, budget)
+        if inference is not None and order:
+            self._probe(plan, work, order, budget)
         if not plan.spans and not plan.backward and not plan.closing:
             # The smallest piece outlasts the quantum: nobody is here to mind.
             for trainee in order:
@@ -314,6 +318,18 @@ class Coserver:
             return False
         self._gathered += 1
         return True
+
+    def _probe(self, plan: Plan, work: Work, order: Items[Trainee], budget: float) -> None:
+        """Try the smallest piece where for long none was thought to fit although requests were in
+        time: a few slow iterations can have spoiled the prediction of all training, and without
+        any training nothing would ever correct it."""
+        if plan.backward or any(span.purpose is Purpose.TRAIN for span in plan.spans):
+            self._idle = 0
+        elif budget > self.latency.predict(work) * self.latency.safety:
+            self._idle += 1
+            if self._idle >= _PROBE:
+                self._idle = 0
+                self._add(plan, work, order[0], math.inf, smallest=True)
 
     # Whose turn it is.
 
