@@ -122,7 +122,7 @@ SETTINGS = {
         texts=(1024, 2048),
         residence=0.04,
         drain=False,
-        engine={"max_model_len": 8192, "memory_fraction": 0.8, "max_running": 384, "burst": 4.0},
+        engine={"max_model_len": 8192, "memory_fraction": 0.8, "max_running": 384, "burst": 2.5},
     ),
 }
 SETTINGS["tiny"] = Setting(

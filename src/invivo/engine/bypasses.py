@@ -338,6 +338,10 @@ class TrainBypass:
         view._virtual = virtual_rows(start, stop, segments, self.n_virtual)
         return view
 
+    def beside(self, layer: int, linear: str) -> bool:
+        """Whether a call for this map would change anything."""
+        return (layer, linear) in self._low_rank or (layer, linear) in self._scales
+
     def low_rank(self, layer: int, linear: str) -> Sequence[LowRank] | None:
         """The LoRAs beside a map; None where there is anything else, or nothing."""
         if (layer, linear) in self._scales:

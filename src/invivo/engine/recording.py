@@ -10,7 +10,7 @@ import torch
 from invivo.engine.packing import Part
 from invivo.engine.tape import Tape, output_parts
 from invivo.kernels.attention_backward import attention_lse
-from invivo.models.bypass import Bypass
+from invivo.models.bypass import LINEARS, Bypass
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder, Layer
 from invivo.models.mixers.attention import Attention
@@ -146,20 +146,31 @@ class _RecordingBypass:
         self._inner = inner
         self._pieces = pieces
         self._held = {key for piece in pieces for key in piece.tape.keys}
+        # Launches of a window are what a fast device waits for: no slice that nobody keeps.
+        names = {name for _, name in self._held}
+        self._before, self._behind = {}, {}
+        for linear in LINEARS:
+            parts = output_parts(decoder.config, linear)
+            self._before[linear] = [
+                (f"{name}.unscaled", cut) for name, cut in parts if f"{name}.unscaled" in names
+            ]
+            self._behind[linear] = [
+                (name, cut)
+                for name, cut in parts
+                if linear == "qkv" and not names.isdisjoint((name, f"{name}.inside"))
+            ]
         self.at: frozenset[str] = frozenset() if inner is None else inner.at
 
     def __call__(self, layer: int, linear: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        parts = output_parts(self._config, linear)
-        for name, cut in parts:
-            self._keep(layer, f"{name}.unscaled", y[:, cut])
+        for name, cut in self._before[linear]:
+            self._keep(layer, name, y[:, cut])
         if self._inner is not None:
             y = self._inner(layer, linear, x, y)
-        if linear == "qkv":
-            for name, cut in parts:
-                self._keep(layer, name, y[:, cut])
-                clip = self._config.qkv_clip
-                if clip is not None and (layer, f"{name}.inside") in self._held:
-                    self._write(layer, f"{name}.inside", y[:, cut].abs() <= clip)
+        for name, cut in self._behind[linear]:
+            self._keep(layer, name, y[:, cut])
+            clip = self._config.qkv_clip
+            if clip is not None and (layer, f"{name}.inside") in self._held:
+                self._write(layer, f"{name}.inside", y[:, cut].abs() <= clip)
         return y
 
     def rows(self, name: str, layer: int, value: torch.Tensor) -> torch.Tensor:

@@ -178,7 +178,8 @@ class Tape:
         if held is None:  # every row is written before any is read
             held = torch.empty(self.length, *shape, dtype=dtype, device=value.device)
             self.held[layer, name] = held
-        held[start : start + value.shape[0]] = value.reshape(-1, *shape)
+        rows = held.narrow(0, start, value.shape[0])
+        rows.copy_(value if value.shape == rows.shape else value.reshape(rows.shape))
 
     def take(self, layer: int, name: str, start: int, value: torch.Tensor) -> None:
         """:meth:`write` for a value that nobody changes any more: it is kept as it is, without a

@@ -39,6 +39,8 @@ class TrainingRows:
         if self._inner is not None:
             y = self._inner(layer, linear, x, y)
         for part in self._parts:
+            if not part.bypass.beside(layer, linear):
+                continue
             mine = slice(part.start, part.stop)
             before = y[mine]
             after = part.bypass(layer, linear, x[mine], before)
