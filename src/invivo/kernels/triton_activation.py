@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from invivo.kernels.rounding import ceil_div
+
 KINDS = {
     "silu": 0, "swish": 0, "gelu_tanh": 1, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2,
     "relu": 3, "relu2": 4,
@@ -91,7 +93,7 @@ def gated_activation_backward_triton(
     assert dy.is_contiguous()
     assert gate.stride(1) == up.stride(1) == out.stride(1) == 1
     if n_rows:
-        _gated_backward_kernel[(n_rows, triton.cdiv(width, BLOCK))](
+        _gated_backward_kernel[(n_rows, ceil_div(width, BLOCK))](
             dy, gate, up, dy, out, dy.stride(0), gate.stride(0), up.stride(0), out.stride(0),
             WIDTH=width, KIND=KINDS[kind], N=BLOCK, num_warps=4,
         )  # fmt: skip
@@ -103,7 +105,7 @@ def gated_activation_triton(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     n_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((n_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if n_rows:
-        _gated_kernel[(n_rows, triton.cdiv(width, BLOCK))](
+        _gated_kernel[(n_rows, ceil_div(width, BLOCK))](
             gate_up, out, gate_up.stride(0), WIDTH=width, KIND=KINDS[kind], N=BLOCK, num_warps=4
         )
     return out

@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from invivo.kernels.paging import PagedLayout
+from invivo.kernels.rounding import ceil_div, power_of_2
 from invivo.kernels.triton_pages import gather_pages
 
 # Score of a hidden key. Finite, so that a row whose first blocks are all hidden stays a number;
@@ -65,7 +66,7 @@ def decode_tile(head_dim: int, dtype: torch.dtype) -> Tile:
 
 def n_splits_for(n_rows: int, n_groups: int) -> int:
     """Splits of the keys of one decode: enough programs to fill the device."""
-    return max(1, min(MAX_SPLITS, triton.cdiv(PROGRAMS, n_rows * n_groups)))
+    return max(1, min(MAX_SPLITS, ceil_div(PROGRAMS, n_rows * n_groups)))
 
 
 @triton.jit
@@ -376,7 +377,7 @@ def _common(
         "N_GROUPS": n_groups,
         "REPEAT": q.shape[1] // n_groups,
         "D": head_dim,
-        "D_PAD": max(16, triton.next_power_of_2(head_dim)),
+        "D_PAD": max(16, power_of_2(head_dim)),
         "BLOCK_SIZE": layout.block_size,
         "WINDOW": window or 0,
         "SOFTCAP": softcap is not None,
@@ -412,7 +413,7 @@ def _attend_spans(
             TensorDescriptor.from_tensor(rows.view(len(rows), -1), [tile.n, dims])
             for rows in (k_rows, v_rows)
         )
-    repeat_pad = triton.next_power_of_2(n_heads // n_groups)
+    repeat_pad = power_of_2(n_heads // n_groups)
     block_m = max(tile.m, repeat_pad)
     grid = ((n_rows - first) // (block_m // repeat_pad) + n_spans, n_groups)
     _span_kernel[grid](
@@ -446,7 +447,7 @@ def _attend_decodes(
     _decode_kernel[(n_rows, n_groups, n_splits)](
         q, k_cache, v_cache, out, partial, partial_lse, layout.kv_len, layout.block_table,
         scale, softcap, q.stride(0), layout.block_table.stride(0),
-        BLOCK_M=max(tile.m, triton.next_power_of_2(n_heads // n_groups)), BLOCK_N=tile.n,
+        BLOCK_M=max(tile.m, power_of_2(n_heads // n_groups)), BLOCK_N=tile.n,
         SPLIT=n_splits > 1, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
     if n_splits > 1:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from invivo.kernels.attention_backward import gather_rows
+from invivo.kernels.rounding import ceil_div, power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Programs to aim at: a few for each of the 132 multiprocessors of an H200.
@@ -224,7 +225,7 @@ def attention_backward_triton(
         "N_HEADS": n_heads,
         "REPEAT": repeat,
         "D": head_dim,
-        "D_PAD": max(16, triton.next_power_of_2(head_dim)),
+        "D_PAD": max(16, power_of_2(head_dim)),
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "WINDOW": window or 0,
@@ -240,7 +241,7 @@ def attention_backward_triton(
     if z is not None:
         z = _by_rows(z)
         dq = torch.empty((n_rows, n_heads, head_dim), dtype=q.dtype, device=q.device)
-        _query_kernel[(triton.cdiv(n_rows, tile.m), n_heads)](
+        _query_kernel[(ceil_div(n_rows, tile.m), n_heads)](
             q, k, v, z, dz, dq, lse, delta, scale, cap, start, n_rows,
             q.stride(0), dz.stride(0), z.stride(0), **common,
         )  # fmt: skip
@@ -248,7 +249,7 @@ def attention_backward_triton(
         return dq
     assert dk is None or z is not None, "the gradient of keys reads z"
     n_keys = stop - low
-    tiles = triton.cdiv(n_keys, tile.n)
+    tiles = ceil_div(n_keys, tile.n)
     each = repeat if tiles * n_groups >= PROGRAMS else 1
     into = [None if total is None else total[low:stop] for total in (dk, dv)]
     sums = into

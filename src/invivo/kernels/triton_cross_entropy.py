@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from invivo.kernels.rounding import power_of_2
+
 BLOCK = 4096
 
 
@@ -80,6 +82,6 @@ def label_logprobs_triton(
             logits, labels, logprobs if weights is None else weights, logprobs,
             1.0 if softcap is None else softcap, logits.stride(0),
             VOCABULARY=vocabulary, SOFTCAP=softcap is not None, WEIGHTED=weights is not None,
-            GRADIENT=gradient, N=min(BLOCK, triton.next_power_of_2(vocabulary)), num_warps=8,
+            GRADIENT=gradient, N=min(BLOCK, power_of_2(vocabulary)), num_warps=8,
         )  # fmt: skip
     return logprobs

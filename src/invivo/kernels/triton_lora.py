@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from invivo.kernels.rounding import ceil_div, power_of_2
+
 # Up to this many rows each reads its own matrices.
 ROWS_EACH = 256
 # Elements of A, and of B, that a program reads: their width is this over the rank.
@@ -177,7 +179,7 @@ def lora_add_triton(
     n_rows, d_in = x.shape
     n_slots, rank, _ = a.shape
     d_out = y.shape[1]
-    rank_pad = max(16, triton.next_power_of_2(rank))
+    rank_pad = max(16, power_of_2(rank))
     assert y.stride(1) == 1
     assert a.is_contiguous()
     assert b.is_contiguous()
@@ -185,28 +187,28 @@ def lora_add_triton(
         return y
     if n_rows <= ROWS_EACH:
         width = max(16, SHRINK_SIZE // rank_pad)
-        pieces = triton.cdiv(d_in, width)
+        pieces = ceil_div(d_in, width)
         partial = torch.empty((n_rows, pieces, rank), dtype=torch.float32, device=x.device)
         _shrink_rows_kernel[(n_rows, pieces)](
             x, a, index, partial, n_slots, x.stride(0),
             D_IN=d_in, RANK=rank, RANK_PAD=rank_pad, WIDTH=width, num_warps=4,
         )  # fmt: skip
         width = max(16, EXPAND_SIZE // rank_pad)
-        _expand_rows_kernel[(n_rows, triton.cdiv(d_out, width))](
+        _expand_rows_kernel[(n_rows, ceil_div(d_out, width))](
             y, b, index, partial, n_slots, pieces, y.stride(0),
             D_OUT=d_out, RANK=rank, RANK_PAD=rank_pad, WIDTH=width,
-            PIECES_PAD=triton.next_power_of_2(pieces), num_warps=4,
+            PIECES_PAD=power_of_2(pieces), num_warps=4,
         )  # fmt: skip
         return y
     upcast = x.device.type == "cpu" and x.dtype == torch.bfloat16  # for the interpreter
     shrunk = torch.empty((n_rows, rank), dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(n_rows, TILE_ROWS)
+    tiles = ceil_div(n_rows, TILE_ROWS)
     _shrink_tile_kernel[(tiles,)](
         x, a, index, shrunk, n_rows, n_slots, x.stride(0),
         D_IN=d_in, RANK=rank, RANK_PAD=rank_pad, ROWS=TILE_ROWS, WIDTH=128,
         UPCAST=upcast, num_warps=4, num_stages=3,
     )  # fmt: skip
-    _expand_tile_kernel[(tiles, triton.cdiv(d_out, TILE_WIDTH))](
+    _expand_tile_kernel[(tiles, ceil_div(d_out, TILE_WIDTH))](
         y, b, index, shrunk, n_rows, n_slots, y.stride(0),
         D_OUT=d_out, RANK=rank, RANK_PAD=rank_pad, ROWS=TILE_ROWS, WIDTH=TILE_WIDTH,
         UPCAST=upcast, num_warps=4,

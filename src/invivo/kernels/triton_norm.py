@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from invivo.kernels.rounding import power_of_2
+
 
 @triton.jit
 def _rms_norm_kernel(
@@ -49,7 +51,7 @@ def rms_norm_triton(
     normed = torch.empty_like(rows, memory_format=torch.contiguous_format)
     before = rows if residual is None else residual.reshape(-1, width)
     total = rows if residual is None else torch.empty_like(normed)
-    width_pad = triton.next_power_of_2(width)
+    width_pad = power_of_2(width)
     if rows.shape[0]:
         _rms_norm_kernel[(rows.shape[0],)](
             rows, before, weight, normed, total, rows.stride(0), before.stride(0), eps,
@@ -96,7 +98,7 @@ def rms_norm_backward_triton(
     dy_rows, rows = dy.reshape(-1, width), x.reshape(-1, width)
     added = rows if beside is None else beside.reshape(-1, width)
     dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    width_pad = triton.next_power_of_2(width)
+    width_pad = power_of_2(width)
     if rows.shape[0]:
         _rms_norm_backward_kernel[(rows.shape[0],)](
             dy_rows, rows, weight, added, dx,

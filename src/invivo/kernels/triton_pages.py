@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from invivo.kernels.paging import PagedLayout
+from invivo.kernels.rounding import power_of_2
 
 
 @triton.jit(
@@ -78,7 +79,7 @@ def gather_pages(
         k_cache, v_cache, k_rows, v_rows, layout.kv_len[first:], layout.block_table[first:],
         starts, layout.block_table.stride(0),
         N_GROUPS=n_groups, D=head_dim, D_PAD=head_dim_pad,
-        GROUPS_PAD=triton.next_power_of_2(n_groups), BLOCK_SIZE=layout.block_size, ALIGN=align,
+        GROUPS_PAD=power_of_2(n_groups), BLOCK_SIZE=layout.block_size, ALIGN=align,
         num_warps=8,
     )  # fmt: skip
     return k_rows, v_rows, starts

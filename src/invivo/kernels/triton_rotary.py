@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from invivo.kernels.rounding import ceil_div, power_of_2
+
 HEADS_EACH = 8
 
 
@@ -89,12 +91,12 @@ def rotate_and_store_triton(
     assert v_cache.is_contiguous()
     rest = head_dim - 2 * half
     if n_rows:
-        _rotate_and_store_kernel[(n_rows, triton.cdiv(n_heads + 2 * n_groups, HEADS_EACH))](
+        _rotate_and_store_kernel[(n_rows, ceil_div(n_heads + 2 * n_groups, HEADS_EACH))](
             q, k, v, cos, sin, positions, k_cache, v_cache, slots,
             q.stride(0), k.stride(0), v.stride(0),
             N_HEADS=n_heads, N_GROUPS=n_groups, D=head_dim,
-            HALF=half, HALF_PAD=triton.next_power_of_2(half),
-            REST_PAD=triton.next_power_of_2(rest) if rest else 0,
+            HALF=half, HALF_PAD=power_of_2(half),
+            REST_PAD=power_of_2(rest) if rest else 0,
             HEADS_EACH=HEADS_EACH, num_warps=2,
         )  # fmt: skip
     return q
@@ -142,9 +144,9 @@ def turn_heads_triton(
     assert x.stride()[1:] == out.stride()[1:] == (head_dim, 1)
     half = cos.shape[1]
     rest = head_dim - 2 * half
-    _turn_kernel[(n_rows, triton.cdiv(n_heads, HEADS_EACH))](
+    _turn_kernel[(n_rows, ceil_div(n_heads, HEADS_EACH))](
         x, out, cos, sin, positions, x.stride(0), out.stride(0), -1.0 if backward else 1.0,
-        N_HEADS=n_heads, D=head_dim, HALF=half, HALF_PAD=triton.next_power_of_2(half),
-        REST_PAD=triton.next_power_of_2(rest) if rest else 0,
+        N_HEADS=n_heads, D=head_dim, HALF=half, HALF_PAD=power_of_2(half),
+        REST_PAD=power_of_2(rest) if rest else 0,
         HEADS_EACH=HEADS_EACH, num_warps=2,
     )  # fmt: skip
