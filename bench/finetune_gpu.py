@@ -538,7 +538,8 @@ class Job:
     @staticmethod
     def least_tape(decoder: Decoder, length: int) -> int:
         """Bytes of the smallest tape: with what a refusal names."""
-        from invivo.engine.memory_plan import differentiate, levels_of
+        from invivo.engine.graph_pruning import differentiate
+        from invivo.engine.tape_budget import Budgets
         from invivo.engine.trainable import Trainable
         from invivo.engine.training_graph import build_graph
 
@@ -546,8 +547,7 @@ class Job:
         graph = build_graph(
             decoder.config, [Trainable("lora", ("down",), RANK)], length=1, dtype=dtype
         )
-        levels = levels_of(graph, differentiate(graph))
-        return -(-min(sum(bits.values()) for bits in levels.bits) * length // 8)
+        return -(-Budgets(decoder.config, graph, differentiate(graph)).least_bits * length // 8)
 
     def run_again(self) -> dict[str, int]:
         """How many layers' backward runs each map again."""

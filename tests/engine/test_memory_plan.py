@@ -16,14 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tiny import tiny_hf_model
 
+from invivo.engine.graph_pruning import Gradient, Kept, choose_kept, differentiate
 from invivo.engine.memory_plan import (
     HEAD_CHUNK,
-    Gradient,
-    Kept,
     MemoryPlan,
     Row,
-    choose_kept,
-    differentiate,
     plan_activations,
 )
 from invivo.engine.min_cut import cheapest_kept

@@ -24,7 +24,10 @@ from tests.engine.fine_tuning import (
 from tests.models.pages import Pages, Text
 
 from invivo.engine.bypasses import BypassSpec, n_virtual
-from invivo.engine.memory_plan import differentiate, levels_of, plan_activations
+from invivo.engine.graph_pruning import differentiate
+from invivo.engine.memory_plan import plan_activations
+from invivo.engine.tape import Entry, Tape, TapePlan
+from invivo.engine.tape_budget import Budgets
 from invivo.engine.train_sequence import TrainSequence, next_token_labels
 from invivo.engine.trainable import Trainable
 from invivo.engine.training_graph import build_graph
@@ -112,8 +115,8 @@ def tape_bytes(
     if input_gradients and all(each.kind != "soft_prompt" for each in trainables):
         trainables = [*trainables, Trainable("soft_prompt", size=1)]
     graph = build_graph(config, trainables, length=1, dtype="float64")
-    totals = [sum(bits.values()) for bits in levels_of(graph, differentiate(graph)).bits]
-    bits = totals[-1] + budget * (totals[0] - totals[-1])
+    budgets = Budgets(config, graph, differentiate(graph))
+    bits = budgets.least_bits + budget * (budgets.most_bits - budgets.least_bits)
     return math.ceil(bits / 8 * max(len(doc.tokens) for doc in documents))
 
 
@@ -122,6 +125,15 @@ def tape_bytes(
 def test_a_tape_of_any_size_gives_the_same_gradients(model: str, bypass: str) -> None:
     check(model, bypass, "tape", "layer", seed=8, budget=0.0)
     check(model, bypass, "tape", "window", seed=9, budget=0.45)
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.15, 0.3, 0.6, 0.85])
+@pytest.mark.parametrize("model", ["llama", "qwen3", "gemma2"])
+def test_whatever_a_budget_lets_run_again_gives_the_same_gradients(
+    model: str, budget: float
+) -> None:
+    check(model, "lora all", "tape", "layer", seed=3, budget=budget)
+    check(model, "lora down", "tape", "window", seed=4, lengths=(7, 12), budget=budget)
 
 
 @pytest.mark.parametrize("bypass", BYPASSES)
@@ -202,6 +214,65 @@ def test_windows_of_one_row_and_of_all_rows(mode: Mode, order: Order) -> None:
         assert trainer.done(sequence)
         for name, got in take_gradients(parameters).items():
             assert_close(got, wanted[name], name)
+
+
+@pytest.mark.parametrize(
+    ("model", "bypass"),
+    [("llama", bypass) for bypass in BYPASSES]
+    + [(model, "lora all") for model in CONFIGS]
+    + [(model, "several") for model in CONFIGS],
+)
+def test_a_text_that_ran_in_one_piece_in_inference_mode(model: str, bypass: str) -> None:
+    """As the engine runs it: the tape takes the forward's own tensors."""
+    config = CONFIGS[model]
+    specs = suited(config, BYPASSES[bypass])
+    decoder = random_decoder(model)
+    parameters = random_parameters(config, specs)
+    doc = random_document(config, 9, seed=3, n_virtual=n_virtual(specs))
+    _, wanted, _ = one_shot(decoder, specs, parameters, [doc])
+    for budget in (None, 0.4):
+        pages = Pages(decoder)
+        trainer = WindowTrainer(
+            decoder,
+            pages.cache,
+            specs,
+            parameters,
+            order="layer",
+            tape_bytes=tape_bytes(trainables_of(specs), config, [doc], False, budget),
+        )
+        sequence, text = fresh(doc, pages)
+        trainer.begin(sequence)
+        n = sequence.length
+        with torch.inference_mode():
+            run_flat(trainer, pages, sequence, [(text, n)], text, 0, n)
+        while (unit := trainer.next_unit(sequence, n)) is not None:
+            trainer.run(sequence, unit)
+        for name, got in take_gradients(parameters).items():
+            assert_close(got, wanted[name], name)
+
+
+def test_a_tape_takes_a_whole_tensor_as_it_is_and_copies_any_other() -> None:
+    half = Entry((4,), "float32")
+    plan = TapePlan({(0, name): half for name in ("mlp.gate", "mlp.up", "resid.mid")})
+    product = torch.randn(3, 8)
+    gate, up = product.chunk(2, dim=-1)
+    tape = Tape.of(plan, 3)
+    tape.take(0, "mlp.gate", 0, gate)
+    tape.take(0, "mlp.up", 0, up)
+    tape.take(0, "resid.mid", 0, up)  # its memory holds more
+    tape.take(0, "mlp.neuron", 0, up)  # not kept
+    assert tape.n_bytes == 3 * 3 * 4 * 4
+    shared = {name: tape.held[0, name].data_ptr() for _, name in tape.held}
+    assert shared["mlp.gate"] == gate.data_ptr()
+    assert shared["mlp.up"] == up.data_ptr()
+    assert shared["resid.mid"] != up.data_ptr()
+    part = torch.randn(2, 4)
+    tape = Tape.of(plan, 3)
+    tape.take(0, "resid.mid", 1, part)
+    tape.write(0, "resid.mid", 0, up[:1])
+    kept = tape.read(0, "resid.mid", 0, 3)
+    assert kept is not None
+    assert torch.equal(kept, torch.cat((up[:1], part)))
 
 
 @pytest.mark.parametrize(("mode", "order"), WAYS)

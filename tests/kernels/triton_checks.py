@@ -268,6 +268,22 @@ def test_attention_backward(
         assert relative_error(total.double() - old, new - old) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("programs", [1, 10_000])
+def test_sums_that_hold_nothing_yet_are_written(programs, monkeypatch):
+    monkeypatch.setattr(triton_attention_backward, "PROGRAMS", programs)
+    narrow, exact, sums = backward_case(37, 37, 4, 2, 16, torch.float32)
+    wanted = [torch.zeros_like(total, dtype=torch.float64) for total in sums]
+    attention_backward.attention_backward_reference(
+        *exact, scale=0.2, dk=wanted[0], dv=wanted[1], fresh=True
+    )
+    sums = [torch.full_like(total, torch.nan) for total in sums]
+    triton_attention_backward.attention_backward_triton(
+        *narrow, scale=0.2, dk=sums[0], dv=sums[1], fresh=True
+    )
+    for total, new in zip(sums, wanted, strict=True):
+        assert relative_error(total, new) < TOLERANCE[torch.float32]
+
+
 def test_attention_backward_of_values_alone():
     narrow, exact, (_, dv) = backward_case(40, 60, 4, 2, 32, torch.float32)
     expected = dv.double()

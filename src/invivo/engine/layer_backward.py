@@ -297,9 +297,7 @@ class _Window:
         weight, bias, packed = self.frozen(linear)
         parts = output_parts(self.config, linear)
         wanted = [
-            (name, cut)
-            for name, cut in parts
-            if self.runs_again(name) and not self.held(name) and not self.at_hand(name)
+            (name, cut) for name, cut in parts if self.runs_again(name) and not self.held(name)
         ]
         if len(wanted) == len(parts):
             y = linear_map(x, weight, bias, packed)
@@ -308,13 +306,6 @@ class _Window:
             name: linear_map(x, weight[cut], None if bias is None else bias[cut])
             for name, cut in wanted
         }
-
-    def at_hand(self, name: str) -> bool:
-        """Whether nobody asks for a key or value as its map gave it: the cache has the final one,
-        and only a norm's or a clip's gradient reads more."""
-        plain = name == "attn.v" or self.mixer.qk_norm == "none"
-        scaled = (self.index, name) in self.tape.plan.scaled
-        return name in ("attn.k", "attn.v") and plain and self.mixer.qkv_clip is None and not scaled
 
     def frozen(self, linear: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Matrix, bias and packed matrix of a map that may run again."""

@@ -10,15 +10,15 @@ special case. No torch in here.
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from invivo.engine.min_cut import cheapest_kept
+from invivo.engine.graph_pruning import Gradient, Kept, Pieces, choose_kept, differentiate
+from invivo.engine.tape_budget import Budgets
 from invivo.engine.trainable import Trainable
-from invivo.engine.training_graph import BITS, RULES, Graph, Op, Roles, Tensor, build_graph
+from invivo.engine.training_graph import BITS, RULES, Graph, Tensor, build_graph
 from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig
 
@@ -26,291 +26,6 @@ Verdict = Literal["kept", "rebuilt", "compressed", "dropped"]
 Held = Literal["tape", "cache", "window", ""]
 _RERUNNABLE = ("q", "k", "v", "o", "gate", "up", "attention")
 HEAD_CHUNK = 256  # rows whose logits exist at one time
-
-
-# --- the backward graph -------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class Gradient:
-    """A node of the backward graph: the gradient of one input or one parameter of one operation.
-
-    Attributes:
-        op: index of the operation in the graph.
-        of: key of the tensor, or name of the parameter.
-        is_param: which of the two.
-        reads: alternatives of forward tensors; any one set suffices.
-    """
-
-    op: int
-    of: str
-    is_param: bool
-    reads: tuple[frozenset[str], ...]
-
-
-def differentiate(graph: Graph, *, train_all: bool = False) -> list[Gradient]:
-    """The backward graph, pruned.
-
-    Reverse differentiation gives a node for each input and parameter of each operation. Nodes of
-    frozen parameters are deleted; then a gradient by an input survives only if some surviving
-    node reads it, which is when something trained lies upstream of that input. What remains reads
-    forward tensors by its rule.
-
-    Args:
-        train_all: treat every parameter as trained (what an unpruned tape must serve).
-    """
-    upstream: set[str] = set()  # tensors behind which something is trained
-    for op in graph.ops:
-        if any(p.trained or train_all for p in op.params) or upstream.intersection(op.inputs):
-            upstream.update(op.outputs)
-    nodes: list[Gradient] = []
-    for index in reversed(range(len(graph.ops))):
-        op = graph.ops[index]
-        rule = RULES[op.kind]
-        for i, key in enumerate(op.inputs):
-            roles = rule.inputs[min(i, len(rule.inputs) - 1)]
-            if roles is not None and key in upstream:
-                nodes.append(Gradient(index, key, False, _resolve(op, roles)))
-        for i, param in enumerate(op.params):
-            if param.trained or train_all:
-                roles = rule.params[min(i, len(rule.params) - 1)]
-                nodes.append(Gradient(index, param.name, True, _resolve(op, roles)))
-    return nodes
-
-
-def _resolve(op: Op, roles: Roles) -> tuple[frozenset[str], ...]:
-    """Roles as tensors of this operation."""
-
-    def tensor(role: str) -> str:
-        side = op.inputs if role.startswith("in") else op.outputs
-        return side[int(role.removeprefix("in").removeprefix("out"))]
-
-    return tuple(frozenset(tensor(role) for role in option) for option in roles)
-
-
-# --- what to keep -------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A set of tensors that serves every surviving gradient.
-
-    Attributes:
-        tape: tensors kept, without those that the key-value cache holds anyway.
-        cached: tensors read from that cache.
-        read: all tensors that gradients read, kept or rebuilt, by the alternatives chosen.
-    """
-
-    tape: frozenset[str]
-    cached: frozenset[str]
-    read: frozenset[str]
-
-
-def choose_kept(
-    graph: Graph,
-    nodes: Iterable[Gradient],
-    *,
-    rebuild: bool,
-    compress: bool,
-    rerun: Sequence[str] = (),
-    cache: bool = True,
-) -> Kept:
-    """The cheapest tensors that suffice.
-
-    The problem falls apart into pieces that share neither a cheap operation nor a choice between
-    alternatives (a layer has one to three); each is solved exactly, and layers of the same
-    structure only once.
-
-    Args:
-        rebuild: let cheap operations make tensors again.
-        compress: let one bit an element stand where a gradient reads no more.
-        rerun: frozen linear maps (or "attention") that may run again, as if they were cheap.
-        cache: keys and values in the engine's cache cost nothing.
-    """
-    wants = {node.reads for node in nodes}
-    if not compress:
-        wants = {
-            tuple(o for o in options if not any(graph.tensors[t].dtype == "bit" for t in o))
-            for options in wants
-        }
-    wants.discard((frozenset(),))
-    pieces = _Pieces()
-    for options in wants:
-        pieces.join(t for option in options for t in option)
-    made_from: dict[str, tuple[str, ...] | None] = dict.fromkeys(graph.tensors)
-    if rebuild:
-        for op in graph.ops:
-            if op.cheap or _runs_again(op, rerun):
-                for out in op.outputs:
-                    made_from[out] = op.inputs
-                    pieces.join((out, *op.inputs))
-    by_piece: dict[str, list[tuple[frozenset[str], ...]]] = defaultdict(list)
-    for options in wants:
-        members = [t for option in options for t in option]
-        if members:
-            by_piece[pieces.find(members[0])].append(options)
-    in_piece: dict[str, list[str]] = defaultdict(list)
-    for key in graph.tensors:
-        in_piece[pieces.find(key)].append(key)
-
-    tape: set[str] = set()
-    cached: set[str] = set()
-    read: set[str] = set()
-    solved: dict[object, tuple[list[int], list[int]]] = {}
-    for root, asked in by_piece.items():
-        keys = in_piece[root]
-        place = {key: i for i, key in enumerate(keys)}
-        cost = {k: 0 if cache and graph.tensors[k].cached else graph.tensors[k].bits for k in keys}
-        numbered = sorted(
-            tuple(tuple(sorted(place[t] for t in option)) for option in options)
-            for options in asked
-        )
-        origins = tuple(
-            None if (o := made_from[k]) is None else tuple(place[t] for t in o) for k in keys
-        )
-        signature = (tuple(cost.values()), origins, tuple(numbered))
-        if signature not in solved:
-            names = {k: made_from[k] for k in keys}
-            keep, used = _solve_piece(asked, names, cost)
-            solved[signature] = ([place[t] for t in keep], [place[t] for t in used])
-        keep_at, used_at = solved[signature]
-        for i in keep_at:
-            at_hand = cache and graph.tensors[keys[i]].cached
-            (cached if at_hand else tape).add(keys[i])
-        read.update(keys[i] for i in used_at)
-    return Kept(frozenset(tape), frozenset(cached), frozenset(read))
-
-
-def _solve_piece(
-    asked: list[tuple[frozenset[str], ...]],
-    made_from: dict[str, tuple[str, ...] | None],
-    cost: dict[str, int],
-) -> tuple[frozenset[str], frozenset[str]]:
-    """What to keep and what is read, over all combinations of alternatives."""
-    always = frozenset().union(*(options[0] for options in asked if len(options) == 1))
-    open_choices = [o for o in asked if not any(option <= always for option in o)]
-    best: tuple[int, int, frozenset[str], frozenset[str]] | None = None
-    for combination in itertools.product(*sorted(open_choices, key=_spelled)):
-        needed = always.union(*combination)
-        kept = cheapest_kept(sorted(needed), made_from, cost)
-        price = sum(cost[k] for k in kept)
-        # Of equally cheap choices the one that reads least.
-        weight = sum(cost[k] for k in needed)
-        if best is None or (price, weight) < best[:2]:
-            best = (price, weight, kept, needed)
-    assert best is not None
-    return best[2], best[3]
-
-
-def _runs_again(op: Op, places: Sequence[str]) -> bool:
-    if op.kind == "attention":
-        return "attention" in places
-    return op.kind == "linear" and op.params[0].name.removesuffix(".weight") in places
-
-
-# --- within a budget ----------------------------------------------------------------------------
-# What a layer may run again, from nothing to all but the last map. A kept number that a matrix
-# makes costs about the same arithmetic whichever matrix it is; attention grows with the length.
-LEVELS: tuple[tuple[str, ...], ...] = (
-    (),
-    ("up",),
-    ("gate", "up"),
-    ("q", "k", "v", "gate", "up"),
-    ("q", "k", "v", "o", "gate", "up"),
-    ("q", "k", "v", "o", "gate", "up", "attention"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Levels:
-    """What is kept at each of :data:`LEVELS`, and its bits a token by layer."""
-
-    kept: tuple[Kept, ...]
-    bits: tuple[dict[int, int], ...]
-
-    def within(self, graph: Graph, *, length: int, max_bytes: int) -> tuple[Kept, dict[int, int]]:
-        """The fastest tape of ``length`` tokens that fits, and the level of each layer.
-
-        All layers have one level, or the upper ones, which the backward lets go first, have the
-        one before.
-
-        Raises:
-            InvalidRequest: even the smallest does not fit.
-        """
-        totals = [_bytes(sum(bits.values()), length) for bits in self.bits]
-        fitting = [level for level, total in enumerate(totals) if total <= max_bytes]
-        if not fitting:
-            raise InvalidRequest(
-                f"a text of {length} tokens must keep at least {min(totals)} bytes",
-                field="tape_bytes",
-                given=max_bytes,
-                remedy="Allow more bytes, or train shorter texts",
-            )
-        level, last = fitting[0], max(self.bits[0])
-        chosen = dict.fromkeys(range(last + 1), level)
-        held = sum(self.bits[level].values())
-        for layer in reversed(range(last + 1)):
-            if level == 0:
-                break
-            held += self.bits[level - 1].get(layer, 0) - self.bits[level].get(layer, 0)
-            if _bytes(held, length) > max_bytes:
-                break
-            chosen[layer] = level - 1
-
-        def mine(layer: int, keys: frozenset[str]) -> set[str]:
-            return {key for key in keys if _owner(graph, key, last) == layer}
-
-        parts = [(layer, self.kept[at]) for layer, at in chosen.items()]
-        return Kept(
-            tape=frozenset().union(*(mine(layer, kept.tape) for layer, kept in parts)),
-            cached=frozenset().union(*(mine(layer, kept.cached) for layer, kept in parts)),
-            read=frozenset().union(*(mine(layer, kept.read) for layer, kept in parts)),
-        ), chosen
-
-
-def levels_of(graph: Graph, nodes: Sequence[Gradient]) -> Levels:
-    """Solve every level for the whole model."""
-    last = max(tensor.layer for tensor in graph.tensors.values()) + 1
-    kept, bits = [], []
-    for rerun in LEVELS:
-        kept.append(choose_kept(graph, nodes, rebuild=True, compress=True, rerun=rerun))
-        of_layer = dict.fromkeys(range(last + 1), 0)
-        for key in kept[-1].tape:
-            of_layer[_owner(graph, key, last)] += graph.tensors[key].bits
-        bits.append(of_layer)
-    return Levels(tuple(kept), tuple(bits))
-
-
-def _owner(graph: Graph, key: str, last: int) -> int:
-    """The layer that reads a tensor: the stream after a layer belongs to the next one."""
-    tensor = graph.tensors[key]
-    if tensor.layer < 0:
-        return 0 if tensor.name.startswith("embed") else last
-    return tensor.layer + 1 if tensor.name.startswith("resid.post") else tensor.layer
-
-
-def _spelled(options: tuple[frozenset[str], ...]) -> list[list[str]]:
-    return sorted(sorted(option) for option in options)
-
-
-class _Pieces:
-    """Union of tensors that must be decided together."""
-
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
-
-    def find(self, key: str) -> str:
-        root = key
-        while (up := self._parent.setdefault(root, root)) != root:
-            root = up
-        while self._parent[key] != root:
-            self._parent[key], key = root, self._parent[key]
-        return root
-
-    def join(self, keys: Iterable[str]) -> None:
-        first: str | None = None
-        for key in keys:
-            root = self.find(key)
-            if first is None:
-                first = root
-            else:
-                self._parent[root] = first
 
 
 # --- working memory of a backward pass -----------------------------------------------------------
@@ -322,7 +37,7 @@ def working_bits(graph: Graph, nodes: Sequence[Gradient], held: Kept, dtype: str
     kernel are not counted.
     """
     producers = graph.producers()
-    same = _Pieces()
+    same = Pieces()
     for op in graph.ops:
         if op.kind in ("add", "shift", "rope", "cast"):
             same.join((op.outputs[0], *op.inputs))
@@ -505,7 +220,7 @@ def plan_activations(
         rerun: frozen maps among q, k, v, o, gate, up, and attention, that the backward runs
             again where that saves memory: a smaller tape for more arithmetic.
         tape_bytes: most bytes of the tape; what runs again is then chosen layer by layer instead
-            (:data:`LEVELS`).
+            (:mod:`invivo.engine.tape_budget`).
         adapter_dtype: in which the plain-code comparison (``Totals.naive``, ``frozen``) runs its
             bypasses; this engine's run in ``dtype``.
 
@@ -546,7 +261,7 @@ def plan_activations(
     elif tape_bytes is None:
         final = choose_kept(graph, nodes, rebuild=True, compress=True, rerun=rerun)
     else:
-        final, _ = levels_of(graph, nodes).within(graph, length=length, max_bytes=tape_bytes)
+        final, _ = Budgets(config, graph, nodes).within(length=length, max_bytes=tape_bytes)
 
     def tape(keys: Iterable[str]) -> int:
         return _bytes(sum(graph.tensors[k].bits for k in keys), length)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from invivo.engine.memory_plan import LEVELS, Kept, Levels, choose_kept, differentiate, levels_of
+from invivo.engine.graph_pruning import Kept, choose_kept, differentiate
+from invivo.engine.tape_budget import Budgets
 from invivo.engine.trainable import Trainable
 from invivo.engine.trained_hooks import TrainedHooks
 from invivo.engine.training_graph import build_graph
@@ -74,14 +75,14 @@ class TapePlanner:
         self._graph = build_graph(config, trainables, length=1, dtype=name_of[dtype])
         nodes = differentiate(self._graph)
         self._max_bytes = max_bytes
-        self._levels: Levels | None = None
+        self._budgets: Budgets | None = None
         self._whole: TapePlan | None = None
         self._planned: dict[int, TapePlan] = {}
         if max_bytes is None:
             kept = choose_kept(self._graph, nodes, rebuild=True, compress=True)
             self._whole = self._plan(kept, {})
         else:
-            self._levels = levels_of(self._graph, nodes)
+            self._budgets = Budgets(config, self._graph, nodes)
 
     def plan(self, length: int) -> TapePlan:
         """For a sequence of ``length`` rows: the tensors of the memory plan, without the loss's
@@ -95,15 +96,15 @@ class TapePlanner:
         """
         if self._whole is not None:
             return self._whole
-        assert self._levels is not None
+        assert self._budgets is not None
         assert self._max_bytes is not None
         if length not in self._planned:
             self._planned[length] = self._plan(
-                *self._levels.within(self._graph, length=length, max_bytes=self._max_bytes)
+                *self._budgets.within(length=length, max_bytes=self._max_bytes)
             )
         return self._planned[length]
 
-    def _plan(self, kept: Kept, levels: dict[int, int]) -> TapePlan:
+    def _plan(self, kept: Kept, rerun: dict[int, frozenset[str]]) -> TapePlan:
         graph = self._graph
         final = {op.inputs[0] for op in graph.ops if op.kind == "attention"}
         entries = {}
@@ -118,7 +119,6 @@ class TapePlanner:
             for tensor in graph.tensors.values()
             if tensor.name.endswith(".unscaled")
         }
-        rerun = {layer: frozenset(LEVELS[level]) for layer, level in levels.items()}
         return TapePlan(entries, rerun, frozenset(scaled))
 
 
