@@ -22,7 +22,8 @@ from invivo.edits.blobs import Blobs
 from invivo.edits.program import parse_program
 from invivo.edits.resolve import resolve
 from invivo.engine.engine import Engine
-from invivo.engine.graphs import DecodeGraphs, Piece, cuts_of
+from invivo.engine.graphs import DecodeGraphs, Piece
+from invivo.engine.step_cuts import cuts_of
 from invivo.engine.types import Intervention
 
 N_NEW = 5

@@ -188,6 +188,35 @@ def change_together(
     return new
 
 
+def write_affine(
+    do: str,
+    ref: SiteRef,
+    kept: torch.Tensor,
+    factor: torch.Tensor,
+    shift: torch.Tensor,
+    rows: Sequence[int],
+    by: Sequence[torch.Tensor],
+) -> None:
+    """One operation of :data:`TOGETHER` as ``(x where kept, else 0) * factor + shift``.
+
+    Args:
+        ref: the heads and numbers, the same for all.
+        kept, factor, shift: [T, ...], of which the part named is written: True, 1 and -0.0 before.
+        rows, by: as for :func:`change_together`.
+    """
+    index = _index(factor, rows, ref)
+    part = factor[index]
+    other = torch.stack([b.expand(part.shape[1:]) for b in by])
+    match do:
+        case "scale":
+            factor[index] = other
+        case "add":
+            shift[index] = other
+        case _:
+            shift[index] = other
+            kept[index] = False
+
+
 def _changed(
     touch: Touch,
     x: torch.Tensor,

@@ -10,12 +10,10 @@ import torch
 from invivo.edits.apply import change_together
 from invivo.edits.site_names import SiteRef
 from invivo.engine.kept_rows import KeptRows
-from invivo.engine.run_edits import OPEN_SITES, STATE_SITES, RunEdits
+from invivo.engine.run_edits import LOGITS, OPEN_SITES, STATE_SITES, RunEdits
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
 from invivo.models.sites import KeyShare, Taps
-
-LOGITS = ("logits", -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +70,15 @@ class EditTaps:
 
     Args:
         inner: taps of training rows in the same batch; they see what the model goes on with.
+        elsewhere: sites at which somebody else does what the runs ask for.
     """
 
     def __init__(
-        self, config: ModelConfig, spans: Sequence[EditedSpan], inner: Taps | None = None
+        self,
+        config: ModelConfig,
+        spans: Sequence[EditedSpan],
+        inner: Taps | None = None,
+        elsewhere: Collection[tuple[str, int]] = (),
     ) -> None:
         self._inner = inner
         self._at: dict[tuple[str, int], list[EditedSpan]] = {}
@@ -85,6 +88,8 @@ class EditTaps:
         self._logits: list[EditedSpan] = []
         for span in spans:
             for site, layer in span.edits.keys(span.window):
+                if (site, layer) in elsewhere:
+                    continue
                 if (site, layer) == LOGITS:
                     self._logits.append(span)
                 elif site in OPEN_SITES:

@@ -6,26 +6,30 @@ replay: tokens, positions, slots, lengths, block tables, adapter slots. Rows bey
 their keys to block 0, which belongs to nobody.
 
 Steps in which programs act are cut into pieces where they act, each a graph, captured when first
-needed; only layers that are touched inside run kernel by kernel.
+needed (``step_cuts.py``). Changes by constants are part of a piece: it reads them from tables, so
+that any program's row may be any row. Only layers in which more happens run kernel by kernel.
 """
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from invivo.engine.adapters import AdapterStore
+from invivo.engine.edit_tables import Change, EditTables
+from invivo.engine.step_cuts import Cuts, Key, Segment, cuts_of, segments
 from invivo.kernels.paging import PagedLayout
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder
 from invivo.models.sites import Taps, offer
 
 _MOST_PARTS = 64  # graphs of parts of a step that are kept
+_LASTING = 24  # steps cut in the same way before their pieces are captured as few
+_MOST_COUNTED = 256  # ways of cutting a step that are counted
 
 SIZES = (1, 2, 4, 8, *range(16, 257, 8))
 
@@ -57,39 +61,11 @@ class _Key(NamedTuple):
     last: int
     embeds: bool  # begins with the embedding; otherwise with what ``residual`` holds
     ends: bool  # gives final states and logits; otherwise ``residual`` holds what comes of it
+    tabled: tuple[Key, ...] = ()  # sites at which it applies tables
 
 
-@dataclass(frozen=True, slots=True)
-class _Cuts:
-    """How a step with taps is cut: pieces that are replayed, and layers that are not.
-
-    Attributes:
-        bounds: layers before which a piece or a layer begins, 0 first, the number of layers last.
-        opened: layers that run kernel by kernel, because something inside them is touched.
-        offered: bounds at which the residual stream is touched.
-    """
-
-    bounds: list[int]
-    opened: frozenset[int]
-    offered: frozenset[int]
-    final: bool  # whether something behind the last layer is touched
-
-
-def cuts_of(touched: Collection[tuple[str, int]], n_layers: int) -> _Cuts:
-    """Where a step is cut whose taps want the sites ``touched``."""
-    opened, offered, final = set(), set(), False
-    for site, layer in touched:
-        if site == "embed.out":
-            offered.add(0)
-        elif layer < 0:
-            final = True
-        elif site in ("resid.pre", "resid.post"):
-            offered.add(layer + (site == "resid.post"))
-        else:
-            opened.add(layer)
-    final = final or n_layers in offered or n_layers - 1 in opened
-    bounds = {0, n_layers} | offered | opened | {layer + 1 for layer in opened}
-    return _Cuts(sorted(bounds), frozenset(opened), frozenset(offered), final)
+class TablesRefused(Exception):
+    """A piece that applies tables cannot be captured."""
 
 
 class DecodeGraphs:
@@ -138,7 +114,9 @@ class DecodeGraphs:
             state_slots=long(rows),
             residual=decoder.embed.new_zeros(rows, decoder.config.d_model),
         )
+        self.tables = EditTables(decoder.config, rows, decoder.embed)
         self._captured: dict[_Key, Piece] = {}
+        self._lasted: dict[object, int] = {}
         self._generation = -1
         self._pool = torch.cuda.graph_pool_handle() if cache.k.is_cuda else None
 
@@ -173,9 +151,10 @@ class DecodeGraphs:
         self,
         tokens: torch.Tensor,
         layout: PagedLayout,
-        taps: Taps,
-        touched: Collection[tuple[str, int]],
+        taps: Taps | None,
+        touched: Collection[Key],
         adapters: torch.Tensor | None = None,
+        tabled: Mapping[Key, Sequence[Change]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Final states [T, d] and logits [T, V] of T decode rows, valid until the next run.
 
@@ -184,18 +163,32 @@ class DecodeGraphs:
 
         Args:
             touched: the sites that ``taps`` want.
+            tabled: changes by constants at other sites, see :func:`tabled_sites`.
+
+        Raises:
+            TablesRefused: a piece with tables could not be captured; nothing has run.
         """
         decoder, b, n_rows = self._decoder, self._buffers, layout.n_rows
-        n_layers = decoder.config.n_layers
         size = self._size_of(layout)
-        cuts = cuts_of(touched, n_layers)
+        cuts = cuts_of(touched, decoder.config.n_layers)
         embeds = not (0 in cuts.offered or 0 in cuts.opened)
+        tabled = {} if tabled is None else tabled
+        if self.tables.make_room(tabled):
+            for old in [old for old in self._captured if old.tabled]:
+                del self._captured[old]
+        parts = self._parts(size, cuts, tabled, adapters is not None)
         pieces = {}
-        for first, last in itertools.pairwise(cuts.bounds):
-            if first not in cuts.opened:
-                ends = last == n_layers and not cuts.final
-                key = _Key(size, adapters is not None, first, last, embeds and first == 0, ends)
-                pieces[first] = self._piece(key)  # captured before the buffers are filled
+        for part in parts:
+            if not part.opened:
+                key = self._key_of(part, size, adapters is not None, embeds, cuts)
+                try:
+                    pieces[part.first] = self._piece(key)  # captured before the buffers are filled
+                except Exception as error:
+                    if part.tabled:
+                        raise TablesRefused from error
+                    raise
+        for site, changes in tabled.items():
+            self.tables[site].fill(changes)
         self._fill(size, tokens, layout, adapters)
         bypass = None
         if adapters is not None:
@@ -204,30 +197,55 @@ class DecodeGraphs:
         residual = b.residual[:n_rows]
         if not embeds:
             x = decoder.embedded(tokens, layout.positions, bypass)
-            residual.copy_(offer(taps, "embed.out", -1, x))
+            residual.copy_(_offered(taps, "embed.out", -1, x))
         out: tuple[torch.Tensor, ...] = ()
-        for first, last in itertools.pairwise(cuts.bounds):
-            if first in cuts.opened:
+        for part in parts:
+            first = part.first
+            if part.opened:
                 pending, x = decoder.run_layers(
                     residual,
                     layout,
-                    self._cache.layers[first:last],
+                    self._cache.layers[first : part.last],
                     first=first,
-                    last=last,
+                    last=part.last,
                     bypass=bypass,
                     taps=taps,
                 )
                 residual.copy_(x if pending is None else x + pending)
                 continue
             if first in cuts.offered:
-                x = residual if first == 0 else offer(taps, "resid.post", first - 1, residual)
-                residual.copy_(offer(taps, "resid.pre", first, x))
+                x = residual if first == 0 else _offered(taps, "resid.post", first - 1, residual)
+                x = _offered(taps, "resid.pre", first, x)
+                if x is not residual:
+                    residual.copy_(x)
             out = pieces[first]()
         if not cuts.final:
             hidden, logits = out
             return hidden[:n_rows], logits[:n_rows]
         hidden = decoder.finished(None, residual, taps)
         return hidden, decoder.logits(hidden)
+
+    def _parts(
+        self, size: int, cuts: Cuts, tabled: Collection[Key], with_adapters: bool
+    ) -> tuple[Segment, ...]:
+        """How a step is cut: into few pieces once its like has come often enough."""
+        n_layers = self._decoder.config.n_layers
+        parts = segments(cuts, tabled, n_layers, merged=False)
+        if not tabled:
+            return parts
+        way = (size, with_adapters, parts)
+        count = self._lasted.pop(way, 0) + 1
+        self._lasted[way] = count  # the newest last
+        if len(self._lasted) > _MOST_COUNTED:
+            del self._lasted[next(iter(self._lasted))]
+        return segments(cuts, tabled, n_layers, merged=True) if count > _LASTING else parts
+
+    def _key_of(
+        self, part: Segment, size: int, with_adapters: bool, embeds: bool, cuts: Cuts
+    ) -> _Key:
+        ends = part.last == self._decoder.config.n_layers and not cuts.final
+        first, last = part.first, part.last
+        return _Key(size, with_adapters, first, last, embeds and first == 0, ends, part.tabled)
 
     def _size_of(self, layout: PagedLayout) -> int:
         return self._sizes[bisect_left(self._sizes, layout.n_rows)]
@@ -255,6 +273,10 @@ class DecodeGraphs:
     def _whole(self, size: int, *, with_adapters: bool) -> _Key:
         return _Key(size, with_adapters, 0, self._decoder.config.n_layers, True, True)
 
+    def _whole_of(self, key: _Key) -> _Key:
+        """The graph of whole untouched steps like those that ``key`` is a part of."""
+        return self._whole(key.size, with_adapters=key.with_adapters)
+
     def _piece(self, key: _Key) -> Piece:
         generation = self._adapters.generation if self._adapters is not None else 0
         if key.with_adapters and self._generation != generation:
@@ -264,7 +286,7 @@ class DecodeGraphs:
             self._generation = generation
         piece = self._captured.pop(key, None)
         if piece is None:
-            parts = [old for old in self._captured if not (old.embeds and old.ends)]
+            parts = [old for old in self._captured if old != self._whole_of(old)]
             if len(parts) >= _MOST_PARTS:
                 del self._captured[parts[0]]
             piece = self._capture(key)
@@ -279,6 +301,7 @@ class DecodeGraphs:
         b.kv_len.fill_(1)
         b.block_table.zero_()
         decoder, residual = self._decoder, b.residual[:size]
+        taps = self.tables.taps(key.tabled)
 
         def step() -> tuple[torch.Tensor, ...]:
             layout = PagedLayout(
@@ -304,10 +327,10 @@ class DecodeGraphs:
                 x = decoder.embedded(b.tokens[:size], layout.positions, bypass)
             memory = self._cache.layers[key.first : key.last]
             pending, x = decoder.run_layers(
-                x, layout, memory, first=key.first, last=key.last, bypass=bypass
+                x, layout, memory, first=key.first, last=key.last, bypass=bypass, taps=taps
             )
             if key.ends:
-                hidden = decoder.finished(pending, x)
+                hidden = decoder.finished(pending, x, taps)
                 return hidden, decoder.logits(hidden)
             residual.copy_(x if pending is None else x + pending)
             return ()
@@ -331,3 +354,7 @@ class DecodeGraphs:
             return results
 
         return replay
+
+
+def _offered(taps: Taps | None, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
+    return value if taps is None else offer(taps, site, layer, value)

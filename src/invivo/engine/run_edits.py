@@ -31,6 +31,8 @@ Key = tuple[str, int]
 OPEN_SITES = ("attn.head.score", "attn.head.prob")
 STATE_SITES = ("gla.head.memory", "gla.head.state")
 STATE_EDGE = "gla.edge"
+_FAR = 1 << 40  # longer than any text
+LOGITS: Key = ("logits", -1)
 _ROUTER = "moe.router"
 
 
@@ -40,6 +42,25 @@ class _Placed:
 
     touch: Touch
     at: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Steady:
+    """What a run does at a row that is alone in its window, the same from token ``start`` to
+    ``stop``.
+
+    Attributes:
+        alone: sites where all that happens is one change by a constant, which many runs can share
+            a launch for: the change, and by what.
+        other: sites where anything else happens.
+        opens: whether there are masks, position numbers or shares of keys besides.
+    """
+
+    start: int
+    stop: int
+    alone: Mapping[Key, tuple[Touch, torch.Tensor]]
+    other: frozenset[Key]
+    opens: bool
 
 
 class RunEdits:
@@ -97,9 +118,55 @@ class RunEdits:
         self.first_kept = min(needed, default=None)
         self.error: Exception | None = None
         self.spoiled = False
+        self._steady: Steady | None = None
+
+    def steady(self, token: int) -> Steady:
+        """What happens at a row of ``token`` alone; the same object while it stays the same."""
+        if self.spoiled:
+            return Steady(token, token + 1, {}, frozenset(), False)
+        found = self._steady
+        if found is None or not found.start <= token < found.stop:
+            found = self._steady = self._steady_from(token)
+        return found
+
+    def _steady_from(self, token: int) -> Steady:
+        window = range(token, token + 1)
+        alone: dict[Key, tuple[Touch, torch.Tensor]] = {}
+        other: set[Key] = set()
+        for key in self._keys:
+            touches = [p for p in self._touches.get(key, ()) if _meets(p.at, window)]
+            kept = any(_meets(rows.positions, window) for rows in self._kept.get(key, ()))
+            by = self._by(touches[0]) if len(touches) == 1 and not kept else None
+            if by is not None and key[0] != _ROUTER:
+                alone[key] = touches[0].touch, by
+            elif touches or kept:
+                other.add(key)
+        opens = bool(self._shares or self._hidden or self.numbered)
+        return Steady(token, self._next_change(token), alone, frozenset(other), opens)
+
+    def _by(self, placed: _Placed) -> torch.Tensor | None:
+        """By what a change acts that many runs can share a launch for; None: it is none."""
+        if placed.touch.do not in TOGETHER:
+            return None
+        if placed not in self._constants:
+            try:
+                self._constants[placed] = own_value(placed.touch, self._context)
+            except Exception:
+                self._constants[placed] = None  # applying it raises the same, and keeps it
+        return self._constants[placed]
+
+    def _next_change(self, token: int) -> int:
+        """The first token after ``token`` at which another set of positions is met."""
+        met = [p.at for placed in self._touches.values() for p in placed]
+        met += [rows.positions for kept in self._kept.values() for rows in kept]
+        return min((_end_of(at, token) for at in met), default=_FAR)
 
     def keys(self, window: range) -> Iterator[Key]:
         """The decoder's sites where something happens at the tokens of ``window``."""
+        if len(window) == 1 and not self.spoiled:
+            here = self.steady(window.start)
+            yield from (key for key in self._keys if key in here.alone or key in here.other)
+            return
         for key in self._keys:
             touches, kept = self._touches.get(key, ()), self._kept.get(key, ())
             if any(_meets(p.at, window) for p in touches) or any(
@@ -144,16 +211,9 @@ class RunEdits:
     def alone(self, site: str, layer: int, window: range) -> tuple[Touch, torch.Tensor] | None:
         """The one change of a window of one row, and by what, if nothing else is done there and
         others can be done in the same launch; None otherwise."""
-        placed = self._touches.get((site, layer), ())
-        if len(window) != 1 or len(placed) != 1 or (site, layer) in self._kept or self.spoiled:
+        if len(window) != 1:
             return None
-        touch = placed[0].touch
-        if touch.do not in TOGETHER or site == _ROUTER or not _meets(placed[0].at, window):
-            return None
-        if placed[0] not in self._constants:
-            self._constants[placed[0]] = own_value(touch, self._context)
-        value = self._constants[placed[0]]
-        return None if value is None else (touch, value)
+        return self.steady(window.start).alone.get((site, layer))
 
     def looks(self, site: str, layer: int, window: range) -> list[tuple[KeptRows, Rows]] | None:
         """What is kept of whole rows of ``window``, side by side, where nothing else is done there;
@@ -296,6 +356,21 @@ def first_difference(plan: RunPlan) -> int | None:
     places += [queries.first for queries, _ in plan.input.hidden]
     places += [i for i, number in enumerate(plan.input.numbers) if i != number][:1]
     return min(places, default=None)
+
+
+def _end_of(ordered: Sequence[int], token: int) -> int:
+    """The first token after ``token`` of which something else is true: whether it is one of
+    ``ordered`` (ascending)."""
+    at = bisect_left(ordered, token)
+    if at == len(ordered):
+        return _FAR
+    if ordered[at] != token:
+        return ordered[at]
+    if isinstance(ordered, range):
+        return ordered.stop
+    while at + 1 < len(ordered) and ordered[at + 1] == ordered[at] + 1:
+        at += 1
+    return ordered[at] + 1
 
 
 def _meets(ordered: Sequence[int], window: range) -> bool:

@@ -7,6 +7,7 @@ copy to the host is waited for only when the step is collected.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ import torch
 
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.batch import FlatBatch
+from invivo.engine.decode_edits import DecodeEdits
 from invivo.engine.edit_taps import EditedSpan, EditTaps
 from invivo.engine.finetune import Riders
-from invivo.engine.graphs import DecodeGraphs
+from invivo.engine.graphs import DecodeGraphs, TablesRefused
 from invivo.engine.partial_pass import run_partial
 from invivo.engine.run_edits import RunEdits
 from invivo.engine.sampler import LogprobRows, RowState, sample, token_logprobs
@@ -27,6 +29,8 @@ from invivo.models.bypass import Bypass
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder
 from invivo.models.sites import Taps, offer
+
+log = logging.getLogger(__name__)
 
 LOGITS_BYTES = 64 << 20  # prompt log-probabilities are computed in pieces of at most this size
 
@@ -113,6 +117,7 @@ class Stepper:
         self._adapters = adapters
         self._graphs = graphs
         self._device = cache.k.device
+        self._decode_edits: DecodeEdits | None = None  # of the last batch of decodes with programs
         self._last_token = torch.zeros(max_running, dtype=torch.int64, device=self._device)
         # Sums of final states of half-computed prompts, by sequence: mean embeddings.
         self._sums: dict[Sequence, torch.Tensor] = {}
@@ -296,16 +301,34 @@ class Stepper:
 
     def _replay_touched(
         self, graphs: DecodeGraphs, batch: FlatBatch, work: Work, slots: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, EditTaps]:
+    ) -> tuple[torch.Tensor, torch.Tensor, EditTaps | None]:
         """:meth:`_forward` of decodes alone, some of them runs of programs."""
-        edits = EditTaps(self._decoder.config, _edited(batch, work.edited))
-        hidden, logits = graphs.run_touched(
-            batch.tokens, batch.layout, edits, edits.touched(), slots
-        )
-        edits.keep_logits(self._decoder, hidden, self._logit_rows)
-        on_logits = edits.on_logits(range(batch.layout.n_rows))
-        if on_logits is not None:
-            logits = offer(on_logits, "logits", -1, logits)
+        rows = [(i, edits.steady(batch.spans[i].start)) for i, edits in work.edited]
+        steady = self._decode_edits
+        if steady is None or steady.rows != rows:
+            steady = DecodeEdits(self._decoder.config, rows, graphs.tables.fits)
+            self._decode_edits = steady
+        edits, touched = None, steady.loose or ()
+        if steady.asked:
+            asked = [work.edited[i] for i in steady.asked]
+            edits = EditTaps(
+                self._decoder.config, _edited(batch, asked), elsewhere=steady.tabled.keys()
+            )
+            touched = edits.touched() if steady.loose is None else steady.loose
+        try:
+            hidden, logits = graphs.run_touched(
+                batch.tokens, batch.layout, edits, touched, slots, steady.tabled
+            )
+        except TablesRefused as refused:
+            log.warning("programs run without tables from here on", exc_info=refused)
+            graphs.tables.refuse()
+            self._decode_edits = None
+            return self._replay_touched(graphs, batch, work, slots)
+        if edits is not None:
+            edits.keep_logits(self._decoder, hidden, self._logit_rows)
+            on_logits = edits.on_logits(range(batch.layout.n_rows))
+            if on_logits is not None:
+                logits = offer(on_logits, "logits", -1, logits)
         return hidden, logits, edits
 
     def _bypass(self, batch: FlatBatch, rows: slice | torch.Tensor) -> Bypass | None:
