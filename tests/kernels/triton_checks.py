@@ -316,6 +316,10 @@ def test_gated_activation_backward(kind, in_place):
         dy.double(), gate, up, kind, expected
     )
     gate, up = gate_up.chunk(2, dim=-1)
+    out, kept = torch.empty_like(gate_up), dy.clone()
+    triton_activation.gated_activation_gradient_triton(dy, gate, up, kind, out)
+    assert relative_error(out, expected) < 1e-6
+    assert torch.equal(dy, kept)
     out = gate_up if in_place else torch.empty_like(gate_up)
     got = triton_activation.gated_activation_backward_triton(dy, gate, up, kind, out)
     assert relative_error(got, y) < 1e-6

@@ -6,10 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from invivo.kernels.activation import gated_activation_reference
 from invivo.kernels.rotary import apply_rotary_reference
-from invivo.training.lean import gated, turned
+from invivo.training.lean import gated, in_dtype, turned
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu2"])
@@ -43,3 +44,24 @@ def test_gradients_of_others_are_not_overwritten() -> None:
     kept = dy.clone()
     torch.autograd.grad(gated(x, "silu"), x, dy)
     assert torch.equal(dy, kept)
+
+
+def test_parameters_in_another_dtype_and_their_gradients_back() -> None:
+    module = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    w = in_dtype(module, torch.bfloat16)
+    first, second = module[0].weight, module[1].bias
+    assert torch.equal(w(first), first.to(torch.bfloat16))
+    ((w(first).sum() + w(first).square().sum()) * 0.3 + w(second)[0]).backward()
+    assert first.grad is not None
+    assert first.grad.dtype == torch.float32
+    again = first.detach().clone().requires_grad_()
+    cast = again.to(torch.bfloat16)
+    ((cast.sum() + cast.square().sum()) * 0.3).backward()
+    assert torch.equal(first.grad, again.grad)
+    assert module[1].bias.grad.tolist() == [1.0, 0.0]
+    assert module[0].bias.grad is None, "what nobody used has no gradient"
+
+
+def test_parameters_in_their_own_dtype_are_themselves() -> None:
+    module = nn.Linear(3, 5)
+    assert in_dtype(module, torch.float32)(module.weight) is module.weight

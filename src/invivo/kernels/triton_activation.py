@@ -68,7 +68,7 @@ def _gated_kernel(gate_up, out, stride, WIDTH: tl.constexpr, KIND: tl.constexpr,
 @triton.jit
 def _gated_backward_kernel(
     dy, gate, up, y, out, dy_stride, gate_stride, up_stride, out_stride,
-    WIDTH: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr,
+    WIDTH: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr, WRITE_Y: tl.constexpr,
 ):  # fmt: skip
     """Part of one row: grid (rows, cdiv(WIDTH, N))."""
     row = tl.program_id(0).to(tl.int64)
@@ -80,7 +80,8 @@ def _gated_backward_kernel(
     kind = plain.dtype
     g = plain.to(tl.float32)
     active = _active(g, KIND).to(kind).to(tl.float32)
-    tl.store(y + row * WIDTH + column, (active * u).to(kind), mask=mask)
+    if WRITE_Y:
+        tl.store(y + row * WIDTH + column, (active * u).to(kind), mask=mask)
     tl.store(out + row * out_stride + column, (d * u * _slope(g, KIND)).to(kind), mask=mask)
     tl.store(out + row * out_stride + WIDTH + column, (d * active).to(kind), mask=mask)
 
@@ -89,15 +90,34 @@ def gated_activation_backward_triton(
     dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, out: torch.Tensor
 ) -> torch.Tensor:
     """The function of ``gated_activation_backward_reference``; y takes the place of ``dy``."""
+    _backward(dy, gate, up, kind, out, write_y=True)
+    return dy
+
+
+def gated_activation_gradient_triton(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str, out: torch.Tensor
+) -> None:
+    """The same without y: ``dy`` stays."""
+    _backward(dy, gate, up, kind, out, write_y=False)
+
+
+def _backward(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    kind: str,
+    out: torch.Tensor,
+    *,
+    write_y: bool,
+) -> None:
     n_rows, width = dy.shape
     assert dy.is_contiguous()
     assert gate.stride(1) == up.stride(1) == out.stride(1) == 1
     if n_rows:
         _gated_backward_kernel[(n_rows, ceil_div(width, BLOCK))](
             dy, gate, up, dy, out, dy.stride(0), gate.stride(0), up.stride(0), out.stride(0),
-            WIDTH=width, KIND=KINDS[kind], N=BLOCK, num_warps=4,
+            WIDTH=width, KIND=KINDS[kind], N=BLOCK, WRITE_Y=write_y, num_warps=4,
         )  # fmt: skip
-    return dy
 
 
 def gated_activation_triton(gate_up: torch.Tensor, kind: str) -> torch.Tensor:

@@ -3,8 +3,7 @@
 The serving pass (``Decoder.forward``) works on flat rows over a paged cache with kernels that may
 overwrite their inputs. This one reads the same module's parameters and config and computes the
 same function, so that what is trained is served without conversion. Weights are cast to the
-states' dtype where they are used: float32 parameters then get float32 gradients of bfloat16
-products.
+states' dtype layer by layer: float32 parameters then get float32 gradients of bfloat16 products.
 
 Gated linear attention begins every text, or every document of it, with a state of zeros and runs
 by chunks, as one operator on every device.
@@ -30,7 +29,7 @@ from invivo.models.feedforward.mlp import MLP
 from invivo.models.mixers.attention import Attention
 from invivo.models.mixers.gla import GatedLinearAttention
 from invivo.models.norm import Norm
-from invivo.training.lean import gated, turned
+from invivo.training.lean import InDtype, gated, in_dtype, turned
 from invivo.training.texts import Texts, lay_out
 
 Table = tuple[torch.Tensor, torch.Tensor]
@@ -82,7 +81,7 @@ def dense_forward(
             ropes[kind.rope] = table
         mask = texts.mask(kind.window) if kind.mixer == "attention" else None
         x = run(x, ropes[kind.rope], mask, texts)
-    return _norm(decoder.final_norm, x)
+    return _norm(decoder.final_norm, x, in_dtype(decoder.final_norm, x.dtype))
 
 
 def plain_layers(decoder: Decoder, recompute: Recompute = "none") -> list[RunLayer]:
@@ -102,15 +101,16 @@ def run_layer(
         rope: cosines and sines, whole tables or rows at the texts' positions; None without.
         mask: of this layer, see :meth:`~invivo.training.texts.Texts.mask`.
     """
-    h = x if layer.norm1 is None else _norm(layer.norm1, x)
+    w = in_dtype(layer, x.dtype)
+    h = x if layer.norm1 is None else _norm(layer.norm1, x, w)
     if isinstance(layer.mixer, Attention):
-        out = _attention(layer.mixer, h, rope, mask, texts.positions)
+        out = _attention(layer.mixer, h, w, rope, mask, texts.positions)
     else:
-        out = _gated_linear_attention(layer.mixer, h, texts)
-    x = x + (out if layer.post1 is None else _norm(layer.post1, out))
-    h = x if layer.norm2 is None else _norm(layer.norm2, x)
-    out = _feedforward(layer, h)
-    return x + (out if layer.post2 is None else _norm(layer.post2, out))
+        out = _gated_linear_attention(layer.mixer, h, w, texts)
+    x = x + (out if layer.post1 is None else _norm(layer.post1, out, w))
+    h = x if layer.norm2 is None else _norm(layer.norm2, x, w)
+    out = _feedforward(layer, h, w)
+    return x + (out if layer.post2 is None else _norm(layer.post2, out, w))
 
 
 def twice(run: Callable[..., torch.Tensor], *inputs: object) -> torch.Tensor:
@@ -119,16 +119,18 @@ def twice(run: Callable[..., torch.Tensor], *inputs: object) -> torch.Tensor:
     return out
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def _linear(
+    x: torch.Tensor, w: InDtype, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return F.linear(x, w(weight), None if bias is None else w(bias))
 
 
-def _norm(module: Norm, x: torch.Tensor) -> torch.Tensor:
+def _norm(module: Norm, x: torch.Tensor, w: InDtype) -> torch.Tensor:
     """``module`` on the last dimension of x, in x's dtype."""
-    weight = module.weight.to(x.dtype)
+    weight = w(module.weight)
     if module.is_rms:
         return _rms_norm(x, weight, module.eps, module.unit_offset)
-    bias = None if module.bias is None else module.bias.to(x.dtype)
+    bias = None if module.bias is None else w(module.bias)
     return layer_norm(x, weight, bias, module.eps)
 
 
@@ -143,16 +145,17 @@ def _rms_norm(
 def _attention(
     mixer: Attention,
     x: torch.Tensor,
+    w: InDtype,
     rope: Table | None,
     mask: torch.Tensor | None,
     positions: torch.Tensor,
 ) -> torch.Tensor:
     n_texts, length, _ = x.shape
-    qkv = _linear(x.flatten(0, 1), mixer.qkv, mixer.qkv_bias)
+    qkv = _linear(x.flatten(0, 1), w, mixer.qkv, mixer.qkv_bias)
     heads = qkv.unflatten(1, (-1, mixer.head_dim))
     q, k, v = heads.split(mixer.split, dim=1)
     if mixer.qk_norm != "none":
-        q, k = _norm_heads(mixer, q, mixer.q_norm), _norm_heads(mixer, k, mixer.k_norm)
+        q, k = _norm_heads(mixer, q, w(mixer.q_norm)), _norm_heads(mixer, k, w(mixer.k_norm))
     if mixer.qkv_clip is not None:
         q, k, v = (t.clamp(-mixer.qkv_clip, mixer.qkv_clip) for t in (q, k, v))
     if rope is not None:
@@ -174,25 +177,25 @@ def _attention(
             scale=mixer.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-    return _linear(z.transpose(1, 2).flatten(2), mixer.o, mixer.o_bias)
+    return _linear(z.transpose(1, 2).flatten(2), w, mixer.o, mixer.o_bias)
 
 
 def _gated_linear_attention(
-    mixer: GatedLinearAttention, x: torch.Tensor, texts: Texts
+    mixer: GatedLinearAttention, x: torch.Tensor, w: InDtype, texts: Texts
 ) -> torch.Tensor:
     """The mixer's forward pass from states of zeros: [B, T, d] -> [B, T, d]."""
     sizes = mixer.sizes
-    qkv = _linear(x, mixer.qkv, None)
+    qkv = _linear(x, w, mixer.qkv, None)
     if mixer.conv is not None:
-        qkv = F.silu(_short_conv(qkv, mixer.conv.to(x.dtype), texts.place))
+        qkv = F.silu(_short_conv(qkv, w(mixer.conv), texts.place))
     q, k, v = qkv.flatten(0, 1).split((sizes.k_width, sizes.k_width, sizes.v_width), dim=1)
     q, k = (t.unflatten(1, (sizes.n_heads, sizes.head_k)) for t in (q, k))
     v = v.unflatten(1, (sizes.n_heads, sizes.head_v))
-    logits = _linear(_linear(x, mixer.gate_a, None), mixer.gate_b, mixer.gate_b_bias)
+    logits = _linear(_linear(x, w, mixer.gate_a, None), w, mixer.gate_b, mixer.gate_b_bias)
     z = _heads(q, k, v, logits.view(q.shape), texts, sizes.tau)
-    r = F.silu(_linear(x, mixer.r, None))
-    normed = _rms_norm(z, mixer.norm.to(x.dtype), mixer.eps)
-    return _linear(normed.view(r.shape) * r, mixer.o, None)
+    r = F.silu(_linear(x, w, mixer.r, None))
+    normed = _rms_norm(z, w(mixer.norm), mixer.eps)
+    return _linear(normed.view(r.shape) * r, w, mixer.o, None)
 
 
 def _heads(
@@ -237,7 +240,7 @@ def _short_conv(x: torch.Tensor, weight: torch.Tensor, place: torch.Tensor | Non
 def _norm_heads(mixer: Attention, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """RMS norm of x [rows, heads, D], head by head or over all heads at once."""
     wide = x if mixer.qk_norm == "head" else x.flatten(1)
-    normed = _rms_norm(wide, weight.to(x.dtype), mixer.eps, mixer.unit_offset)
+    normed = _rms_norm(wide, weight, mixer.eps, mixer.unit_offset)
     return normed.reshape(x.shape)
 
 
@@ -260,15 +263,15 @@ def _capped_attention(
     return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype) @ v
 
 
-def _feedforward(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+def _feedforward(layer: Layer, x: torch.Tensor, w: InDtype) -> torch.Tensor:
     feed = layer.feedforward
     if not isinstance(feed, MLP):
-        weights = {name: value.to(x.dtype) for name, value in feed.named_parameters()}
+        weights = {name: w(value) for name, value in feed.named_parameters()}
         rows: torch.Tensor = torch.func.functional_call(feed, weights, (x.flatten(0, 1),))
         return rows.view(x.shape)
     if feed.gated:
-        gate_up = _linear(x, feed.gate_up, feed.gate_up_bias)
+        gate_up = _linear(x, w, feed.gate_up, feed.gate_up_bias)
         hidden = gated(gate_up.flatten(0, 1), feed.kind).unflatten(0, x.shape[:2])
     else:
-        hidden = activation(_linear(x, feed.up, feed.up_bias), feed.kind)
-    return _linear(hidden, feed.down, feed.down_bias)
+        hidden = activation(_linear(x, w, feed.up, feed.up_bias), feed.kind)
+    return _linear(hidden, w, feed.down, feed.down_bias)

@@ -1,4 +1,4 @@
-"""Pointwise steps of the training pass with a written-out backward: one kernel each way on a GPU.
+"""Steps of the training pass with a written-out backward: one kernel each way on a GPU.
 
 Plain autograd takes several kernels for each and keeps what lies between them. Under torch.compile
 the plain forms are taken, which the compiler fuses itself.
@@ -6,14 +6,33 @@ the plain forms are taken, which the compiler fuses itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from invivo.kernels.activation import gated_activation, gated_activation_reference
-from invivo.kernels.activation_backward import gated_activation_backward
+from invivo.kernels.activation_backward import gated_activation_gradient
 from invivo.kernels.rotary import rotary_rows, turn_heads, turn_rows
+
+InDtype = Callable[[torch.Tensor], torch.Tensor]
+
+
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> InDtype:
+    """A module's parameters in the dtype of the products, each by the parameter itself.
+
+    All are cast at once where they are float32 masters, and their gradients back at once.
+    """
+    if torch.compiler.is_compiling():
+        return lambda parameter: parameter.to(dtype)
+    parameters = tuple(module.parameters())
+    if all(p.dtype == dtype for p in parameters):
+        return lambda parameter: parameter
+    made: tuple[torch.Tensor, ...] = _Cast.apply(dtype, *parameters)  # type: ignore[no-untyped-call]
+    by_parameter = dict(zip(map(id, parameters), made, strict=True))
+    return lambda parameter: by_parameter[id(parameter)]
 
 
 def gated(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
@@ -35,6 +54,30 @@ def turned(
     return out
 
 
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [p.dtype for p in parameters]
+        made = [torch.empty_like(p, dtype=dtype) for p in parameters]
+        torch._foreach_copy_(made, list(parameters))
+        return tuple(made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        there = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+        made = [torch.empty_like(grad, dtype=ctx.dtypes[i]) for i, grad in there]
+        if there:
+            torch._foreach_copy_(made, [grad for _, grad in there])
+        back: list[torch.Tensor | None] = [None] * len(grads)
+        for (i, _), grad in zip(there, made, strict=True):
+            back[i] = grad
+        return None, *back
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
@@ -46,12 +89,7 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_up)
-        # The kernel leaves the output in its dy, and this one is someone else's.
-        dy = dy.clone(memory_format=torch.contiguous_format)
-        gated_activation_backward(dy, gate, up, ctx.kind, out)
-        return out, None
+        return gated_activation_gradient(dy, gate_up, ctx.kind), None
 
 
 class _Turned(torch.autograd.Function):
