@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from tests.kernels.hopper_compiler import REGISTERS, SHARED, Resources, compiled
 
+from invivo.kernels.triton_gated_norm import gated_norm_backward_triton, gated_norm_triton
 from invivo.kernels.triton_gla.passes import backward_pass, forward_pass
 from invivo.kernels.triton_gla.step import step
 
@@ -52,3 +53,20 @@ def test_kernels_fit_a_multiprocessor_and_spill_nothing(keys, values, spans, mon
     for kernel in found:
         if kernel.name in ("_pairs_kernel", "_stream_kernel", "_gradient_kernel"):
             assert kernel.wgmma > 0, kernel
+
+
+@pytest.mark.parametrize("width", [256, 512])
+def test_gated_norms_spill_nothing(width, monkeypatch, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("compiled and run by test_triton.py")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    z, weight = on_meta(16_384, HEADS, width), on_meta(width)
+    r, dy = on_meta(16_384, HEADS * width), on_meta(16_384, HEADS * width)
+    found = [
+        *compiled(lambda: gated_norm_triton(z, r, weight, 1e-6)),
+        *compiled(lambda: gated_norm_backward_triton(dy, z, r, weight, 1e-6)),
+    ]
+    assert len(found) == 2
+    for kernel in found:
+        assert kernel.spilled == 0, kernel
+        assert kernel.registers * kernel.warps * 32 <= REGISTERS // 2, kernel

@@ -25,6 +25,7 @@ from invivo.kernels import (
     attention,
     attention_backward,
     cross_entropy,
+    gated_norm,
     lora,
     norm,
     norm_backward,
@@ -33,6 +34,7 @@ from invivo.kernels import (
     triton_attention,
     triton_attention_backward,
     triton_cross_entropy,
+    triton_gated_norm,
     triton_lora,
     triton_norm,
     triton_rotary,
@@ -324,6 +326,33 @@ def test_gated_activation_backward(kind, in_place):
     got = triton_activation.gated_activation_backward_triton(dy, gate, up, kind, out)
     assert relative_error(got, y) < 1e-6
     assert relative_error(out, expected) < 1e-6
+
+
+@pytest.mark.parametrize("width", [24, 128])
+def test_gated_norm_and_its_gradients(width, monkeypatch):
+    monkeypatch.setattr(triton_gated_norm, "TILE", 256)
+    monkeypatch.setattr(triton_gated_norm, "PROGRAMS", 2)
+    z, weight = random(7, 3 * width).view(7, 3, width), random(width, seed=1)
+    r, dy = random(7, 3 * width, seed=2), random(7, 3 * width, seed=3)
+    wide = [x.double() for x in (z, r, weight)]
+    got = triton_gated_norm.gated_norm_triton(z, r, weight, 1e-5)
+    assert relative_error(got, gated_norm.gated_norm_reference(*wide, 1e-5)) < 1e-6
+    grads = triton_gated_norm.gated_norm_backward_triton(dy, z, r, weight, 1e-5)
+    expected = gated_norm.gated_norm_backward_reference(dy.double(), *wide, 1e-5)
+    for value, wanted in zip(grads, expected, strict=True):
+        assert value.shape == wanted.shape
+        assert relative_error(value, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gated_norm_in_half_precision(dtype):
+    for seed in range(4):  # on a GPU, the last two by their launch alone
+        z, weight = random(6, 64, seed=seed).view(6, 2, 32).to(dtype), random(32).to(dtype)
+        r = random(6, 64, seed=9 + seed).to(dtype)
+        got = triton_gated_norm.gated_norm_triton(z, r, weight, 1e-5)
+        wide = [x.double() for x in (z, r, weight)]
+        expected = gated_norm.gated_norm_reference(*wide, 1e-5)
+        assert relative_error(got, expected) < 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (80, 20)])

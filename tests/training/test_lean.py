@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from invivo.kernels.activation import gated_activation_reference
+from invivo.kernels.gated_norm import gated_norm_reference
 from invivo.kernels.rotary import apply_rotary_reference
-from invivo.training.lean import gated, in_dtype, turned
+from invivo.training.lean import gated, in_dtype, normed_and_gated, turned
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu2"])
@@ -19,6 +20,16 @@ def test_gates(kind: str) -> None:
     x = torch.randn(5, 12, generator=rng, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(gated(x, kind), gated_activation_reference(x, kind))
     assert torch.autograd.gradcheck(partial(gated, kind=kind), (x,))
+
+
+def test_normed_and_gated_heads() -> None:
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(5, 2, 6, generator=rng, dtype=torch.float64, requires_grad=True)
+    r = torch.randn(5, 12, generator=rng, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, generator=rng, dtype=torch.float64, requires_grad=True)
+    form = partial(normed_and_gated, eps=1e-5)
+    torch.testing.assert_close(form(z, r, weight), gated_norm_reference(z, r, weight, 1e-5))
+    assert torch.autograd.gradcheck(form, (z, r, weight))
 
 
 @pytest.mark.parametrize("turning", [3, 4])

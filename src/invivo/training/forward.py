@@ -29,7 +29,7 @@ from invivo.models.feedforward.mlp import MLP
 from invivo.models.mixers.attention import Attention
 from invivo.models.mixers.gla import GatedLinearAttention
 from invivo.models.norm import Norm
-from invivo.training.lean import InDtype, gated, in_dtype, turned
+from invivo.training.lean import InDtype, gated, in_dtype, normed_and_gated, turned
 from invivo.training.texts import Texts, lay_out
 
 Table = tuple[torch.Tensor, torch.Tensor]
@@ -193,9 +193,9 @@ def _gated_linear_attention(
     v = v.unflatten(1, (sizes.n_heads, sizes.head_v))
     logits = _linear(_linear(x, w, mixer.gate_a, None), w, mixer.gate_b, mixer.gate_b_bias)
     z = _heads(q, k, v, logits.view(q.shape), texts, sizes.tau)
-    r = F.silu(_linear(x, w, mixer.r, None))
-    normed = _rms_norm(z, w(mixer.norm), mixer.eps)
-    return _linear(normed.view(r.shape) * r, w, mixer.o, None)
+    r = _linear(x, w, mixer.r, None)
+    read = normed_and_gated(z, r.flatten(0, 1), w(mixer.norm), mixer.eps)
+    return _linear(read.view(r.shape), w, mixer.o, None)
 
 
 def _heads(

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from invivo.kernels.activation import gated_activation, gated_activation_reference
 from invivo.kernels.activation_backward import gated_activation_gradient
+from invivo.kernels.gated_norm import gated_norm, gated_norm_backward, gated_norm_reference
 from invivo.kernels.rotary import rotary_rows, turn_heads, turn_rows
 
 InDtype = Callable[[torch.Tensor], torch.Tensor]
@@ -41,6 +42,16 @@ def gated(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return gated_activation_reference(gate_up, kind)
     out: torch.Tensor = _Gated.apply(gate_up, kind)  # type: ignore[no-untyped-call]
+    return out
+
+
+def normed_and_gated(
+    z: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """:func:`~invivo.kernels.gated_norm.gated_norm_reference`; its inputs alone are kept."""
+    if torch.compiler.is_compiling():
+        return gated_norm_reference(z, r, weight, eps)
+    out: torch.Tensor = _GatedNorm.apply(z, r, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -90,6 +101,22 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         return gated_activation_gradient(dy, gate_up, ctx.kind), None
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(z, r, weight)
+        ctx.eps = eps
+        return gated_norm(z, r, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        z, r, weight = ctx.saved_tensors
+        return *gated_norm_backward(dy.contiguous(), z, r, weight, ctx.eps), None
 
 
 class _Turned(torch.autograd.Function):
