@@ -88,6 +88,7 @@ class Card:
 
 @pytest.fixture(autouse=True)
 def card(monkeypatch):
+    monkeypatch.setenv("INVIVO_UNTRIED", "1")
     monkeypatch.setattr(Launcher, "how", [])
     triton_replay._known.cache_clear()
     with replaced(driver, "_active", Card()):
@@ -146,6 +147,16 @@ def test_from_the_third_time_on_launches_alone_are_repeated(with_more):
         check(numbers(ROWS), numbers(ROWS), numbers(4, 8) if with_more else None)
         short.append(took_the_short_way())
     assert short == [False, False, True, True]
+
+
+def test_without_the_switch_all_launches_are_plain(monkeypatch):
+    torch.manual_seed(0)
+    for _ in range(3):
+        check(numbers(ROWS), numbers(ROWS))
+    Launcher.how = []
+    monkeypatch.delenv("INVIVO_UNTRIED")
+    check(numbers(ROWS), numbers(ROWS))
+    assert not took_the_short_way()
 
 
 def test_other_forms_and_other_numbers_are_other_passes():

@@ -223,27 +223,50 @@ def test_operators_give_what_the_call_gives():
             assert torch.equal(value, wanted), name
 
 
-def test_passes_come_again_with_other_numbers(caplog):
+# Lengths, heads, sizes and tau; on a card in both kinds and cut into segments too.
+REPEATED = [([9, 3], 1, 16, 16, None)]
+if DEVICE == "cuda":
+    REPEATED += [
+        ([70, 0, 130], 4, 256, 512, 16.0),
+        ([2048], 4, 256, 512, None),
+        ([4096], 4, 128, 256, 16.0),
+        ([20, 300], 2, 72, 136, 0.3),
+    ]
+KINDS = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("case", REPEATED)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("joined", [False, True])
+def test_passes_launched_again_give_the_same_bits(case, kind, joined, caplog, monkeypatch):
+    lengths, heads, channels, width, tau = case
+    if kind == torch.float32:
+        channels = min(channels, ops.MAX_KEYS_FLOAT32)
+    monkeypatch.setenv("INVIVO_UNTRIED", "1")
     caplog.set_level("DEBUG", "invivo.kernels.triton_replay")
     triton_replay._known.cache_clear()
-    for turn in range(4):
-        rows, state, start = inputs([9, 3])
-        rows = [x.roll(turn, 0) for x in rows]
-        rows[3] = log_gates(rows[3])
+    for turn in range(4 if DEVICE == "cuda" else 3):
+        rows, state, start = inputs(lengths, heads=heads, channels=channels, width=width)
+        rows = [x.roll(turn, 0).to(kind) for x in rows]
+        rows[3] = rows[3].float() if tau else log_gates(rows[3])
+        if joined:  # rows at the stride of their projection
+            wide = torch.cat([x.flatten(1) for x in rows[:3]], dim=1)
+            parts = wide.split([x[0].numel() for x in rows[:3]], dim=1)
+            rows[:3] = [x.unflatten(1, (heads, -1)) for x in parts]
         start = start.to(DEVICE, torch.int32)
-        tensors = (*rows, start, state, 0.25, None)
+        tensors = (*rows, start, state if turn % 2 else state.roll(1, 1), 0.25, tau)
         dz, d_end = rows[2].flip(0), state.flip(0)
-        got = [
-            *passes.forward_pass(*tensors, True),
-            *passes.backward_pass(dz, d_end, *tensors),
-        ]
-        room = Room(start.device)
-        plain = [
-            *passes._forward(room, (0.25, None, True), *rows, start, state),
-            *passes._backward(room, (0.25, None), *rows, dz, start, d_end, state),
-        ]
-        for value, wanted in zip(got, plain, strict=True):
-            assert torch.equal(value, wanted)
+
+        def both(tensors=tensors, dz=dz, d_end=d_end):
+            forward = passes.forward_pass(*tensors, True)
+            return [*forward, *passes.backward_pass(dz, d_end, *tensors)]
+
+        got = both()
+        with monkeypatch.context() as plain:
+            plain.delenv("INVIVO_UNTRIED")
+            wanted = both()
+        for name, value, exact in zip(NAMES, got, wanted, strict=True):
+            assert torch.equal(value, exact), (name, turn)
     # On a card, by launches alone; the interpreter has nothing that could be written down.
     assert bool(caplog.records) == (DEVICE == "cpu")
 

@@ -51,6 +51,18 @@ def test_half_precision_errs_no_more_than_rounded_weights_do() -> None:
     assert distance(got, wanted) < 2 * distance(rounded, wanted)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_untried_paths_give_the_same_gradients(
+    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = kernel_sized(torch.float32)
+    wanted = loss_and_gradients(decoder, dtype=dtype)
+    monkeypatch.setenv("INVIVO_UNTRIED", "1")
+    for _ in range(4):  # the last two by launches that are written down
+        got = loss_and_gradients(decoder, dtype=dtype)
+        assert distance(got, wanted) < (1e-5 if dtype is None else 2e-2)
+
+
 def test_compiled_layers_are_the_same_function() -> None:
     torch.compiler.reset()
     decoder = kernel_sized(torch.float32)

@@ -8,8 +8,9 @@ and for each pointer which input, output or piece of scratch memory it lies in. 
 pass is those launches at new addresses, with one allocation for all scratch memory. That leaves
 out what takes the host's time: Triton's look at every argument, descriptors and small allocations.
 
-A pass that cannot be written down (in Triton's interpreter, or of a Triton that hands out its
-kernels in another form) runs plainly every time.
+All of this waits for its first run on a card: it happens where ``takes_untried`` says so, and
+everywhere else every pass runs plainly, as does always one that cannot be written down (in
+Triton's interpreter, or with a Triton that hands out its kernels in another form).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from invivo.kernels.device import takes_untried
 from invivo.kernels.rounding import ceil_div
 
 ALIGN = 512  # bytes, as torch's allocator on GPUs
@@ -221,6 +223,8 @@ def run(body: Body, key: Hashable, *inputs: torch.Tensor | None) -> Tensors:
     """
     first = inputs[0]
     assert first is not None
+    if not takes_untried():
+        return body(Room(first.device), key, *inputs)
     known = _known(body, key, tuple(map(_form, inputs)), first.device)
     if known.written is not None:
         try:
