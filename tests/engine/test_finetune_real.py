@@ -22,19 +22,15 @@ from invivo.models.resolve import resolve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS = 50
+STEPS = 12
 SENTENCES = [
-    "A hare laughed one day at the short feet and slow pace of the tortoise.",
-    "The tortoise replied, laughing: though you be swift as the wind, I will beat you in a race.",
     "They agreed that the fox should choose the course and fix the goal.",
     "On the day of the race the two started together.",
-    "The tortoise never for a moment stopped, but went on with a slow but steady pace.",
     "The hare, lying down by the wayside, fell fast asleep.",
-    "At last, waking up, and moving as fast as he could, he saw the tortoise had reached the goal.",
 ]
 
 
-def test_fifty_steps_have_the_losses_of_transformers_and_peft() -> None:
+def test_steps_have_the_losses_of_transformers_and_peft() -> None:
     if installed_files(PACKAGED["smollm2-135m"]) is None:
         pytest.skip("the package of smollm2-135m is not installed")
     pytest.importorskip("peft")
@@ -55,7 +51,7 @@ def test_fifty_steps_have_the_losses_of_transformers_and_peft() -> None:
     engine = Engine(model, EngineConfig(tpot_ms=200.0, kv_bytes=64 << 20, max_model_len=512))
     job = start(engine, spec, Listed([Text(t, [*t[1:], -100]) for t in data]))
     # Requests meanwhile, so that windows are cut and share batches.
-    asked = [ask(engine, list(t[:6]), max_tokens=8, temperature=0.0) for t in data[:3]]
+    asked = [ask(engine, list(t[:6]), max_tokens=8, temperature=0.0) for t in data]
     drive(engine, job)
     assert all(one.done for one in asked)
     assert job.handle is not None
@@ -64,7 +60,7 @@ def test_fifty_steps_have_the_losses_of_transformers_and_peft() -> None:
     worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"loss {ours[0]:.4f} to {ours[-1]:.4f}; largest difference of a step {worst:.1e}")
     assert worst < 1e-3
-    assert ours[-1] < 0.5 * ours[0]
+    assert ours[-1] < 0.6 * ours[0]
     for name, value in trained(engine, job).items():
         other = their_parameters[name]
         assert float((value - other).norm() / other.norm()) < 3e-2, name

@@ -302,7 +302,7 @@ def test_a_micro_step_begun_again_forgets_the_first(mode: Mode, order: Order) ->
 @pytest.mark.parametrize("bypass", BYPASSES)
 @pytest.mark.parametrize("model", CONFIGS)
 def test_bytes_held_equal_the_plan(model: str, bypass: str) -> None:
-    config, length = CONFIGS[model], 24
+    config, length = CONFIGS[model], 10
     specs = suited(config, BYPASSES[bypass])
     if not specs:
         return
