@@ -15,6 +15,15 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from invivo.errors import InvalidRequest
 from invivo.training.checkpoint import Checkpoint, checkpoints, read_checkpoint
 from invivo.training.parallel import Ranks, joined
+from invivo.training.shape import shape_of
+
+CONFIG = shape_of(
+    {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    | {"intermediate_size": 8},
+    length=8,
+    vocab_size=16,
+    end=0,
+)
 
 
 @pytest.fixture
@@ -47,7 +56,7 @@ def test_training_may_go_on_while_a_checkpoint_is_written(
     sharded = distribute_tensor(torch.arange(8.0).view(4, 2), ranks.mesh, [Shard(0)])
     tensors = {"plain": plain, "sharded": sharded}
     wanted = {"plain": plain.clone(), "sharded": sharded.full_tensor().clone()}
-    keeper = ranks.keeper(tmp_path, 1)
+    keeper = ranks.keeper(tmp_path, 1, CONFIG)
     keeper.begin(Checkpoint(3, {"tokens": 5}, tensors))
     try:
         assert not keeper.is_written
@@ -74,7 +83,7 @@ def test_a_part_that_is_missing_is_said(
     tmp_path: Path, ranks: Ranks, held: threading.Event
 ) -> None:
     held.set()
-    keeper = ranks.keeper(tmp_path, 1)
+    keeper = ranks.keeper(tmp_path, 1, CONFIG)
     keeper.begin(Checkpoint(1, {}, {"a": torch.ones(2)}))
     keeper.finish()
     (path,) = checkpoints(tmp_path)

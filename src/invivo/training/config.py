@@ -194,9 +194,12 @@ class Parallel:
     Attributes:
         replicas: groups of processes that hold a whole copy between them (HSDP); the processes of
             a group shard it (FSDP2). 1: all processes are one group.
+        tensor: processes that share every layer by heads and neurons and read the same rows
+            (tensor parallelism). 1: each runs whole layers. A process alone runs everything.
     """
 
     replicas: int = 1
+    tensor: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +353,7 @@ def check(config: TrainConfig) -> None:
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep", config.checkpoint.keep),
         ("parallel.replicas", config.parallel.replicas),
+        ("parallel.tensor", config.parallel.tensor),
         ("evaluation.windows", config.evaluation.windows),
         ("tokenizer.max_bytes", tokenizer.max_bytes),
     ):
@@ -376,6 +380,13 @@ def check(config: TrainConfig) -> None:
         ("schedule.decay", config.schedule.decay),
     ):
         _need(0 <= share <= 1, field_, share, "must lie between 0 and 1")
+    tensor = config.parallel.tensor
+    _need(
+        tensor == 1 or not loop.compile,
+        "train.compile",
+        loop.compile,
+        f"is not made for layers that several processes share (parallel.tensor = {tensor})",
+    )
     if loop.micro_batch is not None:
         whole = loop.batch % loop.micro_batch == 0
         _need(whole, "train.micro_batch", loop.micro_batch, f"must divide train.batch {loop.batch}")

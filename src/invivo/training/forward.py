@@ -36,6 +36,17 @@ Table = tuple[torch.Tensor, torch.Tensor]
 Recompute = Literal["none", "layer"]
 
 
+class Maps(Protocol):
+    """How the linear maps of a layer are carried out."""
+
+    def __call__(
+        self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x [..., d_in] -> [..., d_out], all of one dtype; ``name`` is the weight's in its
+        module."""
+        ...
+
+
 class RunLayer(Protocol):
     """One layer over texts: x [B, T, d] -> [B, T, d]; see :func:`run_layer`."""
 
@@ -92,24 +103,37 @@ def plain_layers(decoder: Decoder, recompute: Recompute = "none") -> list[RunLay
     return [partial(run, cast(Layer, layer)) for layer in decoder.layers]
 
 
+def linear_map(
+    name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A map as it is; see :class:`Maps`."""
+    return F.linear(x, weight, bias)
+
+
 def run_layer(
-    layer: Layer, x: torch.Tensor, rope: Table | None, mask: torch.Tensor | None, texts: Texts
+    layer: Layer,
+    x: torch.Tensor,
+    rope: Table | None,
+    mask: torch.Tensor | None,
+    texts: Texts,
+    maps: Maps = linear_map,
 ) -> torch.Tensor:
     """One layer over texts: x [B, T, d] -> [B, T, d].
 
     Args:
         rope: cosines and sines, whole tables or rows at the texts' positions; None without.
         mask: of this layer, see :meth:`~invivo.training.texts.Texts.mask`.
+        maps: the linear maps, but for those of a mixture of experts.
     """
     w = in_dtype(layer, x.dtype)
     h = x if layer.norm1 is None else _norm(layer.norm1, x, w)
     if isinstance(layer.mixer, Attention):
-        out = _attention(layer.mixer, h, w, rope, mask, texts.positions)
+        out = _attention(layer.mixer, h, w, maps, rope, mask, texts.positions)
     else:
-        out = _gated_linear_attention(layer.mixer, h, w, texts)
+        out = _gated_linear_attention(layer.mixer, h, w, maps, texts)
     x = x + (out if layer.post1 is None else _norm(layer.post1, out, w))
     h = x if layer.norm2 is None else _norm(layer.norm2, x, w)
-    out = _feedforward(layer, h, w)
+    out = _feedforward(layer, h, w, maps)
     return x + (out if layer.post2 is None else _norm(layer.post2, out, w))
 
 
@@ -119,10 +143,8 @@ def twice(run: Callable[..., torch.Tensor], *inputs: object) -> torch.Tensor:
     return out
 
 
-def _linear(
-    x: torch.Tensor, w: InDtype, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    return F.linear(x, w(weight), None if bias is None else w(bias))
+def _cast(w: InDtype, parameter: torch.Tensor | None) -> torch.Tensor | None:
+    return None if parameter is None else w(parameter)
 
 
 def _norm(module: Norm, x: torch.Tensor, w: InDtype) -> torch.Tensor:
@@ -146,12 +168,13 @@ def _attention(
     mixer: Attention,
     x: torch.Tensor,
     w: InDtype,
+    maps: Maps,
     rope: Table | None,
     mask: torch.Tensor | None,
     positions: torch.Tensor,
 ) -> torch.Tensor:
     n_texts, length, _ = x.shape
-    qkv = _linear(x.flatten(0, 1), w, mixer.qkv, mixer.qkv_bias)
+    qkv = maps("qkv", x.flatten(0, 1), w(mixer.qkv), _cast(w, mixer.qkv_bias))
     heads = qkv.unflatten(1, (-1, mixer.head_dim))
     q, k, v = heads.split(mixer.split, dim=1)
     if mixer.qk_norm != "none":
@@ -177,25 +200,26 @@ def _attention(
             scale=mixer.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-    return _linear(z.transpose(1, 2).flatten(2), w, mixer.o, mixer.o_bias)
+    return maps("o", z.transpose(1, 2).flatten(2), w(mixer.o), _cast(w, mixer.o_bias))
 
 
 def _gated_linear_attention(
-    mixer: GatedLinearAttention, x: torch.Tensor, w: InDtype, texts: Texts
+    mixer: GatedLinearAttention, x: torch.Tensor, w: InDtype, maps: Maps, texts: Texts
 ) -> torch.Tensor:
     """The mixer's forward pass from states of zeros: [B, T, d] -> [B, T, d]."""
     sizes = mixer.sizes
-    qkv = _linear(x, w, mixer.qkv, None)
+    qkv = maps("qkv", x, w(mixer.qkv), None)
     if mixer.conv is not None:
         qkv = F.silu(_short_conv(qkv, w(mixer.conv), texts.place))
     q, k, v = qkv.flatten(0, 1).split((sizes.k_width, sizes.k_width, sizes.v_width), dim=1)
     q, k = (t.unflatten(1, (sizes.n_heads, sizes.head_k)) for t in (q, k))
     v = v.unflatten(1, (sizes.n_heads, sizes.head_v))
-    logits = _linear(_linear(x, w, mixer.gate_a, None), w, mixer.gate_b, mixer.gate_b_bias)
+    low = maps("gate_a", x, w(mixer.gate_a), None)
+    logits = maps("gate_b", low, w(mixer.gate_b), w(mixer.gate_b_bias))
     z = _heads(q, k, v, logits.view(q.shape), texts, sizes.tau)
-    r = _linear(x, w, mixer.r, None)
+    r = maps("r", x, w(mixer.r), None)
     read = normed_and_gated(z, r.flatten(0, 1), w(mixer.norm), mixer.eps)
-    return _linear(read.view(r.shape), w, mixer.o, None)
+    return maps("o", read.view(r.shape), w(mixer.o), None)
 
 
 def _heads(
@@ -263,15 +287,15 @@ def _capped_attention(
     return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype) @ v
 
 
-def _feedforward(layer: Layer, x: torch.Tensor, w: InDtype) -> torch.Tensor:
+def _feedforward(layer: Layer, x: torch.Tensor, w: InDtype, maps: Maps) -> torch.Tensor:
     feed = layer.feedforward
     if not isinstance(feed, MLP):
         weights = {name: w(value) for name, value in feed.named_parameters()}
         rows: torch.Tensor = torch.func.functional_call(feed, weights, (x.flatten(0, 1),))
         return rows.view(x.shape)
     if feed.gated:
-        gate_up = _linear(x, w, feed.gate_up, feed.gate_up_bias)
+        gate_up = maps("gate_up", x, w(feed.gate_up), _cast(w, feed.gate_up_bias))
         hidden = gated(gate_up.flatten(0, 1), feed.kind).unflatten(0, x.shape[:2])
     else:
-        hidden = activation(_linear(x, w, feed.up, feed.up_bias), feed.kind)
-    return _linear(hidden, w, feed.down, feed.down_bias)
+        hidden = activation(maps("up", x, w(feed.up), _cast(w, feed.up_bias)), feed.kind)
+    return maps("down", hidden, w(feed.down), _cast(w, feed.down_bias))

@@ -114,7 +114,7 @@ class Training:
         self._slowest = 0.0  # seconds of a round: a step with what followed it
         n_bytes = sum(3 * p.numel() * p.element_size() for p in self._parameters.values())
         self._slowest_save = 1 + n_bytes / 200e6  # until one has been measured
-        self._keeper = processes.keeper(folder.checkpoints, config.checkpoint.keep)
+        self._keeper = processes.keeper(folder.checkpoints, config.checkpoint.keep, decoder.config)
         self._saving_since, self._saving_step = 0.0, 0
         self._saved: int | None = None  # step of the newest checkpoint
 
@@ -210,7 +210,8 @@ class Training:
         settings = self._config.train
         position = self._stream.state()
         batch = self._stream.next()
-        count = int(self._processes.total((batch.labels != NO_LABEL).sum()))
+        abreast = self._processes.world // self._processes.readers  # with the same rows
+        count = int(self._processes.total((batch.labels != NO_LABEL).sum())) // abreast
         rows = settings.micro_batch or len(batch.tokens)
         total = torch.zeros((), device=self._device)
         tokens, labels = self._sent(batch.tokens), self._sent(batch.labels)
@@ -224,7 +225,7 @@ class Training:
             loss = loss / max(1, count)
             loss.backward()
             total += loss.detach()
-        total = self._processes.total(total)
+        total = self._processes.total(total) / abreast
         norm = self._processes.clip(self._parameters.values(), settings.clip)
         rate = rate_at(
             self._config.schedule, self._config.optimizer.learning_rate, self.step, self.steps

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from invivo.kernels.cross_entropy import IGNORED
 from invivo.models.decoder import Decoder, Layer
 from invivo.models.feedforward.moe import MoE
 from invivo.training.forward import Recompute, Table, dense_forward, run_layer, twice
@@ -35,7 +36,12 @@ class TextLayer(nn.Module):
         run: Callable[..., torch.Tensor] = run_layer
         if self.is_compiled:
             run = torch.compile(run_layer, fullgraph=True)
-        self._run = run if recompute == "none" else partial(twice, run)
+        self._recompute = recompute
+        self.run_as(run)
+
+    def run_as(self, run: Callable[..., torch.Tensor]) -> None:
+        """Let ``run``, of the arguments of :func:`run_layer`, compute this layer."""
+        self._run = run if self._recompute == "none" else partial(twice, run)
 
     def forward(
         self, x: torch.Tensor, rope: Table | None, mask: torch.Tensor | None, texts: Texts
@@ -47,6 +53,9 @@ class TextLayer(nn.Module):
         return self._run(self.layer, x, rope, mask, texts)
 
 
+Around = Callable[[Callable[[Decoder], torch.Tensor]], torch.Tensor]
+
+
 class LossModel(nn.Module):
     """:func:`~invivo.training.loss.dense_loss` of one decoder as a module.
 
@@ -55,6 +64,10 @@ class LossModel(nn.Module):
         dtype: of states and products; None: the parameters'.
         recompute: ``layer`` keeps only the layers' inputs for the backward pass.
         compile: run each layer through torch.compile; the first steps compile for a while.
+
+    Attributes:
+        around: calls what runs the decoder, with the decoder, or one that stands for it and has
+            embedding, last norm and head at hand.
     """
 
     def __init__(
@@ -68,6 +81,7 @@ class LossModel(nn.Module):
         super().__init__()
         self.decoder = decoder.requires_grad_(True)
         self.dtype = dtype
+        self.around: Around = lambda run: run(decoder)
         self.layers = nn.ModuleList(
             TextLayer(cast(Layer, layer), recompute=recompute, compile=compile)
             for layer in decoder.layers
@@ -77,11 +91,15 @@ class LossModel(nn.Module):
         self, tokens: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of nats [] and count of labels []; tokens, labels and starts [B, T]."""
-        hidden = self.states(tokens, starts)
-        return head_loss(self.decoder, hidden, labels)
+        loss = self.around(lambda d: head_loss(d, self._states(d, tokens, starts), labels)[0])
+        return loss, (labels != IGNORED).sum()
 
     def states(self, tokens: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         """Normalised final states [B, T, d]."""
-        return dense_forward(
-            self.decoder, tokens, starts=starts, dtype=self.dtype, layers=list(self.layers)
-        )
+        return self.around(lambda d: self._states(d, tokens, starts))
+
+    def _states(
+        self, decoder: Decoder, tokens: torch.Tensor, starts: torch.Tensor | None
+    ) -> torch.Tensor:
+        layers = list(self.layers)
+        return dense_forward(decoder, tokens, starts=starts, dtype=self.dtype, layers=layers)

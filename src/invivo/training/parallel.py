@@ -5,10 +5,8 @@ layer's parameters are gathered before the layer runs and its gradients are summ
 after. Parameters stay float32 and are gathered in the products' dtype; gradients are summed in
 float32 and not divided: the loss is divided once, by the labels of all processes. With more than
 one replica (HSDP) a group of processes holds the model between them, and the groups add up their
-gradients.
-
-Queries, keys and values of a layer are one matrix and so are gate and up: they are split by rows
-across processes whatever the rows mean, which tensor parallelism could not do.
+gradients. With ``tensor`` processes abreast these share every layer by heads and neurons and read
+the same rows (:mod:`invivo.training.tensor_parallel`); their parts are sharded over the others.
 """
 
 from __future__ import annotations
@@ -29,9 +27,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from invivo.errors import InvalidRequest
+from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
+from invivo.sharding.moves import replicated
 from invivo.training.loss_model import LossModel
 from invivo.training.processes import Keeper
+from invivo.training.tensor_parallel import put_together, split, whole_of
 
 # The first process may prepare data for hours while others wait; torchrun ends all if one is gone.
 PATIENCE = timedelta(days=7)
@@ -44,6 +45,7 @@ class Ranks:
 
     Attributes:
         mesh: (shard,) or (replicate, shard).
+        tensor: of the processes that share every layer between them; None: each has all of it.
         host: group of all for numbers on the host, beside the device's own.
     """
 
@@ -52,6 +54,19 @@ class Ranks:
     device: torch.device
     mesh: DeviceMesh
     host: dist.ProcessGroup
+    tensor: DeviceMesh | None = None
+
+    @property
+    def reader(self) -> int:
+        return self.rank // self._abreast
+
+    @property
+    def readers(self) -> int:
+        return self.world // self._abreast
+
+    @property
+    def _abreast(self) -> int:
+        return 1 if self.tensor is None else self.tensor.size()
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
         x = x.clone()
@@ -78,6 +93,8 @@ class Ranks:
         policy = MixedPrecisionPolicy(
             param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        if self.tensor is not None:
+            split(model, self.tensor)
         for layer in model.layers:
             fully_shard(layer, mesh=self.mesh, mp_policy=policy)
         layers = {p for layer in model.layers for p in layer.parameters()}
@@ -87,8 +104,12 @@ class Ranks:
             module.set_force_sum_reduction_for_comms(True)
 
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:
-        norm = nn.utils.clip_grad_norm_(parameters, most or math.inf)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        parameters = list(parameters)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = replicated(norm)
+        nn.utils.clip_grads_with_norm_(parameters, most or math.inf, norm)
+        return norm.to_local() if isinstance(norm, DTensor) else norm
 
     @contextmanager
     def whole(self, model: LossModel) -> Iterator[None]:
@@ -96,7 +117,8 @@ class Ranks:
         for module in _sharded(model):
             module.unshard()
         try:
-            yield
+            with put_together(model.decoder, self.tensor):
+                yield
         finally:
             for module in _sharded(model):
                 module.reshard()
@@ -105,34 +127,39 @@ class Ranks:
         copy = Decoder(decoder.config) if self.rank == 0 else None
         into = {} if copy is None else dict(copy.named_parameters())
         for name, parameter in decoder.named_parameters():
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            whole = whole_of(decoder.config, name, parameter, self.tensor)
             if name in into:
-                into[name].data.copy_(whole.detach())
+                into[name].data.copy_(whole)
         return copy
 
-    def keeper(self, folder: Path, keep: int) -> Keeper:
+    def keeper(self, folder: Path, keep: int, config: ModelConfig) -> Keeper:
         from invivo.training.sharded_checkpoint import ShardedCheckpoints
 
-        return ShardedCheckpoints(folder, self, keep=keep)
+        return ShardedCheckpoints(folder, self, config, keep=keep)
 
 
 @contextmanager
-def joined(replicas: int, kind: str) -> Iterator[Ranks]:
+def joined(replicas: int, kind: str, tensor: int = 1) -> Iterator[Ranks]:
     """This process among those that torchrun started, until the end of the block.
 
     Args:
         replicas: groups that hold a whole model each.
         kind: of device, ``cuda`` or ``cpu``.
+        tensor: processes that share every layer by heads and neurons; they follow each other in
+            rank, so that they are neighbours on one machine.
 
     Raises:
-        InvalidRequest: the processes cannot be divided into so many replicas, or there are more
-            of them on this machine than GPUs.
+        InvalidRequest: the processes cannot be divided into so many replicas and shares, or there
+            are more of them on this machine than GPUs.
     """
     world = int(os.environ["WORLD_SIZE"])
-    if world % replicas:
-        raise InvalidRequest(
-            f"does not divide the {world} processes", field="parallel.replicas", given=replicas
-        )
+    for name, divisor, among in (
+        ("parallel.tensor", tensor, world),
+        ("parallel.replicas", replicas, world // tensor),
+    ):
+        if among % divisor:
+            what = "processes" if among == world else "groups of processes"
+            raise InvalidRequest(f"does not divide the {among} {what}", field=name, given=divisor)
     here = torch.device(kind)
     if kind == "cuda":
         here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -145,13 +172,13 @@ def joined(replicas: int, kind: str) -> Iterator[Ranks]:
         torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=STALLED)
     try:
-        if replicas == 1:
-            mesh = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-        else:
-            shape = (replicas, world // replicas)
-            mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        sizes = {"replicate": replicas, "shard": world // replicas // tensor, "tensor": tensor}
+        named = {name: n for name, n in sizes.items() if n > 1 or name == "shard"}
+        whole = init_device_mesh(kind, tuple(named.values()), mesh_dim_names=tuple(named))
+        mesh = whole["shard"] if replicas == 1 else whole["replicate", "shard"]
+        abreast = whole["tensor"] if tensor > 1 else None
         host = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield Ranks(dist.get_rank(), world, here, mesh, host)
+        yield Ranks(dist.get_rank(), world, here, mesh, host, abreast)
     finally:
         dist.destroy_process_group()
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
 from invivo.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from invivo.training.loss_model import LossModel
@@ -59,6 +60,8 @@ class Processes(Protocol):
     Attributes:
         rank: number of this process; 0 writes the run's files.
         world: how many there are.
+        reader, readers: of the groups that read rows of their own, one process each unless
+            several share every layer, in ``rank``'s order.
         device: this process's.
     """
 
@@ -66,6 +69,10 @@ class Processes(Protocol):
     def rank(self) -> int: ...
     @property
     def world(self) -> int: ...
+    @property
+    def reader(self) -> int: ...
+    @property
+    def readers(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
 
@@ -90,14 +97,19 @@ class Processes(Protocol):
     def gathered(self, decoder: Decoder) -> Decoder | None:
         """The whole decoder on the first process, None on the others."""
 
-    def keeper(self, folder: Path, keep: int) -> Keeper:
-        """Of checkpoints below ``folder``, of which the newest ``keep`` stay."""
+    def keeper(self, folder: Path, keep: int, config: ModelConfig) -> Keeper:
+        """Of checkpoints below ``folder``, of which the newest ``keep`` stay.
+
+        Args:
+            config: of the decoder whose parameters and moments are kept.
+        """
 
 
 class Alone:
     """One process; see :class:`Processes`."""
 
     rank, world = 0, 1
+    reader, readers = 0, 1
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -125,7 +137,7 @@ class Alone:
     def gathered(self, decoder: Decoder) -> Decoder | None:
         return decoder
 
-    def keeper(self, folder: Path, keep: int) -> Keeper:
+    def keeper(self, folder: Path, keep: int, config: ModelConfig) -> Keeper:
         return _WholeCheckpoints(folder, keep)
 
 

@@ -160,7 +160,7 @@ def _processes(config: TrainConfig, device: torch.device) -> AbstractContextMana
         return contextlib.nullcontext(Alone(device))
     from invivo.training.parallel import joined
 
-    return joined(config.parallel.replicas, device.type)
+    return joined(config.parallel.replicas, device.type, config.parallel.tensor)
 
 
 def _open(
@@ -225,7 +225,7 @@ def _build(
         total=processes.total,
     )
     stream = material.stream(
-        batch=settings.batch, seed=config.seed, rank=processes.rank, world=processes.world
+        batch=settings.batch, seed=config.seed, rank=processes.reader, world=processes.readers
     )
     return Training(
         config,

@@ -26,7 +26,10 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from invivo.models.config import ModelConfig
+from invivo.sharding.moves import replicated
 from invivo.training.checkpoint import (
     Checkpoint,
     finish_checkpoint,
@@ -35,6 +38,7 @@ from invivo.training.checkpoint import (
 )
 from invivo.training.parallel import PATIENCE, Ranks
 from invivo.training.processes import Into
+from invivo.training.tensor_parallel import dealt, lie_of, whole_of
 
 
 @dataclass(slots=True)
@@ -47,8 +51,8 @@ class _Pending:
 class ShardedCheckpoints:
     """See :class:`~invivo.training.processes.Keeper`; what one process is refused, all raise."""
 
-    def __init__(self, folder: Path, ranks: Ranks, *, keep: int) -> None:
-        self._folder, self._ranks, self._keep = folder, ranks, keep
+    def __init__(self, folder: Path, ranks: Ranks, config: ModelConfig, *, keep: int) -> None:
+        self._folder, self._ranks, self._config, self._keep = folder, ranks, config, keep
         # Other messages between the hosts go on while a checkpoint is being written.
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._pending: _Pending | None = None
@@ -65,7 +69,7 @@ class ShardedCheckpoints:
                 refused = error
         self._agree(refused)
         written = async_save(
-            dict(checkpoint.tensors),
+            {name: self._in_order(name, t) for name, t in checkpoint.tensors.items()},
             storage_writer=HuggingFaceStorageWriter(str(target), save_distributed=True),
             process_group=self._group,
         )
@@ -98,16 +102,53 @@ class ShardedCheckpoints:
 
     def read(self, path: Path, into: Into) -> Checkpoint:
         tensors = into()
+        in_order = {name: self._in_order(name, tensor) for name, tensor in tensors.items()}
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             load(
-                dict(tensors),
+                in_order,
                 storage_reader=HuggingFaceStorageReader(str(path)),
                 process_group=self._group,
             )
+            for name, tensor in tensors.items():
+                self._deal(name, in_order[name], tensor)
             return Checkpoint(int(state["step"]), state, tensors)
         except (OSError, ValueError, KeyError, TypeError, CheckpointException) as error:
             raise unreadable(path, error) from error
+
+    # Rows of matrices that processes share by heads are kept as one process has them.
+
+    def _in_order(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, or another one sharded over all processes that has its rows in order."""
+        place = name.partition(".")[2]
+        if not self._is_dealt(place):
+            return tensor
+        assert isinstance(tensor, DTensor)
+        whole = whole_of(self._config, place, tensor, self._ranks.tensor)
+        mesh = tensor.device_mesh
+        everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return everywhere.redistribute(placements=[Shard(0)] * mesh.ndim)
+
+    def _deal(self, name: str, in_order: torch.Tensor, tensor: torch.Tensor) -> None:
+        """The reverse, into ``tensor``."""
+        place = name.partition(".")[2]
+        if in_order is tensor:
+            return
+        assert isinstance(tensor, DTensor)
+        assert isinstance(in_order, DTensor)
+        abreast = self._ranks.tensor
+        assert abreast is not None
+        sections = lie_of(self._config, place).sections
+        rows = dealt(replicated(in_order).to_local(), sections, abreast.size())
+        own = rows.chunk(abreast.size())[abreast.get_local_rank()]
+        shards = self._ranks.mesh.size(self._ranks.mesh.ndim - 1)
+        parts = own.chunk(shards)
+        shard = self._ranks.mesh.get_local_rank(self._ranks.mesh.ndim - 1)
+        if shard < len(parts):
+            tensor.to_local().copy_(parts[shard])
+
+    def _is_dealt(self, place: str) -> bool:
+        return self._ranks.tensor is not None and lie_of(self._config, place).sections != ()
 
     def _agree(self, refused: OSError | None) -> None:
         """Raise on every process where one was refused.

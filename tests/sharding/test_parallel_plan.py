@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from invivo.engine.parallel_plan import (
+from invivo.errors import InvalidRequest
+from invivo.sharding.parallel_plan import (
     Backbone,
     Candidate,
     Linear,
@@ -21,7 +22,6 @@ from invivo.engine.parallel_plan import (
     plan_parallel,
     sent_share,
 )
-from invivo.errors import InvalidRequest
 
 COLUMN = (State.REPLICATED, State.FEATURES)
 ROW = (State.FEATURES, State.PARTIAL)

@@ -1,0 +1,152 @@
+"""LoRAs beside the linear maps of a tensor-parallel decoder, each placed at the least cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from invivo.errors import InvalidRequest
+from invivo.models.config import ModelConfig
+from invivo.sharding.moves import replicated
+from invivo.sharding.parallel_plan import Backbone, Candidate, Mesh, lora_stages, plan_parallel
+from invivo.sharding.placed_lora import PlacedLora
+from invivo.training.tensor_parallel import (
+    STATES,
+    mixed_width,
+    place_of,
+    sections_of,
+)
+
+Place = tuple[int, str]  # layer, part
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """LoRAs of one rank.
+
+    Attributes:
+        on: parts of the layers: q, k, v, r (the output gate of gated linear attention), o, gate,
+            up, down.
+        alpha: the factor is alpha / rank; None: 1.
+    """
+
+    on: tuple[str, ...]
+    rank: int
+    alpha: float | None = None
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def candidates(
+    config: ModelConfig, place: Place, rank: int, *, rows: int, element_bytes: int, mesh: Mesh
+) -> tuple[Candidate, ...]:
+    """Every placement of a LoRA that is worth considering, the cheapest first.
+
+    Args:
+        rows: tokens that the mesh's devices compute together.
+        element_bytes: of a number of the states.
+    """
+    d_in, d_out, name = _sizes(config, place)
+    backbone = Backbone(*STATES[name], rows, element_bytes)
+    return plan_parallel(lora_stages(d_in, d_out, rank), backbone, mesh)
+
+
+def placed_loras(
+    config: ModelConfig,
+    spec: LoraSpec,
+    mesh: DeviceMesh,
+    *,
+    rows: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+    chosen: Mapping[Place, Candidate] | None = None,
+    speeds: Mesh | None = None,
+) -> dict[Place, PlacedLora]:
+    """Fresh LoRAs in all layers, for :func:`~invivo.training.tensor_parallel.split`.
+
+    A is drawn, B is zero, so that they begin as nothing.
+
+    Args:
+        rows: tokens that the mesh's processes compute together, for which the plan is made.
+        dtype: of states and products; the parameters are float32 (float64 for float64).
+        chosen: placements, in place of the cheapest ones.
+        speeds: of the devices; their number is the mesh's. None: those of a plan's default.
+
+    Raises:
+        InvalidRequest: a part that no layer has, a rank below 1.
+    """
+    if spec.rank < 1:
+        raise InvalidRequest("must be at least 1", field="rank", given=spec.rank)
+    places = [*_places(config, spec.on)]
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    speeds = Mesh(mesh.size()) if speeds is None else speeds
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[Place, PlacedLora] = {}
+    for place in places:
+        d_in, d_out, name = _sizes(config, place)
+        a = (2 * torch.rand(spec.rank, d_in, generator=generator) - 1) / math.sqrt(d_in)
+        b = torch.zeros(d_out, spec.rank)
+        candidate = (chosen or {}).get(place)
+        if candidate is None:
+            found = candidates(
+                config,
+                place,
+                spec.rank,
+                rows=rows,
+                element_bytes=dtype.itemsize,
+                mesh=speeds,
+            )
+            candidate = found[0]
+        a, b = (t.to(mesh.device_type, kept) for t in (a, b))
+        made[place] = PlacedLora(a, b, spec.scale, candidate, STATES[name][0], mesh)
+    return made
+
+
+def lora_tensors(loras: Mapping[Place, PlacedLora]) -> dict[str, torch.Tensor]:
+    """The LoRAs' parameters by the names that the engine's adapters have, as they lie."""
+    return {
+        f"layers.{layer}.{part}.lora_{name}": getattr(lora, name.lower()).detach()
+        for (layer, part), lora in loras.items()
+        for name in "AB"
+    }
+
+
+def whole_loras(loras: Mapping[Place, PlacedLora]) -> dict[str, torch.Tensor]:
+    """The same, whole in every process: A [r, d_in], B [d_out, r]; all must call this."""
+    return {
+        name: replicated(tensor).to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in lora_tensors(loras).items()
+    }
+
+
+def _places(config: ModelConfig, on: Sequence[str]) -> Iterator[Place]:
+    for part in on:
+        layers = [i for i in range(config.n_layers) if place_of(config, i, part) is not None]
+        if not layers:
+            raise InvalidRequest(
+                "no layer has such a part",
+                field="on",
+                given=part,
+                remedy="Known: q, k, v, o, up, down; gate, r where the model has them",
+            )
+        for layer in layers:
+            yield layer, part
+
+
+def _sizes(config: ModelConfig, place: Place) -> tuple[int, int, str]:
+    """What a part reads and gives, and the linear map that it is a section of."""
+    layer, part = place
+    found = place_of(config, layer, part)
+    assert found is not None
+    name, section = found
+    d_in = config.d_model
+    if name in ("o", "down"):
+        d_in = config.d_ff if name == "down" else mixed_width(config, layer)
+    return d_in, sections_of(config, layer, name)[section], name
