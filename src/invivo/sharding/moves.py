@@ -82,16 +82,25 @@ def spread(whole: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DTens
     return _described(part, mesh, placement, whole.shape)
 
 
-def replicated(x: DTensor) -> DTensor:
-    """``x`` whole in every process, by one collective for each dimension of its mesh.
+def replicated(x: DTensor) -> torch.Tensor:
+    """All of ``x`` in every process, by one collective for each dimension of its mesh.
 
-    Sums over two dimensions at once may round differently in different processes.
+    What several dimensions of the mesh share must have been shared over the last of them first,
+    equally, and then over those before it: as ``fully_shard`` goes on with DTensors. (torch itself
+    does all dimensions at once and warns of their order.)
     """
-    placements = list(x.placements)
-    for i in reversed(range(len(placements))):
-        placements[i] = REPLICATED
-        x = x.redistribute(placements=placements)
-    return x
+    mesh, part = x.device_mesh, x.to_local()
+    names = mesh.mesh_dim_names or ()
+    dims: list[int | None] = [getattr(placement, "dim", None) for placement in x.placements]
+    for i, dim in enumerate(dims):
+        shape = list(x.shape)  # of what is left to be shared over the dimensions behind i
+        for size, later in zip(mesh.shape[i + 1 :], dims[i + 1 :], strict=True):
+            if later is not None:
+                shape[later] //= size
+        start = x.placements[i] if dim is None else Shard(dim)
+        line = mesh if mesh.ndim == 1 else mesh[names[i]]
+        part = _carried(part, line, tuple(shape), start, REPLICATED)
+    return part
 
 
 def weight_placement(weight: Weight) -> Placement:

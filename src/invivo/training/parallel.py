@@ -13,23 +13,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
 from invivo.sharding.moves import replicated
+from invivo.sharding.placed_lora import PlacedLora
 from invivo.training.loss_model import LossModel
 from invivo.training.processes import Keeper
 from invivo.training.tensor_parallel import put_together, split, whole_of
@@ -88,13 +90,21 @@ class Ranks:
             if not self.rank:
                 dist.barrier(group=self.host)
 
-    def share(self, model: LossModel) -> None:
-        """Shard ``model``, which all processes must hold with the same numbers; names stay."""
+    def share(
+        self, model: LossModel, loras: Mapping[tuple[int, str], PlacedLora] | None = None
+    ) -> None:
+        """Shard ``model``, which all processes must hold with the same numbers; names stay.
+
+        Args:
+            loras: beside linear maps that are shared by heads and neurons (``tensor``); they
+                become parameters of the layers.
+        """
+        assert loras is None or self.tensor is not None
         policy = MixedPrecisionPolicy(
             param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         if self.tensor is not None:
-            split(model, self.tensor)
+            split(model, self.tensor, loras)
         for layer in model.layers:
             fully_shard(layer, mesh=self.mesh, mp_policy=policy)
         layers = {p for layer in model.layers for p in layer.parameters()}
@@ -105,11 +115,23 @@ class Ranks:
 
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:
         parameters = list(parameters)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = replicated(norm)
+        norm = self._norm([cast(DTensor, p.grad) for p in parameters if p.grad is not None])
         nn.utils.clip_grads_with_norm_(parameters, most or math.inf, norm)
-        return norm.to_local() if isinstance(norm, DTensor) else norm
+        return norm
+
+    def _norm(self, gradients: Sequence[DTensor]) -> torch.Tensor:
+        """Of all gradients together; the same bits in all processes."""
+        mesh = gradients[0].device_mesh
+        by_copies: dict[int, list[torch.Tensor]] = {}  # how many processes hold the same part
+        for gradient in gradients:
+            sizes = zip(mesh.shape, gradient.placements, strict=True)
+            copies = math.prod(n for n, placement in sizes if placement.is_replicate())
+            by_copies.setdefault(copies, []).append(gradient.to_local())
+        shares = [nn.utils.get_total_norm(g) ** 2 / n for n, g in by_copies.items()]
+        summed = DTensor.from_local(
+            torch.stack(shares).sum(), mesh, [Partial()] * mesh.ndim, run_check=False
+        )
+        return replicated(summed).sqrt()
 
     @contextmanager
     def whole(self, model: LossModel) -> Iterator[None]:

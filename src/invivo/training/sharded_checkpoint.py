@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from invivo.models.config import ModelConfig
 from invivo.sharding.moves import replicated
@@ -119,7 +119,7 @@ class ShardedCheckpoints:
     # Rows of matrices that processes share by heads are kept as one process has them.
 
     def _in_order(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor``, or another one sharded over all processes that has its rows in order."""
+        """``tensor``, or another one that has its rows in order, in equal shards."""
         place = name.partition(".")[2]
         if not self._is_dealt(place):
             return tensor
@@ -127,7 +127,9 @@ class ShardedCheckpoints:
         whole = whole_of(self._config, place, tensor, self._ranks.tensor)
         mesh = tensor.device_mesh
         everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        return everywhere.redistribute(placements=[Shard(0)] * mesh.ndim)
+        placements: list[Placement] = [Replicate()] * mesh.ndim
+        placements[(mesh.mesh_dim_names or ()).index("shard")] = Shard(0)
+        return everywhere.redistribute(placements=placements)
 
     def _deal(self, name: str, in_order: torch.Tensor, tensor: torch.Tensor) -> None:
         """The reverse, into ``tensor``."""
@@ -139,7 +141,7 @@ class ShardedCheckpoints:
         abreast = self._ranks.tensor
         assert abreast is not None
         sections = lie_of(self._config, place).sections
-        rows = dealt(replicated(in_order).to_local(), sections, abreast.size())
+        rows = dealt(replicated(in_order), sections, abreast.size())
         own = rows.chunk(abreast.size())[abreast.get_local_rank()]
         shards = self._ranks.mesh.size(self._ranks.mesh.ndim - 1)
         parts = own.chunk(shards)

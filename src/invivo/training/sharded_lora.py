@@ -11,12 +11,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from invivo.errors import InvalidRequest
+from invivo.kernels.cross_entropy import IGNORED
 from invivo.models.config import ModelConfig
 from invivo.sharding.moves import replicated
 from invivo.sharding.parallel_plan import Backbone, Candidate, Mesh, lora_stages, plan_parallel
 from invivo.sharding.placed_lora import PlacedLora
+from invivo.training.config import AdamW
+from invivo.training.loss_model import LossModel
+from invivo.training.optimizer import make_optimizer
+from invivo.training.parallel import Ranks
 from invivo.training.tensor_parallel import (
     STATES,
+    check_divisible,
     mixed_width,
     place_of,
     sections_of,
@@ -109,6 +115,63 @@ def placed_loras(
     return made
 
 
+def tune(
+    model: LossModel,
+    ranks: Ranks,
+    spec: LoraSpec,
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    settings: AdamW,
+    clip: float = 1.0,
+    seed: int = 0,
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train LoRAs on a frozen model that the processes share; all call this alike.
+
+    Args:
+        model: the same numbers in all processes; it is sharded and stays so.
+        ranks: with ``tensor`` processes abreast.
+        batches: (tokens, labels) [B, T] of each step; processes abreast get the same ones, other
+            groups rows of their own.
+        clip: largest norm of all gradients together; 0: no limit.
+
+    Returns:
+        The LoRAs, whole in every process, by the names of the engine's adapters, and each step's
+        loss in nats a label.
+
+    Raises:
+        InvalidRequest, UnsupportedModel: the model or the LoRAs cannot be shared like this.
+    """
+    abreast = ranks.tensor
+    assert abreast is not None
+    decoder = model.decoder.requires_grad_(False)
+    check_divisible(decoder.config, abreast.size())
+    loras = placed_loras(
+        decoder.config,
+        spec,
+        abreast,
+        rows=batches[0][0].numel(),
+        dtype=model.dtype or decoder.embed.dtype,
+        seed=seed,
+    )
+    ranks.share(model, loras)
+    parameters = {
+        f"{place}.{name}": parameter
+        for place, lora in loras.items()
+        for name, parameter in lora.named_parameters()
+    }
+    optimizer = make_optimizer(parameters, settings)
+    losses = []
+    for tokens, labels in batches:
+        count = ranks.total((labels != IGNORED).sum()) / abreast.size()
+        loss = model(tokens, labels)[0] / count.clamp(min=1)
+        loss.backward()
+        ranks.clip(parameters.values(), clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(ranks.total(loss.detach())) / abreast.size())
+    return whole_loras(loras), losses
+
+
 def lora_tensors(loras: Mapping[Place, PlacedLora]) -> dict[str, torch.Tensor]:
     """The LoRAs' parameters by the names that the engine's adapters have, as they lie."""
     return {
@@ -121,7 +184,7 @@ def lora_tensors(loras: Mapping[Place, PlacedLora]) -> dict[str, torch.Tensor]:
 def whole_loras(loras: Mapping[Place, PlacedLora]) -> dict[str, torch.Tensor]:
     """The same, whole in every process: A [r, d_in], B [d_out, r]; all must call this."""
     return {
-        name: replicated(tensor).to_local() if isinstance(tensor, DTensor) else tensor
+        name: replicated(tensor) if isinstance(tensor, DTensor) else tensor
         for name, tensor in lora_tensors(loras).items()
     }
 

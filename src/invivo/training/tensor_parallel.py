@@ -234,7 +234,7 @@ def whole_of(
         mesh: of the tensor-parallel processes; None: there are none.
     """
     part = part.detach()
-    whole = replicated(part).to_local() if isinstance(part, DTensor) else part
+    whole = replicated(part) if isinstance(part, DTensor) else part
     sections = () if mesh is None else lie_of(config, name).sections
     return in_order(whole, sections, mesh.size()) if mesh is not None and sections else whole
 
