@@ -330,7 +330,7 @@ class _Maps:
         y = self._beside(name, x, linear_map(name, x, weight, None)).flatten(0, -2)
         shape = y.shape[0], y.shape[1]
         y = moved(y, self._share.mesh, shape, State.PARTIAL, State.REPLICATED)
-        y = y if bias is None else y + bias.to(y.dtype)
+        y = y if bias is None else y + bias
         summed: torch.Tensor = y.unflatten(0, x.shape[:-1])
         return summed
 
