@@ -65,9 +65,12 @@ def simulate(
     max_batch_tokens: Annotated[
         int, typer.Option("--max-batch-tokens", min=2, help="Rows of an iteration.")
     ] = 2048,
-    quantum_ms: Annotated[
-        float, typer.Option("--quantum-ms", help="Length of an iteration without inference.")
-    ] = 50.0,
+    burst: Annotated[
+        float,
+        typer.Option(
+            "--burst", min=1, help="As of the server: --tpot-ms between two tokens at most."
+        ),
+    ] = 2.5,
     seed: Annotated[int, typer.Option("--seed", help="Of drawn arrivals.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Figure to write (.png, .svg or .html).")
@@ -86,7 +89,7 @@ def simulate(
     from invivo.engine.policies import Slo, policy_of
 
     chosen = [policy_of(text.strip()) for text in policies.split(",")]
-    slo = Slo(tpot_ms=tpot_ms, ttft_ms=ttft_ms)
+    slo = Slo(tpot_ms=tpot_ms, ttft_ms=ttft_ms, burst=burst)
     limits = simulator.simulated_limits(max_batch_tokens=max_batch_tokens, max_running=max_running)
     results = []
     for rate in positive_numbers(rates, "--rates"):
@@ -99,7 +102,7 @@ def simulate(
                 slo=slo,
                 limits=limits,
                 training=simulator.Training(length, layers),
-                sizes=Sizes(quantum_ms=quantum_ms),
+                sizes=Sizes(quantum_ms=tpot_ms * burst),
             )
             results.append(result)
     if out is not None:

@@ -33,8 +33,9 @@ class EngineConfig:
         tpot_ms, ttft_ms: what fine-tuning leaves to requests: milliseconds per output token, and
             to the first one (see :class:`invivo.engine.policies.Slo`).
         burst: how many ``tpot_ms`` may pass between two tokens of a request that is early. Above 1,
-            a few quick iterations gather the slack of one large piece of training: worth it where
-            starting one is dear, as on a CPU; answers then come less evenly, at the same mean pace.
+            a few quick iterations gather the slack of one large piece of training, since starting
+            one is dear; answers come less evenly, at the same mean pace. 1 keeps every token within
+            the promise.
         policy: how fine-tuning shares the device with requests (:mod:`invivo.engine.policies`).
         max_jobs: fine-tuning jobs at once.
         fan_out: whether runs of programs skip layers and tokens that another run has computed, or
@@ -59,7 +60,7 @@ class EngineConfig:
     cuda_graphs: bool | None = None
     tpot_ms: float = 50.0
     ttft_ms: float = 5000.0
-    burst: float = 1.0
+    burst: float = 2.5
     policy: str = "co-serve"
     max_jobs: int = 4
     fan_out: bool = True
