@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.counting import Calls
 from tests.edits.recurrent_models import recurrent_model
 from tests.edits.small_models import CONFIGS, random_ids, words
 from tests.engine.drive import Inquiry, run
@@ -133,6 +134,33 @@ def test_a_batch_that_stays_the_same_is_worked_out_once(monkeypatch: pytest.Monk
     assert len(made) == 1
     assert written == [3]  # all rows of the site at once
     assert made[0].asked == []
+
+
+def test_programs_of_constants_cost_the_host_a_few_calls_a_row() -> None:
+    class Static(RunPieces):
+        """Pieces that cost nothing: what is left is the host's work."""
+
+        def _recorded(self, step: Piece) -> Piece:
+            out = step()
+            return lambda: out
+
+    calls = {}
+    heads = {"steps": [at(f"layers.{i}.attn.head.1.z", "zero") for i in range(3)]}
+    for program in (None, heads):
+        engine = engine_of("llama", max_batch_tokens=64)
+        in_pieces(engine, Static)
+        for i in range(6):
+            text = words(random_ids(i), n_prompt=len(random_ids(i)), n_new=40)
+            given = None if program is None else carried(engine, program, text)
+            ask(engine, given, words(random_ids(i)), "generate", max_tokens=40, ignore_eos=True)
+        for _ in range(10):
+            engine.step()
+        with Calls() as counted:
+            for _ in range(8):
+                engine.step()
+        calls[program is None] = counted.n / 8
+        engine.close()
+    assert calls[False] - calls[True] < 6 * 12 + 100
 
 
 def test_heads_of_single_layers_are_pieces_until_the_choice_has_lasted(

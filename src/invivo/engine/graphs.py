@@ -21,7 +21,7 @@ import torch
 
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.edit_tables import Change, EditTables
-from invivo.engine.step_cuts import Cuts, Key, Segment, cuts_of, segments
+from invivo.engine.step_cuts import Cuts, Key, Segment, parted
 from invivo.kernels.paging import PagedLayout
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder
@@ -170,13 +170,12 @@ class DecodeGraphs:
         """
         decoder, b, n_rows = self._decoder, self._buffers, layout.n_rows
         size = self._size_of(layout)
-        cuts = cuts_of(touched, decoder.config.n_layers)
-        embeds = not (0 in cuts.offered or 0 in cuts.opened)
         tabled = {} if tabled is None else tabled
+        cuts, parts = self._parts(size, frozenset(touched), frozenset(tabled), adapters is not None)
+        embeds = not (0 in cuts.offered or 0 in cuts.opened)
         if self.tables.make_room(tabled):
             for old in [old for old in self._captured if old.tabled]:
                 del self._captured[old]
-        parts = self._parts(size, cuts, tabled, adapters is not None)
         pieces = {}
         for part in parts:
             if not part.opened:
@@ -226,19 +225,16 @@ class DecodeGraphs:
         return hidden, decoder.logits(hidden)
 
     def _parts(
-        self, size: int, cuts: Cuts, tabled: Collection[Key], with_adapters: bool
-    ) -> tuple[Segment, ...]:
+        self, size: int, touched: frozenset[Key], tabled: frozenset[Key], with_adapters: bool
+    ) -> tuple[Cuts, tuple[Segment, ...]]:
         """How a step is cut: into few pieces once its like has come often enough."""
-        n_layers = self._decoder.config.n_layers
-        parts = segments(cuts, tabled, n_layers, merged=False)
-        if not tabled:
-            return parts
-        way = (size, with_adapters, parts)
-        count = self._lasted.pop(way, 0) + 1
-        self._lasted[way] = count  # the newest last
-        if len(self._lasted) > _MOST_COUNTED:
-            del self._lasted[next(iter(self._lasted))]
-        return segments(cuts, tabled, n_layers, merged=True) if count > _LASTING else parts
+        way = (size, with_adapters, touched, tabled)
+        count = self._lasted.get(way, 0)
+        if tabled and count <= _LASTING:
+            self._lasted[way] = count + 1
+            if len(self._lasted) > _MOST_COUNTED:
+                del self._lasted[next(iter(self._lasted))]
+        return parted(touched, tabled, self._decoder.config.n_layers, count > _LASTING)
 
     def _key_of(
         self, part: Segment, size: int, with_adapters: bool, embeds: bool, cuts: Cuts

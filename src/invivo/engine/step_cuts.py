@@ -7,6 +7,7 @@ there. At a *tabled* site rows change by constants that lie in device tables
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -132,6 +133,15 @@ def segments(
         there = sorted(key for key in tabled if first <= _home(*key) < end)
         found.append(Segment(first, last, first in cuts.opened, tuple(there)))
     return tuple(found)
+
+
+@functools.lru_cache(maxsize=256)
+def parted(
+    touched: frozenset[Key], tabled: frozenset[Key], n_layers: int, merged: bool
+) -> tuple[Cuts, tuple[Segment, ...]]:
+    """:func:`cuts_of` and :func:`segments`; the last ones are remembered, for every step asks."""
+    cuts = cuts_of(touched, n_layers)
+    return cuts, segments(cuts, tabled, n_layers, merged=merged)
 
 
 def _home(site: str, layer: int) -> int:
