@@ -74,6 +74,10 @@ class Blobs:
             )
         return self._tensors[name]
 
+    def hash_of(self, name: str) -> str:
+        """The content hash of the tensor of this name, which is here."""
+        return self._hashes[name]
+
     def names(self) -> list[str]:
         """Under which tensors were handed in, in order."""
         return sorted(name for name, digest in self._hashes.items() if name != digest)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 
 from invivo.engine.snapshots import StateSnapshots
-from invivo.engine.types import Request
+from invivo.engine.types import BlockChanges, Request
 
 Namespace = tuple[tuple[object, ...], ...]
 
@@ -66,12 +66,12 @@ class PrefixIndex:
         tokens: Items[int],
         namespace: Namespace,
         limit: int,
-        mark: tuple[int, object] | None = None,
+        changes: BlockChanges | None = None,
     ) -> tuple[list[int], list[object]]:
         """Blocks that hold the longest known prefix of ``tokens[:limit]``, whole blocks only.
 
         Args:
-            mark: (block, key): from this block on the content depends on this as well.
+            changes: what else the content of each block depends on.
 
         Returns:
             The blocks in order, and the parents under which what follows after 0, 1, 2, ... of
@@ -82,7 +82,7 @@ class PrefixIndex:
         blocks: list[int] = []
         parents = [parent]
         for start in range(0, limit - size + 1, size):
-            above = marked(parent, len(blocks), mark)
+            above = marked(parent, len(blocks), changes)
             entry = self._entries.get((above, tuple(tokens[start : start + size])))
             if entry is None:
                 break
@@ -126,9 +126,10 @@ class PrefixIndex:
         self._key_of = [None] * len(self._key_of)
 
 
-def marked(parent: object, block: int, mark: tuple[int, object] | None) -> object:
-    """The parent of a sequence's ``block``, told apart where what is in ``mark`` begins."""
-    return (parent, mark[1]) if mark is not None and block == mark[0] else parent
+def marked(parent: object, block: int, changes: BlockChanges | None) -> object:
+    """The parent of a sequence's ``block``, told apart by what is changed in that block."""
+    mark = None if changes is None else changes.at(block)
+    return parent if mark is None else (parent, mark)
 
 
 class BlockPool:
@@ -148,6 +149,7 @@ class BlockPool:
         self.n_blocks = n_blocks
         self.n_free = n_blocks - 1
         self.n_released = 0
+        self._uncleared: list[int] = []
         self._index = index
         self._refs = [0] * n_blocks
         # The list runs 0 -> 1 -> ... -> n - 1 -> 0; the scratch block is its fixed end.
@@ -157,6 +159,7 @@ class BlockPool:
         # substring search.
         self._empty = bytearray(b"\x00" + b"\x01" * (n_blocks - 1))
         self._cursor = 1
+        self._edited = bytearray(n_blocks)
 
     @property
     def n_total(self) -> int:
@@ -214,6 +217,16 @@ class BlockPool:
                 self._unlink(block)
             self._refs[block] += 1
 
+    def note_edited(self, blocks: Items[int]) -> None:
+        """What will be written to these blocks need not be finite."""
+        for block in blocks:
+            self._edited[block] = 1
+
+    def take_uncleared(self) -> list[int]:
+        """Blocks handed out anew that held what need not be finite: clear them before use."""
+        blocks, self._uncleared = self._uncleared, []
+        return blocks
+
     def release(self, blocks: Items[int]) -> None:
         """Give back one reference to each block of a sequence; content stays until reuse.
 
@@ -265,6 +278,9 @@ class BlockPool:
         self._unlink(block)
         self._index.forget(block)
         self._refs[block] = 1
+        if self._edited[block]:
+            self._edited[block] = 0
+            self._uncleared.append(block)
 
     def _unlink(self, block: int) -> None:
         before, behind = self._prev[block], self._next[block]

@@ -162,7 +162,6 @@ class Engine:
         self._tracks: dict[Sequence, Track] = {}
         self._programs: dict[str, Job] = {}  # requests that carry one, by id
         self._runs: dict[Sequence, ProgramRun] = {}
-        self._uncleared: list[int] = []  # blocks of edited keys that nobody holds any more
         self._parked: deque[Job] = deque()  # their adapter waits for a slot
         self._in_flight: Launched | None = None
         self._inbox = _Inbox()
@@ -263,6 +262,8 @@ class Engine:
             self.model.decoder,
             writes=writes,
             max_bytes=self.config.max_capture_bytes,
+            block_size=self.config.block_size,
+            adapter=request.adapter,
             fan_out=self.config.fan_out,
         )
         held = self.scheduler.blocks_total * self.config.block_size
@@ -536,6 +537,8 @@ class Engine:
                 start = max(now, self._busy_until or now)
                 self._predicted = self._finetuning.predicted(plan)
                 self._busy_until = start + self._predicted
+            # What programs left in these blocks need not be finite: before anything runs there.
+            self._stepper.clear_blocks(self.scheduler.pool.take_uncleared())
             riders = self._finetuning.board(plan)
             if not plan.spans:
                 assert riders is not None
@@ -574,24 +577,22 @@ class Engine:
         Who shares keys that such a run should have changed in this very step ends with it.
         """
         failed: dict[str, tuple[Job, Exception]] = {}
-        spoiled: dict[tuple[object, str], Exception] = {}
+        spoiled: dict[int, Exception] = {}
         for span in plan.spans:
             run = self._runs.get(span.seq)
             if run is None or run.edits.error is None:
                 continue
             failed[span.seq.request.id] = self._programs[span.seq.request.id], run.edits.error
             if run.edits.spoiled:
-                self._stepper.clear_blocks(self.scheduler.spoil(span))
-                if span.seq.changes is not None:
-                    spoiled[span.seq.namespace, span.seq.changes] = run.edits.error
+                spoiled |= dict.fromkeys(self.scheduler.spoil(span), run.edits.error)
         if not failed:
             return
         for span in plan.spans:
-            seq = span.seq
-            if seq in self._runs and seq.changes is not None:
-                shared = spoiled.get((seq.namespace, seq.changes))
-                if shared is not None:
-                    failed.setdefault(seq.request.id, (self._programs[seq.request.id], shared))
+            shared = next((spoiled[b] for b in span.seq.blocks if b in spoiled), None)
+            if shared is not None and span.seq in self._runs:
+                failed.setdefault(
+                    span.seq.request.id, (self._programs[span.seq.request.id], shared)
+                )
         for job, error in failed.values():
             if not isinstance(error, InvivoError):
                 log.warning("the program of request %s failed", job.request.id, exc_info=error)
@@ -599,9 +600,6 @@ class Engine:
 
     def _prepare(self, plan: Plan) -> tuple[FlatBatch, FlatBatch | None, Work]:
         """The plan's flat batch, that of its partial spans if there are any, and their work."""
-        # All at once, and before anything runs that may have got one of them.
-        blocks, self._uncleared = self._uncleared, []
-        self._stepper.clear_blocks(blocks)
         batch = self._builder.build(plan)
         partial = self._partial_builder.build_partial(plan) if plan.n_partial else None
         work = self._work(plan, batch.sample_spans)
@@ -615,9 +613,6 @@ class Engine:
             job = self._job_of(seq)
             if seq.n_preempted == 0 and job is not None:
                 self._admitted(job.tracks[seq.index])
-        for seq in plan.preempted:
-            if seq in self._runs:
-                self._stepper.clear_blocks(self._runs[seq].take_blocks())
         rows: list[RowState] = []
         positions: list[int] = []
         for i in sample_spans:
@@ -630,10 +625,8 @@ class Engine:
             if span.purpose is Purpose.TRAIN:
                 continue
             run = self._runs.get(span.seq)
-            if run is not None:
-                run.holds(span.seq, self.config.block_size)
-                if not span.seq.is_partial:
-                    work.edited.append((i, run.edits))
+            if run is not None and not span.seq.is_partial:
+                work.edited.append((i, run.edits))
             if span.purpose is Purpose.DECODE or span.seq not in self._tracks:
                 continue
             if span.seq.request.kind == "embed":
@@ -787,8 +780,7 @@ class Engine:
                 ids[at] = token
             seq.tokens[: len(ids)] = ids
             seq.numbers = plan.input.numbers
-            seq.shareable = run.edits.first_touched
-            seq.changes = program.changes_of(run)
+            program.share(run, seq, track.seq.adapter_version)
             seq.recomputed_from = run.edits.first_kept
             seq.onset, seq.last_layer = run.onset, run.n_layers
             program.live[seq] = run
@@ -815,9 +807,8 @@ class Engine:
             self._feed(job, program)
 
     def _end_run(self, seq: Sequence) -> None:
-        """Free what a run's sequence holds; what edits left in its memory need not be finite."""
-        run = self._runs.pop(seq)
-        self._uncleared += run.take_blocks()
+        """Free what a run's sequence holds."""
+        del self._runs[seq]
         self.scheduler.finish(seq)
 
     def _end_program(self, job: Job, output: Output, reason: FinishReason) -> None:

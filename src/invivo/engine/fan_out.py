@@ -1,12 +1,13 @@
 """Where the rows of a sweep part from each other, and what lies before that and is done once.
 
 Rows that differ only from a layer and a token on share everything before: the keys of earlier
-tokens, and the residual stream below that layer. Both are those of a run without edits, the trunk.
+tokens, and the residual stream below that layer. Both are those of a run with the edits that all
+rows have in common, the trunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from invivo.edits.resolved import RunPlan
@@ -27,7 +28,7 @@ class Trunk:
     """What the runs of one name have in common.
 
     Attributes:
-        plan: the run without edits.
+        plan: the run with the edits of all.
         branches: by number of the row.
         entries: by layer, the residual stream of the trunk before it, as far as branches need it.
     """
@@ -42,23 +43,20 @@ class Trunk:
 
 
 def find_trunk(
-    plans: Mapping[int, RunPlan], kept: Mapping[int, Iterable[KeptRows]], n_layers: int
-) -> Trunk | None:
-    """The trunk of runs that differ in their touches alone; None if they differ in more.
+    plans: Mapping[int, RunPlan],
+    kept: Mapping[int, Iterable[KeptRows]],
+    n_layers: int,
+    common: Collection[int],
+) -> Trunk:
+    """The trunk of runs that differ in their touches alone.
 
     Args:
         plans: the runs of one name, by number of the row.
         kept: what is kept of each.
+        common: the steps that do the same in all of them.
     """
     first = next(iter(plans.values()))
-    if any(
-        plan.prompt is not first.prompt
-        or plan.adapter != first.adapter
-        or plan.input != first.input
-        for plan in plans.values()
-    ):
-        return None
-    branches = {i: _branch(plan, kept[i], n_layers) for i, plan in plans.items()}
+    branches = {i: _branch(plan, kept[i], n_layers, common) for i, plan in plans.items()}
     n = len(first.prompt.ids)
     starts: dict[int, int] = {}
     for branch in branches.values():
@@ -68,7 +66,8 @@ def find_trunk(
         layer: KeptRows(SiteRef("resid.post", layer - 1), range(token, n), after=False)
         for layer, token in starts.items()
     }
-    return Trunk(replace(first, touches=(), stop=None), branches, entries)
+    touches = tuple(touch for touch in first.touches if touch.step in common)
+    return Trunk(replace(first, touches=touches, stop=None), branches, entries)
 
 
 def deepest_layer(kept: Iterable[KeptRows], n_layers: int) -> int | None:
@@ -78,11 +77,13 @@ def deepest_layer(kept: Iterable[KeptRows], n_layers: int) -> int | None:
     return deepest if deepest < n_layers else None
 
 
-def _branch(plan: RunPlan, kept: Iterable[KeptRows], n_layers: int) -> Branch:
+def _branch(
+    plan: RunPlan, kept: Iterable[KeptRows], n_layers: int, common: Collection[int]
+) -> Branch:
     tokens = [len(plan.prompt.ids) - 1]  # one has to go through
     layers = [n_layers]
     for touch in plan.touches:
-        if touch.positions.ranges:
+        if touch.positions.ranges and touch.step not in common:
             tokens.append(touch.positions.first)
             layers.append(_enters(touch.ref, n_layers))
     for rows in kept:

@@ -6,23 +6,23 @@ are the same in all rows of a sweep are done once. A sweep is fed to the schedul
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from invivo.edits.apply import Context
-from invivo.edits.blobs import content_hash
 from invivo.edits.measures import measure_rows
 from invivo.edits.parameters import parameter_values
 from invivo.edits.program import MAIN
 from invivo.edits.reduce import reduce_capture
-from invivo.edits.resolved import CaptureRef, MeasureRef, ResolvedRow, RunPlan
+from invivo.edits.resolved import CaptureRef, MeasureRef, ResolvedRow, RunPlan, Touch
 from invivo.edits.results import Captured, Measured, ProgramOutput, RowOutput
 from invivo.edits.site_names import SiteRef
 from invivo.edits.value_shapes import touched_shape
+from invivo.engine.changes import Changes, hash_of, reaches_cache
 from invivo.engine.fan_out import Trunk, deepest_layer, find_trunk
 from invivo.engine.kept_rows import KeptRows, Part, Shrink, fit_keys
 from invivo.engine.run_edits import OPEN_SITES, RunEdits, source_positions
@@ -30,6 +30,7 @@ from invivo.engine.types import HeldBlocks, Intervention, Onset, Sequence
 from invivo.errors import TooLarge
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
+from invivo.models.rope import long_text_offset
 
 _LENS_BYTES = 64 << 20  # logits of a lens are computed in pieces of at most this size
 _LOGITS = SiteRef("logits", -1)
@@ -47,9 +48,7 @@ class ProgramRun:
         kept: by what wants it.
         onset: where it goes on from the trunk of its sweep.
         n_layers: how many layers have to be computed for what is kept; None: all.
-        is_trunk: others go on from its memory, in which nothing is edited.
-        blocks: the memory that its sequence had last, cleared when it goes: edited keys need not
-            be finite.
+        is_trunk: others go on from its memory, in which only what all of them edit is edited.
     """
 
     key: RunKey
@@ -59,21 +58,10 @@ class ProgramRun:
     onset: Onset | None = None
     n_layers: int | None = None
     is_trunk: bool = False
-    blocks: list[int] = field(default_factory=list)
 
     @property
     def is_main(self) -> bool:
         return self.key[1] == MAIN
-
-    def holds(self, seq: Sequence, block_size: int) -> None:
-        """Note which blocks of ``seq`` hold edited keys that nobody else may find."""
-        if seq.shareable is not None and not self.is_trunk:
-            self.blocks = seq.blocks[max(seq.n_indexed, seq.shareable // block_size) :]
-
-    def take_blocks(self) -> list[int]:
-        """The blocks that hold edited keys, which it lets go of."""
-        blocks, self.blocks = self.blocks, []
-        return blocks
 
 
 class CarriedProgram:
@@ -83,6 +71,8 @@ class CarriedProgram:
 
     Args:
         writes: the run "main" is the request's own text, and comes last.
+        block_size: of the cache.
+        adapter: the request's own.
         fan_out: rows of a sweep share what lies before their first change.
 
     Raises:
@@ -96,6 +86,8 @@ class CarriedProgram:
         *,
         writes: bool,
         max_bytes: int,
+        block_size: int,
+        adapter: str | None = None,
         fan_out: bool = True,
     ) -> None:
         resolved = intervention.resolved
@@ -104,6 +96,11 @@ class CarriedProgram:
         self._decoder = decoder
         self._varying = resolved.varying
         self._rows = resolved.rows
+        self._adapter = adapter
+        self._block_size = block_size
+        self._common = {name: self._common_steps(name) for name in resolved.varying}
+        self._read: dict[str, Changes] = {}  # what is changed in runs that others read
+        self._prefixes: dict[tuple[str, int], str] = {}
         self._context = Context(
             dtype=decoder.embed.dtype,
             device=decoder.embed.device,
@@ -146,22 +143,49 @@ class CarriedProgram:
         for row in self._rows:
             yield from (plan for name, plan in row.runs.items() if name in self._varying)
 
-    def changes_of(self, run: ProgramRun) -> str | None:
-        """A key of what a run changes; None where it has none: in sweeps, and where it reads
-        other runs, prefixes are not shared past the first change."""
-        plan = run.plan
-        reads = any(s.run not in (None, plan.name) for t in plan.touches for s in t.sources)
-        if not self.writes or reads or run.edits.first_touched is None:
-            return None
-        given = self._context.params.items()
-        known = (
-            plan.name,
-            plan.touches,
-            plan.input,
-            self._context.blobs.digest(),
-            sorted((name, content_hash(tensor)) for name, tensor in given),
-        )
-        return hashlib.sha256(repr(known).encode()).hexdigest()
+    def share(self, run: ProgramRun, seq: Sequence, version: int) -> None:
+        """Say which of the keys of ``seq``, which carries ``run``, others may find, and as what.
+
+        Of rows of a sweep, what they alone change is found by nobody: it would fill the cache.
+
+        Args:
+            version: of the adapter that the request's runs use, if they use one.
+        """
+        plan, config = run.plan, self._decoder.config
+        touches = [t for t in plan.touches if reaches_cache(t.ref, config)]
+        changes = self._changes(plan, touches, version)
+        seq.shareable = changes.first
+        seq.changes = None if changes.first is None else changes
+        number, name = run.key
+        if number is not None and number != _TRUNK:
+            common = self._common[name]
+            own = [t for t in touches if common is None or t.step not in common]
+            firsts = [t.positions.first for t in own if t.positions.ranges]
+            seq.private_from = changes.first if common is None else min(firsts, default=None)
+
+    def _changes(self, plan: RunPlan, touches: Iterable[Touch], version: int) -> Changes:
+        prefix_of = partial(self._prefix_of, version)
+        return Changes(plan, touches, self._context, prefix_of, self._block_size)
+
+    def _prefix_of(self, version: int, name: str, stop: int) -> str:
+        """A key of what the values of a run that does not vary are made from, before ``stop``."""
+        found = self._prefixes.get((name, stop))
+        if found is None:
+            plan = self._plans[name]
+            if name not in self._read:
+                self._read[name] = self._changes(plan, plan.touches, version)
+            adapter = plan.adapter or self._adapter
+            ids = list(plan.prompt.ids)
+            for at, token in plan.input.tokens:
+                ids[at] = token
+            made_from = (
+                None if adapter is None else (adapter, version),
+                long_text_offset(self._decoder.config, len(ids)),
+                ids[:stop],
+                self._read[name].between(0, stop),
+            )
+            found = self._prefixes[name, stop] = hash_of(made_from)
+        return found
 
     def output(self) -> ProgramOutput:
         """What the rows gave, in order."""
@@ -207,6 +231,30 @@ class CarriedProgram:
         memory, self._memory = list(self._memory.values()), {}
         return memory
 
+    def _common_steps(self, name: str) -> frozenset[int] | None:
+        """The steps that do the same in all rows of a run that varies; None where its rows do not
+        even see the same."""
+        plans = [row.runs[name] for row in self._rows if name in row.runs]
+        first = plans[0]
+        if any(
+            plan.prompt is not first.prompt
+            or plan.adapter != first.adapter
+            or plan.input != first.input
+            for plan in plans
+        ):
+            return None
+        # What does not vary was resolved once: its touches are the same objects in all rows.
+        same = {id(touch) for touch in first.touches}
+        for plan in plans[1:]:
+            same &= {id(touch) for touch in plan.touches}
+        others = {
+            touch.step
+            for plan in plans
+            for touch in plan.touches
+            if id(touch) not in same or any(s.run in self._varying for s in touch.sources)
+        }
+        return frozenset(touch.step for touch in first.touches) - others
+
     def _find_trunks(self, max_bytes: int) -> None:
         """What the runs of each name that varies have in common, as far as it fits."""
         config = self._decoder.config
@@ -215,8 +263,11 @@ class CarriedProgram:
             rows = {i: row for i, row in enumerate(self._rows) if name in row.runs}
             plans = {i: row.runs[name] for i, row in rows.items()}
             kept = {i: [k for _, k in self._kept_of(row, name)] for i, row in rows.items()}
-            trunk = find_trunk(plans, kept, config.n_layers)
-            if trunk is None or size * trunk.n_numbers(config.d_model) > max_bytes:
+            common = self._common[name]
+            if common is None:
+                continue
+            trunk = find_trunk(plans, kept, config.n_layers, common)
+            if size * trunk.n_numbers(config.d_model) > max_bytes:
                 continue
             max_bytes -= size * trunk.n_numbers(config.d_model)
             self._trunks[name] = trunk
@@ -265,18 +316,13 @@ class CarriedProgram:
         if number == _TRUNK:
             assert trunk is not None
             kept: dict[object, KeptRows] = dict(trunk.entries.items())
-            edits = RunEdits(plan, self._context, {}, kept.values())
+            edits = RunEdits(plan, self._context, self._sources(key, plan), kept.values())
             return ProgramRun(key, plan, edits, kept, is_trunk=True)
         if number is None:
             kept = self._wanted[name]
         else:
             kept = dict(self._kept_of(self._rows[number], name))
-        sources = {
-            s.run: self._done[self._key(number, s.run)].edits
-            for t in plan.touches
-            for s in t.sources
-            if s.run is not None and s.run != name
-        }
+        sources = self._sources(key, plan)
         entry, onset = None, None
         if number is not None and trunk is not None and name in self._memory:
             branch = trunk.branches[number]
@@ -287,6 +333,16 @@ class CarriedProgram:
             n_layers = deepest_layer(kept.values(), self._decoder.config.n_layers)
         edits = RunEdits(plan, self._context, sources, kept.values(), entry)
         return ProgramRun(key, plan, edits, kept, onset, n_layers)
+
+    def _sources(self, key: RunKey, plan: RunPlan) -> dict[str, RunEdits]:
+        """The runs that a plan reads, all done."""
+        number, name = key
+        return {
+            s.run: self._done[self._key(number, s.run)].edits
+            for t in plan.touches
+            for s in t.sources
+            if s.run is not None and s.run != name
+        }
 
     # --- what is kept -------------------------------------------------------------------------
     def _kept_of(self, row: ResolvedRow, name: str) -> Iterator[tuple[object, KeptRows]]:

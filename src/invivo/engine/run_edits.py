@@ -72,7 +72,6 @@ class RunEdits:
         entry: the residual stream with which it goes on from another run.
 
     Attributes:
-        first_touched: first position whose keys may differ from a plain request's.
         first_kept: first position of a row that is kept, or whose key is followed through states.
         error: what one of its own operations raised. From there on it changes and keeps nothing:
             the batch goes on, and whoever launched it ends the request.
@@ -112,7 +111,6 @@ class RunEdits:
                 self._read[rows.ref, tuple(rows.positions)] = rows
         self._keys = tuple(dict.fromkeys((*self._touches, *self._kept)))
         self._hidden = [(q.indices(), k.indices()) for q, k in plan.input.hidden]
-        self.first_touched = first_difference(plan)
         needed = [rows.positions[0] for held in self._kept.values() for rows in held]
         needed += [share.reach.start for held in self._shares.values() for share in held]
         self.first_kept = min(needed, default=None)
@@ -348,14 +346,6 @@ class RunEdits:
 def source_positions(source: SourceRef) -> tuple[int, ...]:
     """The rows that are kept for ``source``."""
     return tuple(sorted(set(source.positions)))
-
-
-def first_difference(plan: RunPlan) -> int | None:
-    """The first position from which on keys may differ from a plain request's; None: nowhere."""
-    places = [t.positions.first for t in plan.touches if t.positions.ranges]
-    places += [queries.first for queries, _ in plan.input.hidden]
-    places += [i for i, number in enumerate(plan.input.numbers) if i != number][:1]
-    return min(places, default=None)
 
 
 def _end_of(ordered: Sequence[int], token: int) -> int:

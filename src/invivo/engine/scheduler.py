@@ -246,7 +246,8 @@ class Scheduler:
         """What ``span`` wrote is not what its sequence's changes ask for: nobody may find it.
 
         Returns:
-            The blocks, from the first changed position on, that nobody will find any more.
+            The blocks, from the first changed position on, that nobody will find any more;
+            sequences of the same plan may share them.
         """
         seq = span.seq
         if seq.shareable is None or not seq.blocks:
@@ -497,7 +498,7 @@ class Scheduler:
         readable = 0
         if self.limits.shares_prefixes:
             readable = _readable(seq)
-            shared, parents = self.index.match(seq.tokens, seq.namespace, readable, self._mark(seq))
+            shared, parents = self.index.match(seq.tokens, seq.namespace, readable, seq.changes)
             if self.snapshots is not None:
                 n_seen = len(shared)
                 n_shared, seq.snapshot = self.snapshots.longest(parents)
@@ -519,6 +520,7 @@ class Scheduler:
         seq.blocks = shared + pool.allocate(n_new, after=shared[-1] if shared else 0, room=n_growth)
         seq.n_computed = len(shared) * size
         seq.n_indexed, seq.prefix_parent = len(shared), parents[-1]
+        self._note_edited(seq, len(shared))
         if readable and seq.n_preempted == 0:
             seq.n_cached = seq.n_computed
             self.prefix_queries += seq.n_prompt
@@ -545,6 +547,7 @@ class Scheduler:
         shared = onset.held.blocks[:n_shared]
         pool.share(shared)
         seq.blocks = shared + pool.allocate(n_new, after=shared[-1] if shared else 0, room=n_new)
+        self._note_edited(seq, n_shared)
         seq.first_layer = onset.layer
         seq.n_computed = onset.token
         seq.n_indexed, seq.prefix_parent = n_shared, None
@@ -617,7 +620,13 @@ class Scheduler:
         self._index_blocks(seq)
         plan.grown.append((seq, len(seq.blocks)))
         seq.blocks += pool.allocate(1, after=seq.blocks[-1])
+        self._note_edited(seq, len(seq.blocks) - 1)
         return True
+
+    def _note_edited(self, seq: Sequence, first: int) -> None:
+        """Of the blocks from ``first`` on, those that the sequence's program changes."""
+        if seq.shareable is not None:
+            self.pool.note_edited(seq.blocks[max(first, seq.shareable // self.limits.block_size) :])
 
     def _preempt(self, seq: Sequence, plan: Plan) -> None:
         """Free a running sequence's memory; it waits to be computed again, tokens kept."""
@@ -629,12 +638,6 @@ class Scheduler:
         insort(self.waiting, seq, key=_rank)
         plan.preempted.append(seq)
         self.n_preemptions += 1
-
-    def _mark(self, seq: Sequence) -> tuple[int, object] | None:
-        """The first block that holds what a program changed, and the key of those changes."""
-        if seq.shareable is None or seq.changes is None:
-            return None
-        return seq.shareable // self.limits.block_size, seq.changes
 
     def _index_blocks(self, seq: Sequence) -> None:
         """Make the full blocks findable whose tokens are known and computed (or planned).
@@ -648,13 +651,12 @@ class Scheduler:
             return
         size = self.limits.block_size
         full = min(seq.n_computed, len(seq.tokens)) // size
-        mark = self._mark(seq)
-        if seq.shareable is not None and mark is None:
-            full = min(full, seq.shareable // size)
+        if seq.private_from is not None:
+            full = min(full, seq.private_from // size)
         while seq.n_indexed < full:
             start = seq.n_indexed * size
             seq.prefix_parent = self.index.insert(
-                marked(seq.prefix_parent, seq.n_indexed, mark),
+                marked(seq.prefix_parent, seq.n_indexed, seq.changes),
                 tuple(seq.tokens[start : start + size]),
                 seq.blocks[seq.n_indexed],
             )
@@ -688,7 +690,7 @@ class Scheduler:
         """Whether somebody could find a snapshot after ``at`` tokens, and be spared enough."""
         if seq.prefix_parent is None:
             return False
-        if seq.changes is None and seq.shareable is not None and at > seq.shareable:
+        if seq.private_from is not None and at > seq.private_from:
             return False
         return at in seq.snapshot_cuts or at - seq.snapshot_at >= self.limits.snapshot_tokens
 
@@ -731,10 +733,10 @@ class Scheduler:
 def _readable(seq: Sequence) -> int:
     """How many leading tokens may come from the prefix cache instead of being computed.
 
-    Of a program's runs nothing that is kept of it, and nothing changed whose changes have no key.
+    Of a program's runs nothing that is kept of it, and nothing that only it may find.
     """
     most = _unread(seq)
-    for bound in (seq.shareable if seq.changes is None else None, seq.recomputed_from):
+    for bound in (seq.private_from, seq.recomputed_from):
         most = most if bound is None else min(most, bound)
     return most
 

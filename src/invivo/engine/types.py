@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from invivo.engine.packing import Packing, Part
 
@@ -188,6 +188,14 @@ class Output:
     final: bool = False
 
 
+class BlockChanges(Protocol):
+    """What else than its tokens the content of a sequence's blocks depends on."""
+
+    def at(self, block: int) -> object | None:
+        """A key of what is done at the tokens of the ``block``-th; None: nothing."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class HeldBlocks:
     """Blocks of a sequence that has ended, kept for others that go on from its keys.
@@ -248,8 +256,9 @@ class Sequence:
             their indices; generated tokens go on from the largest.
         packing: of a training sequence that holds several texts; None: one.
         shareable: leading tokens whose keys are those of a plain request with the same tokens;
-            None: all. Blocks past them are shared under ``changes``, if there is such a key.
-        changes: equal for sequences whose programs change the same in the same way.
+            None: all. What comes behind need not be finite.
+        changes: what else a block's content depends on; None: nothing.
+        private_from: from this token on nobody else may find its keys; None: no such.
         recomputed_from: from this token on nothing comes from the prefix cache; None: no such.
         onset: where it goes on from another sequence, if that one's memory is still there when
             this one is admitted; None: it begins at its first token.
@@ -282,7 +291,8 @@ class Sequence:
     numbers: tuple[int, ...] = ()
     packing: Packing | None = None
     shareable: int | None = None
-    changes: str | None = None
+    changes: BlockChanges | None = None
+    private_from: int | None = None
     recomputed_from: int | None = None
     onset: Onset | None = None
     first_layer: int = 0
