@@ -75,6 +75,22 @@ def test_a_cached_block_comes_back_from_the_free_list_with_its_content() -> None
     assert index.match(list(range(12)), BASE, 11)[0] == blocks
 
 
+def test_what_need_not_be_finite_is_cleared_when_it_is_handed_out_anew() -> None:
+    index = PrefixIndex(4, 2)
+    pool = BlockPool(4, index)
+    blocks = pool.allocate(2)
+    pool.note_edited(blocks[1:])
+    index.insert((), (1, 2), blocks[0])
+    index.insert((1,), (3, 4), blocks[1])
+    pool.release(blocks)
+    pool.share(blocks)  # found again: what is in it was asked for
+    assert pool.take_uncleared() == []
+    pool.release(blocks)
+    assert sorted(pool.allocate(3)) == [1, 2, 3]
+    assert pool.take_uncleared() == blocks[1:]
+    assert pool.take_uncleared() == []
+
+
 def test_match_stops_at_the_limit_in_whole_blocks() -> None:
     pool, index = pool_of(5)
     tokens = list(range(8))
