@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(slots=True)
@@ -78,6 +82,29 @@ def graph_ms(calls: Sequence[Callable[[], object]], repeat: int = 10) -> float:
         for call in calls:
             call()
     return event_ms(graph.replay, repeat) / len(calls)
+
+
+def device_ms(call: Callable[[], object], repeat: int = 3) -> float:
+    """Time of one call that the device works, the durations of its kernels added up: what a host
+    that keeps up would see, whoever writes the host's part."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(repeat):
+            call()
+        torch.cuda.synchronize()
+    kernels = [e for e in seen.key_averages() if e.device_type == DeviceType.CUDA]
+    return sum(e.self_device_time_total for e in kernels) / repeat / 1e3
+
+
+@contextmanager
+def untried() -> Iterator[None]:
+    """With the paths of ``invivo.kernels.device.takes_untried``."""
+    os.environ["INVIVO_UNTRIED"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["INVIVO_UNTRIED"]
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
