@@ -175,7 +175,7 @@ def load_of(seed: int) -> Load:
 
 
 # Without shrinking: an example takes a tenth of a second, and a seed names its load anyway.
-@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(seed=st.integers(0, 2**32))
 def test_answers_are_those_of_the_request_alone(exact: LoadedModel, cold: Cold, seed: int) -> None:
     """Random arrivals, chunk sizes, cache sizes and cancellations."""

@@ -201,7 +201,7 @@ def cold_answer(shape: str, asked: Ask) -> Inquiry:
 
 
 # Without shrinking: a seed names its load anyway.
-@settings(max_examples=30, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=14, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(seed=st.integers(0, 2**32))
 def test_answers_from_snapshots_are_the_cold_ones(seed: int) -> None:
     """Random prompts with common beginnings, chunks, batch-mates, cache sizes, cancellations."""

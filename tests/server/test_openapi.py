@@ -158,7 +158,7 @@ def test_no_request_makes_it_fail_and_answers_conform(api, known, method, path):
     generated = st.one_of(valid.map(lambda case: possible(case, known)), valid, invalid)
 
     @settings(
-        max_examples=40,
+        max_examples=20,
         derandomize=True,
         database=None,
         deadline=None,
