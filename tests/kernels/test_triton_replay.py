@@ -172,6 +172,21 @@ def test_other_forms_and_other_numbers_are_other_passes():
     assert took_the_short_way()
 
 
+def test_what_triton_looks_at_is_looked_at():
+    x = numbers(ROWS + 4)
+    form = triton_replay._form(x[:ROWS])
+    assert triton_replay._form(x[4:]) == form, "16 bytes on"
+    for other in (
+        x[1 : ROWS + 1],  # not at a multiple of 16 bytes
+        x[:ROWS].to("meta"),  # elsewhere: a launcher refuses a pointer to the host's memory
+        x[:ROWS].half(),
+        x[: ROWS - 1],
+        numbers(2 * ROWS)[::2],
+        None,
+    ):
+        assert triton_replay._form(other) != form
+
+
 def test_one_tensor_as_two_inputs_is_not_taken_for_one():
     torch.manual_seed(0)
     x = numbers(ROWS)

@@ -252,5 +252,8 @@ def run(body: Body, key: Hashable, *inputs: torch.Tensor | None) -> Tensors:
 
 
 def _form(x: torch.Tensor | None) -> Hashable:
-    """All of a tensor that Triton compiles for, or that a launch has among its numbers."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
+    """All of a tensor that Triton compiles for, that a launch has among its numbers, or that
+    makes it one the launcher would refuse."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0

@@ -16,6 +16,9 @@ from invivo.kernels.device import wants_grad
 from invivo.models.decoder import Decoder
 from invivo.training.forward import Recompute, dense_forward
 
+# Logits at a time on a GPU. Each piece adds to the head's whole gradient in float32: few pay.
+GPU_LOGITS_BYTES = 256 << 20
+
 
 def dense_loss(
     decoder: Decoder,
@@ -72,6 +75,8 @@ def chunked_loss(
     """
     if not wants_grad(hidden, head):
         return cross_entropy(hidden, head, labels, softcap=softcap, want_grad=False, rows=rows).loss
+    if rows is None and hidden.is_cuda:
+        rows = max(128, GPU_LOGITS_BYTES // (head.shape[0] * hidden.element_size()) // 128 * 128)
     loss: torch.Tensor = _Loss.apply(hidden, head, labels, softcap, rows)  # type: ignore[no-untyped-call]
     return loss
 

@@ -56,11 +56,11 @@ def gla_triton(
     given = (q, k, v, g) if initial_state is None else (q, k, v, g, initial_state)
     if not wants_grad(*given):
         return forward_pass(q, k, v, g, *rest)
-    found: tuple[torch.Tensor, torch.Tensor | None] = _Attention.apply(q, k, v, g, *rest)  # type: ignore[no-untyped-call]
+    found: tuple[torch.Tensor, torch.Tensor | None] = _GatedLinearAttention.apply(q, k, v, g, *rest)  # type: ignore[no-untyped-call]
     return found
 
 
-class _Attention(torch.autograd.Function):
+class _GatedLinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
