@@ -274,10 +274,13 @@ def tuned_by_four() -> None:
         assert (ranks.readers, ranks.reader) == (2, ranks.rank // 2)
         own = slice(2 * ranks.reader, 2 * ranks.reader + 2)
         model = LossModel(decoder_of(config, torch.float32), recompute="layer")
+        first = ranks.rank == 0
         batches = [(rows[own], labels[own])] * 2
         fresh = placed_loras(config, SPEC, ranks.tensor, rows=22, dtype=torch.float32, seed=9)
         begun = whole_loras(fresh)
         found, losses = tune(model, ranks, SPEC, batches, settings=settings, seed=9)
+    if not first:
+        return
     leaves = {name: t.clone().requires_grad_() for name, t in begun.items()}
     optimizer = torch.optim.AdamW(
         leaves.values(), lr=0.05, betas=settings.betas, eps=1e-4, weight_decay=0.1

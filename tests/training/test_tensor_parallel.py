@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.training.small_run import curve, small
-from tests.training.test_parallel import HYBRID, LINES, lines_of
+from tests.training.small_run import GLA, curve, small
+from tests.training.test_parallel import LINES, lines_of
 from tests.waiting import PATIENCE
 
 from invivo.errors import InvalidRequest, UnsupportedModel
@@ -28,7 +28,8 @@ from invivo.training.tensor_parallel import check_divisible, dealt, in_order
 def test_processes_that_share_a_decoder_are_one(tmp_path: Path) -> None:
     """See ``tensor_worker.py``; at the end one process goes on with a run that four began."""
     lines = LINES | {"evaluation": 'every = 1\nwindows = 3\nprompts = ["the"]\nsample_tokens = 2'}
-    config = small(tmp_path, "train.steps=4", model=HYBRID, parallel="tensor = 2", **lines)
+    model = GLA.replace("num_hidden_layers = 2", "num_hidden_layers = 1")
+    config = small(tmp_path, "train.steps=4", model=model, parallel="tensor = 2", **lines)
     found = subprocess.run(
         [sys.executable, "-m", "tests.training.tensor_worker", str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
