@@ -39,7 +39,7 @@ class Texts:
     def next(self) -> Text:
         rng = random.Random(self.at)
         self.at += 1
-        tokens = [rng.randrange(290) for _ in range(rng.randint(8, 60))]
+        tokens = [rng.randrange(290) for _ in range(rng.randint(8, 40))]
         return Text(tokens, [*tokens[1:], -100])
 
     def position(self) -> Any:

@@ -54,7 +54,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_model_folder(Path(tmp_path_factory.mktemp("killed"))))
+    return str(tiny_model_folder(tmp_path_factory.mktemp("killed"), num_hidden_layers=2))
 
 
 @pytest.fixture(scope="module")
