@@ -33,6 +33,8 @@ class Capture:
         values: [positions, heads where there are any, numbers], less what ``reduce`` takes away;
             of a lens the log-probabilities [positions, top].
         ids, words: of a lens with ``top``: the tokens and their texts, shaped as ``values``.
+        blob: the id under which ``values`` are kept where the program wants that ("keep"), until
+            others need the room.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Capture:
     values: Array
     ids: Array | None = None
     words: Array | None = None
+    blob: str | None = None
 
     def __repr__(self) -> str:
         extra = "" if self.reduce == "none" else f", {self.reduce}"
@@ -290,6 +293,8 @@ def _capture_body(capture: Capture, pools: Pools | None) -> JsonBody:
         body["ids"] = _array_body(capture.ids, pools)
     if capture.words is not None:
         body["words"] = [str(word) for word in capture.words.reshape(-1)]
+    if capture.blob is not None:
+        body["blob"] = capture.blob
     return body
 
 
@@ -308,6 +313,7 @@ def _capture_of(body: JsonBody, arrays: Mapping[str, Array]) -> Capture:
         values=values,
         ids=None if body.get("ids") is None else _array_of(body["ids"], arrays),
         words=None if words is None else np.array(words, dtype=object).reshape(values.shape),
+        blob=body.get("blob"),
     )
 
 

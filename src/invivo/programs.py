@@ -59,6 +59,7 @@ class GivenProgram:
     program: Program
     blobs: Blobs
     params: Mapping[str, torch.Tensor]
+    owner: str = ""
 
 
 class Programs:
@@ -204,7 +205,7 @@ class Programs:
         owner = owned.owner
         read, tensors = self.read(owned.program, owner)
         found = self._blobs_of(read, tensors, blobs or {}, owner)
-        return GivenProgram(read, found, self._parameters(read, params or {}, owner))
+        return GivenProgram(read, found, self._parameters(read, params or {}, owner), owner)
 
     def intervention(
         self, given: GivenProgram | None, prompt: MarkedPrompt, *, n_new: int = 0
@@ -224,7 +225,7 @@ class Programs:
                 return None
         program = _with_sets(given.program, prompt)
         resolved = self._resolve(program, prompt, given.blobs, n_new)
-        return Intervention(resolved, given.blobs, given.params)
+        return Intervention(resolved, given.blobs, given.params, given.owner)
 
     def for_text(
         self,
@@ -437,7 +438,10 @@ class Programs:
             rows.append(
                 Row(
                     binding=dict(row.row.binding),
-                    captures=[self._capture(c, row.row, generated) for c in row.captures],
+                    captures=[
+                        self._capture(c, row.row, generated, intervention.owner)
+                        for c in row.captures
+                    ],
                     measures=[self._measure(m, row.row, generated) for m in row.measures],
                 )
             )
@@ -454,7 +458,9 @@ class Programs:
         }
         return ProgramResult(rows, explain(resolved), meta)
 
-    def _capture(self, captured: Captured, row: ResolvedRow, generated: Sequence[int]) -> Capture:
+    def _capture(
+        self, captured: Captured, row: ResolvedRow, generated: Sequence[int], owner: str
+    ) -> Capture:
         ref = captured.ref
         text = row.runs[ref.run].prompt
         here = generated if ref.run == "main" else ()
@@ -474,6 +480,9 @@ class Programs:
             values=as_array(captured.value),
             ids=ids,
             words=None if ids is None else self._words(ids),
+            blob=self.store_blob(captured.value, owner, lasting=False)
+            if ref.keep and captured.value.numel()
+            else None,
         )
 
     def _measure(self, measured: Measured, row: ResolvedRow, generated: Sequence[int]) -> Measure:

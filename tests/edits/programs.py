@@ -117,6 +117,7 @@ def outputs(draw: st.DrawFn) -> dict[str, Any]:
             out |= {"reduce": reduce} | draw(_arguments(REDUCTIONS[reduce]))
         if draw(st.booleans()):
             out["when"] = draw(st.sampled_from(["before", "after"]))
+            out["keep"] = draw(st.booleans())
     if draw(st.booleans()):
         out["pos"] = draw(SELECTORS)
     if draw(st.booleans()):

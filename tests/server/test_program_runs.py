@@ -258,6 +258,23 @@ def test_the_openai_client_sends_programs_in_its_extra_body(client, lm):
     assert pieces.choices[0].text == lm.generate(SET, max_tokens=2, temperature=0).text
 
 
+def test_what_one_request_has_captured_another_one_reads_by_its_id(either):
+    keeping = {"out": [{"capture": "layers.1.resid.post", "pos": "@last", "keep": True}]}
+    (capture,) = either.run(keeping, "hello world").captures
+    patch = {"at": "layers.1.resid.post", "pos": "@last", "do": "replace"}
+    out = {"out": [{"capture": "layers.2.resid.post", "pos": "@last"}]}
+    by_id = either.run({"steps": [patch | {"from": f"blob:{capture.blob}"}]} | out, PROMPT)
+    source = {"runs": {"cf": {"prompt": "hello world"}}}
+    by_run = {"steps": [patch | {"from": {"run": "cf", "map": "end"}}]} | source | out
+    expected = either.run(by_run, PROMPT)
+    np.testing.assert_allclose(by_id.captures[0].values, expected.captures[0].values, atol=1e-4)
+    np.testing.assert_array_equal(either.stored_blob(capture.blob), capture.values)
+    assert expected.captures[0].blob is None
+    assert either.explain(keeping, "hello world")["captures"][0]["kept"]
+    text = either.generate("hello world", interventions=keeping, **GREEDY)
+    assert text.program.captures[0].blob is not None
+
+
 def test_many_numbers_come_as_blobs_and_few_in_the_answer(http):
     body = {"program": EVERYTHING, "prompt": "the cat is red " * 24}
     large = http.post("/v1/run", json=body).json()["data"][0]
@@ -285,6 +302,20 @@ def test_adapters_are_looked_into_like_the_base(either, lm, adapter_folder):
             either.run(program, PROMPT, adapter="nobody")
     finally:
         lm.unload_adapter("poet")
+
+
+def test_what_a_key_has_captured_is_kept_for_it_alone(lm, tmp_path):
+    database = f"sqlite:///{tmp_path / 'keys.sqlite3'}"
+    secrets = [KeyStore(database).add(name, ("generate", "edit"))[0] for name in ("ann", "bob")]
+    keeping = {"out": [{"capture": "layers.0.mlp.out", "pos": "@last", "keep": True}]}
+    with ServerThread(lm, Settings(port=0, require_keys=True, database=database)) as running:
+        with invivo.connect(running.url, key=secrets[0]) as ann:
+            (capture,) = ann.run(keeping, "the red cat, kept").captures
+            np.testing.assert_array_equal(ann.stored_blob(capture.blob), capture.values)
+        with invivo.connect(running.url, key=secrets[1]) as bob, pytest.raises(NotFound):
+            bob.stored_blob(capture.blob)
+    with pytest.raises(NotFound):
+        lm.stored_blob(capture.blob)
 
 
 def test_all_passes_of_a_program_are_on_the_account(lm, tmp_path):

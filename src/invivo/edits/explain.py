@@ -46,6 +46,7 @@ def explain(resolved: ResolvedProgram) -> dict[str, Any]:
                 "when": "after" if c.after else "before",
                 "shape": list(c.shape),
                 "bytes": c.n_bytes,
+                **({"kept": True} if c.keep else {}),
             }
             for c in row.captures
         ],

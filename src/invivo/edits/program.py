@@ -116,6 +116,7 @@ class Capture:
             ``args``.
         after: what the model goes on with (True), or the value before the edits of that site.
         name: under which it comes back; None: its number among the outputs.
+        keep: whether it is also kept as a named tensor, for later requests of the same owner.
     """
 
     at: tuple[SitePattern, ...]
@@ -126,6 +127,7 @@ class Capture:
     after: bool = True
     name: str | None = None
     expand: bool = False
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -513,10 +515,11 @@ def _read_output(value: object, path: str) -> Output:
         reduce = read_choice(fields.take("reduce", "none"), fields.at("reduce"), REDUCTIONS)
         when = read_choice(fields.take("when", "after"), fields.at("when"), ("after", "before"))
         expand = read_bool(fields.take("expand", False), fields.at("expand"))
+        keep = read_bool(fields.take("keep", False), fields.at("keep"))
         args = read_arguments(REDUCTIONS[reduce], fields)
         if reduce == "lens" and sum(v is not None for v in args.values()) != 1:
             raise InvalidRequest("lens needs top, tokens or sets", field=path)
-        output = Capture(at, reduce, args, pos, run, when == "after", name, expand)
+        output = Capture(at, reduce, args, pos, run, when == "after", name, expand, keep)
     fields.done()
     return output
 
@@ -550,6 +553,8 @@ def _output_to_json(output: Output | Template) -> Any:
             out["when"] = "before"
         if output.expand:
             out["expand"] = True
+        if output.keep:
+            out["keep"] = True
     if output.pos is not None:
         out["pos"] = selector_to_json(output.pos)
     if output.run != MAIN:

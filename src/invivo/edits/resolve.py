@@ -582,6 +582,7 @@ class _Resolution:
                     capture.after,
                     shape,
                     size,
+                    capture.keep,
                 )
             )
         if self.n_bytes > self.bounds.capture_bytes:

@@ -69,6 +69,7 @@ class CaptureRef:
         output: number of the output in the program.
         shape: of what comes back; n_bytes in float32 (lens with top: float32 and int32).
         args: arguments of the reduction, tokens as ids.
+        keep: whether it is kept as a named tensor.
     """
 
     output: int
@@ -81,6 +82,7 @@ class CaptureRef:
     after: bool
     shape: tuple[int, ...]
     n_bytes: int
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)

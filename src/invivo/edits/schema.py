@@ -110,6 +110,7 @@ def json_schema() -> Schema:
             "reduce": {"const": reduction},
             "when": {"enum": ["after", "before"]},
             "expand": {"type": "boolean"},
+            "keep": {"type": "boolean"},
             **shared,
         }
         required = ["capture"] if reduction == "none" else ["capture", "reduce"]

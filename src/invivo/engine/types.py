@@ -98,11 +98,13 @@ class Intervention:
             "main" has the request's tokens as its prompt.
         blobs: the named tensors it refers to.
         params: values of its trainable parameters; those that are missing have their start value.
+        owner: for whom captures are kept that the program wants kept.
     """
 
     resolved: ResolvedProgram
     blobs: Blobs
     params: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
