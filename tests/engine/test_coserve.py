@@ -527,3 +527,37 @@ def test_a_spoiled_prediction_is_found_out_by_a_small_piece() -> None:
         latency.record(work_of(plan), MACHINE.predict(work_of(plan)))
     assert trained > 200
     assert job.texts > 1
+
+
+def test_prompts_join_iterations_that_train_and_wait_no_longer_than_a_burst() -> None:
+    """While slack is gathered, iterations are of decodes alone."""
+    bench = Bench(
+        limits_of(max_batch_tokens=2048, n_blocks=4000),
+        slo=Slo(tpot_ms=12, burst=4.0),
+        sizes=Sizes(quantum_ms=48),
+    )
+    bench.job(length=2048)
+    for i in range(4):
+        bench.ask(8, 600, f"long-{i}")
+    alone = beside = 0
+    for i in range(400):
+        if i % 3 == 0:
+            bench.ask(40, 2, f"short-{i}")
+        waited = max((bench.now - s.request.arrival for s in bench.scheduler.waiting), default=0.0)
+        assert waited <= 4 * 12e-3 + 48e-3  # an iteration may be under way when a prompt is due
+        plan = bench.step()
+        assert plan is not None
+        if any(span.purpose is Purpose.PREFILL for span in plan.spans):
+            trains = bool(trained_of(plan) or plan.backward)
+            beside, alone = beside + trains, alone + (not trains)
+    assert beside > 4 * alone
+    assert beside > 50
+
+
+def test_without_training_nobody_waits_for_it() -> None:
+    bench = Bench(slo=Slo(tpot_ms=12, burst=4.0), sizes=Sizes(quantum_ms=48))
+    bench.ask(8, 100, "long")
+    for i in range(20):
+        seq = bench.ask(8, 2, f"r{i}")
+        bench.step()
+        assert seq.n_computed == 8

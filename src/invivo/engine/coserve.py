@@ -175,7 +175,7 @@ class Coserver:
                 plan = Plan(spans=[], backward=[unit])
                 self._count(order[0], unit)
                 return plan
-        inference = self.scheduler.schedule(now)
+        inference = self.scheduler.schedule(now, admit=not self._newcomers_wait(order, start))
         if inference is not None:
             self._since += 1
         if self.policy.sharing != "fill" or not (order or closings):
@@ -281,9 +281,8 @@ class Coserver:
             return None
         layers = unit.last_layer - unit.first_layer
         rest = Work(0).with_backward(unit.stop - unit.start, layers)
-        next_tokens = Work(len(scheduler.running), 0, sum(s.n_tokens for s in scheduler.running))
         safety = self.latency.safety
-        alone = self.latency.predict(next_tokens) * safety
+        alone = self.latency.predict(self._next_tokens()) * safety
         left = self._due((), alone, start) - start
         return unit if self.latency.predict(rest) * safety <= left else None
 
@@ -310,14 +309,39 @@ class Coserver:
         a request that has just begun is ahead of nothing, and where many come and go there is
         always one.
         """
+        waits = self._wants_more(work, budget)
+        self._gathered = self._gathered + 1 if waits else 0
+        return waits
+
+    def _wants_more(self, work: Work, budget: float) -> bool:
         burst = self.slo.burst
         alone = self.latency.predict(work)
         enough = alone + _GATHERED * (burst * self.slo.pace - alone)
-        if burst == 1 or budget >= enough or self._gathered >= burst:
-            self._gathered = 0
+        return burst > 1 and budget < enough and self._gathered < burst
+
+    def _newcomers_wait(self, order: Items[Trainee], start: float) -> bool:
+        """Whether prompts that have just come wait for the next iteration that trains.
+
+        While slack is gathered, iterations of decodes alone are quick (on a GPU they replay a
+        graph), and each that a prompt joins is not; beside training it costs hardly more than its
+        rows. A prompt waits no longer than between two tokens of a burst.
+        """
+        scheduler, slo = self.scheduler, self.slo
+        if slo.burst == 1 or not (order and scheduler.running and scheduler.waiting):
             return False
-        self._gathered += 1
-        return True
+        longest = slo.burst * slo.pace
+        if any(start - seq.request.arrival > longest for seq in scheduler.waiting):
+            return False
+        if any(seq.n_tokens - seq.n_computed > 1 for seq in scheduler.running):
+            return False  # a prompt is under way: the iteration is a slow one
+        work = self._next_tokens()
+        budget = min(self._due((), 0.0, start) - start, self.sizes.quantum_ms / 1e3)
+        return self._wants_more(work, budget)
+
+    def _next_tokens(self) -> Work:
+        """An iteration of one token for each running sequence."""
+        running = self.scheduler.running
+        return Work(len(running), 0, sum(seq.n_tokens for seq in running))
 
     def _probe(self, plan: Plan, work: Work, order: Items[Trainee], budget: float) -> None:
         """Try the smallest piece where for long none was thought to fit although requests were in

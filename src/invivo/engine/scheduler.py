@@ -186,11 +186,12 @@ class Scheduler:
         self._live.setdefault(seq.request.id, []).append(seq)
         insort(self.waiting, seq, key=_rank)
 
-    def schedule(self, now: float) -> Plan | None:
+    def schedule(self, now: float, *, admit: bool = True) -> Plan | None:
         """Decide the next iteration and commit it: the plan must be run, or given to ``failed``.
 
         Args:
             now: seconds on the engine's clock (reserved for deadlines).
+            admit: whether those who wait may begin.
 
         Returns:
             None when nothing can run: idle, or everything waits for a token still in flight.
@@ -201,7 +202,7 @@ class Scheduler:
         prefills = self._plan_decodes(plan)
         budget = self.limits.max_batch_tokens - len(plan.spans)
         chunks, budget = self._plan_prefills(plan, prefills, budget)
-        if self.waiting:
+        if self.waiting and admit:
             chunks += self._admit(plan, budget)
         spans = plan.spans + chunks
         plan.n_tokens = len(plan.spans)
