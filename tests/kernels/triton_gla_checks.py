@@ -271,6 +271,42 @@ def test_passes_launched_again_give_the_same_bits(case, kind, joined, caplog, mo
     assert bool(caplog.records) == (DEVICE == "cpu")
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="streams and graphs are a card's")
+def test_passes_launched_again_on_another_stream_and_in_a_graph(monkeypatch):
+    rows, state, start = inputs([70, 130], heads=2, channels=64, width=128)
+    rows = [x.to(torch.bfloat16) for x in rows]
+    start = start.to(DEVICE, torch.int32)
+    dz, d_end = rows[2].flip(0), state.flip(0)
+
+    def call():
+        tensors = (*rows, start, state, 0.25, 16.0)
+        return [
+            *passes.forward_pass(*tensors, True),
+            *passes.backward_pass(dz, d_end, *tensors),
+        ]
+
+    wanted = call()
+    monkeypatch.setenv("INVIVO_UNTRIED", "1")
+    triton_replay._known.cache_clear()
+    for _ in range(2):
+        call()
+    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        got = call()
+    main.wait_stream(side)
+    assert all(map(torch.equal, got, wanted))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = call()
+    for x in rows:
+        x.copy_(x.roll(1, 0))
+    graph.replay()
+    monkeypatch.delenv("INVIVO_UNTRIED")
+    assert all(map(torch.equal, held, call()))
+
+
 @pytest.mark.parametrize("lengths", [[0], [63, 1], [0, 0, 200, 0, 64]])
 @pytest.mark.parametrize("segment_rows", [0, 128])
 def test_every_row_lies_in_one_chunk_and_one_segment(lengths, segment_rows):
