@@ -18,6 +18,7 @@ from invivo.edits.program import parse_program
 from invivo.edits.prompt_text import PromptText
 from invivo.edits.resolve import resolve
 from invivo.engine.engine import Engine
+from invivo.engine.programs import stacked_to_host
 from invivo.engine.types import Intervention
 from invivo.errors import InvalidRequest, TooLarge
 from invivo.models.cache import bytes_per_block
@@ -279,3 +280,15 @@ def test_captures_are_bounded_before_anything_runs() -> None:
     with pytest.raises(InvalidRequest):
         generate(engine, random_ids(8), {}, n=2)
     settle(engine)
+
+
+def test_values_come_to_the_host_in_order_whatever_their_shapes() -> None:
+    shapes = [(2, 3), (4,), (2, 3), (0, 3), (4,), (2, 3)]
+    dtypes = [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16]
+    values = [
+        torch.full(shape, float(i), dtype=dtype)
+        for i, (shape, dtype) in enumerate(zip(shapes, [*dtypes, torch.float32], strict=True))
+    ]
+    for value, got in zip(values, stacked_to_host(values), strict=True):
+        assert torch.equal(got, value.float())
+    assert stacked_to_host([]) == []

@@ -172,14 +172,9 @@ class EditTaps:
             if new is not part:
                 answer = value.clone() if answer is value else answer
                 span.of(answer).copy_(new)
-        looks = self._only_kept.get((site, layer), ())
-        if looks:
-            # One copy for all, unless most of it is nobody's.
-            wanted = sum(look.rows.stop - look.rows.start for look in looks)
-            whole = value.clone() if 2 * wanted >= value.shape[0] else None
-            for look in looks:
-                part = value[look.rows].clone() if whole is None else whole[look.rows]
-                look.edits.keep(look.kept, part, look.first)
+        for look in self._only_kept.get((site, layer), ()):
+            # A copy of its own: a view of one for all would keep the others' rows alive.
+            look.edits.keep(look.kept, value[look.rows].clone(), look.first)
         if self._inner is not None and self._inner.wants(site, layer):
             self._inner(site, layer, answer)
         return answer

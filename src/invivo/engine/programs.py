@@ -487,16 +487,21 @@ def _measure_key(measure: MeasureRef) -> object:
 
 
 def _together_to_host(values: list[torch.Tensor]) -> list[torch.Tensor]:
-    """:func:`_to_host` of many in memory of their own; those of one shape in one copy."""
-    found = list(values)
-    by_shape: dict[object, list[int]] = {}
+    """:func:`_to_host` of many; from a device those of one shape are one copy."""
+    on_host = all(value.is_cpu for value in values)
+    return [_to_host(value) for value in values] if on_host else stacked_to_host(values)
+
+
+def stacked_to_host(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors on the host, in order; one copy for each shape and dtype."""
+    places: dict[object, list[int]] = {}
     for i, value in enumerate(values):
-        by_shape.setdefault((value.shape, value.dtype, value.device), []).append(i)
-    for places in by_shape.values():
-        stacked = _to_host(torch.stack([values[i] for i in places]))
-        for i, value in zip(places, stacked.unbind(), strict=True):
-            found[i] = value
-    return found
+        places.setdefault((value.shape, value.dtype), []).append(i)
+    found: dict[int, torch.Tensor] = {}
+    for same in places.values():
+        stacked = _to_host(torch.stack([values[i] for i in same]))
+        found.update(zip(same, stacked.unbind(), strict=True))
+    return [found[i] for i in range(len(values))]
 
 
 def _to_host(value: torch.Tensor) -> torch.Tensor:
