@@ -22,7 +22,7 @@ class Absent(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Absent())
 count = 0
-for floor in ("kernels", "models", "edits", "engine", "training"):
+for floor in ("kernels", "models", "edits", "sharding", "engine", "training"):
     package = importlib.import_module(f"invivo.{floor}")
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if ".triton_" not in module.name:

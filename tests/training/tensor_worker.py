@@ -16,7 +16,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from invivo.engine.bypasses import BypassSpec, checked_specs, shapes
+from invivo.engine.adapter_file import read_adapter, write_adapter
+from invivo.engine.bypasses import BypassSpec
+from invivo.engine.peft_format import from_peft
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
 from invivo.sharding.moves import replicated, spread
@@ -265,8 +267,8 @@ def of_two(folder: Path) -> None:
 
 
 # --- with FSDP2 in the other dimension ------------------------------------------------------------
-def tuned_by_four() -> None:
-    """Two steps of AdamW on LoRAs: what one process makes of all rows."""
+def tuned_by_four(home: Path) -> None:
+    """Two steps of AdamW on LoRAs: what one process makes of all rows, as an adapter to serve."""
     config, settings = config_of(NAME), AdamW(learning_rate=0.05, epsilon=1e-4)
     rows, labels = TOKENS.repeat(2, 1), LABELS.repeat(2, 1)
     rows[1] = rows[1].flip(0)
@@ -293,10 +295,14 @@ def tuned_by_four() -> None:
         nn.utils.clip_grad_norm_(leaves.values(), 1.0)
         optimizer.step()
         close(torch.tensor(losses[step]), (total / count).detach(), 1e-5, f"step {step}")
-    adapter = shapes(config, *checked_specs(config, [BypassSpec("lora", ON, SPEC.rank)]))
-    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == adapter
+    assert found.keys() == leaves.keys()
+    bypass = BypassSpec("lora", SPEC.on, SPEC.rank, alpha=SPEC.alpha)
+    assert bypass.scale == SPEC.scale
+    write_adapter(home / "adapter", [bypass], found, config, "tiny")
+    _, served = from_peft(*read_adapter(home / "adapter"), config)
     for name, tensor in found.items():
         close(tensor, leaves[name].detach(), 1e-4, name)
+        assert torch.equal(served[name], tensor), name
 
 
 def begun_by_four(config: Path, runs: Path) -> None:
@@ -311,5 +317,5 @@ if __name__ == "__main__":
     from transformers import PreTrainedTokenizerFast  # noqa: F401
 
     together(2, partial(of_two, home / "kept"))
-    together(4, tuned_by_four)
+    together(4, partial(tuned_by_four, home))
     together(4, partial(begun_by_four, home / "small.toml", home / "runs"))
