@@ -13,7 +13,7 @@ import hashlib
 import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from invivo.edits.apply import Context
 from invivo.edits.blobs import content_hash
@@ -68,13 +68,8 @@ class Changes:
         self._input = plan.input
         self._prefix_of = prefix_of
         self._size = block_size
-        self._groups = [
-            _group_of(list(members), plan.name, context)
-            for _, members in itertools.groupby(
-                sorted((t for t in touches if t.positions.ranges), key=lambda t: t.step),
-                key=lambda t: t.step,
-            )
-        ]
+        self._context = context
+        self._groups = _groups(touches, plan.name)
         self._hidden = [(_Places(q), _Places(k)) for q, k in plan.input.hidden]
         firsts = [group.at.first for group in self._groups]
         firsts += [queries.first for queries, _ in self._hidden]
@@ -102,7 +97,8 @@ class Changes:
         for group in self._groups:
             ranges = group.at.between(start, stop)
             if ranges and not group.is_idle(stop):
-                found.append((group.content, ranges, *self._more(group, start, stop)))
+                places = (ranges, *self._more(group, start, stop))
+                found += [(content, places) for content in group.contents(self._context)]
         for queries, keys in self._hidden:
             ranges, seen = queries.between(start, stop), keys.between(0, stop)
             if ranges and seen:
@@ -131,26 +127,38 @@ def hash_of(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Group:
-    """The touches of one step, which share positions, keys and, but for the layer, sources.
+    """Steps that follow each other and share positions: several that only act there, or one.
 
     Attributes:
-        only: of edges, whether queries see the keys alone, or all but them.
-        content: all of it but places, as a hash. Which row of a tensor a position gets follows
-            from the positions before it, which are in the keys of the blocks before.
+        steps: the touches of each; those of one step share everything but the site they name.
     """
 
     run: str
-    content: str
+    steps: list[list[Touch]]
     at: _Places
     keys: _Places | None
     sources: tuple[SourceRef, ...]
-    only: bool
+    _contents: list[str] = field(default_factory=list)
+
+    def joins(self, touches: Sequence[Touch]) -> bool:
+        """Whether the next step acts at the same positions, and neither has more places."""
+        last, new = self.steps[-1][0], touches[0]
+        more = self.keys is not None or self.sources or new.keys is not None or new.sources
+        return not more and last.positions == new.positions
 
     def is_idle(self, stop: int) -> bool:
         """Whether the keys that it takes away are all behind ``stop``."""
-        return self.keys is not None and not self.only and self.keys.first >= stop
+        only = self.steps[0][0].do == "edge_only"
+        return self.keys is not None and not only and self.keys.first >= stop
+
+    def contents(self, context: Context) -> list[str]:
+        """A hash of each step without its places. Which row of a tensor a position gets follows
+        from the positions before it, which are in the keys of the blocks before."""
+        if not self._contents:
+            self._contents = [_content_of(touches, self.run, context) for touches in self.steps]
+        return self._contents
 
 
 class _Places:
@@ -180,26 +188,39 @@ class _Places:
         return self._counts[i] - (max(0, self._stops[i - 1] - index) if i else 0)
 
 
-def _group_of(touches: Sequence[Touch], run: str, context: Context) -> _Group:
+def _groups(touches: Iterable[Touch], run: str) -> list[_Group]:
+    """In the order of the steps, which is that of operations at one site."""
+    ordered = sorted((t for t in touches if t.positions.ranges), key=lambda t: t.step)
+    groups: list[_Group] = []
+    for _, members in itertools.groupby(ordered, key=lambda t: t.step):
+        step = list(members)
+        if groups and groups[-1].joins(step):
+            groups[-1].steps.append(step)
+            continue
+        first = step[0]
+        keys = None if first.keys is None else _Places(first.keys)
+        sources = tuple(source for source in first.sources if source.run is not None)
+        groups.append(_Group(run, [step], _Places(first.positions), keys, sources))
+    return groups
+
+
+def _content_of(touches: Sequence[Touch], run: str, context: Context) -> str:
+    """A hash of one step's touches without their places."""
     first = touches[0]
-    content: list[object] = []
-    for touch in touches:
-        args = [(name, _content(value, context)) for name, value in sorted(touch.args.items())]
-        sources = [
-            (source.ref, source.pooled, source.run == run)
-            if source.blob is None
-            else _content(Blob(source.blob), context)
-            for source in touch.sources
-        ]
-        content.append((touch.ref, touch.do, touch.kernel, args, sources))
-    return _Group(
-        run,
-        hash_of(content),
-        _Places(first.positions),
-        None if first.keys is None else _Places(first.keys),
-        tuple(source for source in first.sources if source.run is not None),
-        first.do == "edge_only",
-    )
+    args = [(name, _content(value, context)) for name, value in sorted(first.args.items())]
+    refs = [(_named(t.ref), *(_source(s, run, context) for s in t.sources)) for t in touches]
+    return hash_of((first.do, first.kernel, args, refs))
+
+
+def _source(source: SourceRef, run: str, context: Context) -> object:
+    if source.ref is None:
+        assert source.blob is not None
+        return _content(Blob(source.blob), context)
+    return _named(source.ref), source.pooled, source.run == run
+
+
+def _named(ref: SiteRef) -> tuple[object, ...]:
+    return ref.site, ref.layer, ref.heads, ref.components, ref.expanded
 
 
 def _content(value: object, context: Context) -> object:
