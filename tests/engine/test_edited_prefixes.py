@@ -16,8 +16,11 @@ from tests.engine.drive import Inquiry, ask, run, small_engine
 from invivo.edits.blobs import Blobs
 from invivo.edits.program import parse_program
 from invivo.edits.resolve import resolve
+from invivo.edits.resolved import Touch
 from invivo.engine.engine import Engine
+from invivo.engine.run_edits import RunEdits
 from invivo.engine.types import Intervention
+from invivo.errors import TooLarge
 from invivo.models.cache import bytes_per_block
 from invivo.models.load import LoadedModel
 
@@ -388,3 +391,28 @@ def test_edited_states_are_taken_over_as_snapshots(family: str) -> None:
     assert cached(engine, ids, only(reset, late)) == 16
     assert cached(engine, ids, None) == 0
     assert cached(engine, ids, only(reset)) == 16
+
+
+def test_who_shares_what_failed_ends_with_it_and_who_does_not_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both are in one step with the run that fails; one of them has its blocks."""
+    ids, failing = TEXT[:14], only(steer({"range": [2, 5]}), steer({"index": 13}, c=3))
+    engine = engine_of("llama")
+    real = RunEdits._changed
+
+    def breaking(self: RunEdits, touch: Touch, *rest: Any) -> torch.Tensor:
+        if self.plan.touches[-1].args.get("c") == 3 and touch.positions.first == 2:
+            raise TooLarge("no room", field="interventions")
+        return real(self, touch, *rest)
+
+    monkeypatch.setattr(RunEdits, "_changed", breaking)
+    broken = generate(engine, ids, failing)
+    sharing = generate(engine, ids, only(steer({"range": [2, 5]})))
+    apart = generate(engine, ids, only(steer({"range": [2, 6]}, c=2)))
+    run(engine, broken, sharing, apart)
+    assert [inquiry.outputs[-1].finish_reason for inquiry in (broken, sharing)] == ["error"] * 2
+    assert_same(apart, cold("llama", ids, only(steer({"range": [2, 6]}, c=2))))
+    monkeypatch.undo()
+    assert cached(engine, ids, only(steer({"range": [2, 5]}))) == 0
+    assert cached(engine, ids, failing) == 12
