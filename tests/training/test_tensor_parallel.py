@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.training.small_run import GLA, curve, small
+from tests.training.small_run import LLAMA as HUB
 from tests.training.test_parallel import LINES, lines_of
 from tests.waiting import PATIENCE
 
@@ -21,8 +22,8 @@ from invivo.models.load import load_model
 from invivo.training.checkpoint import checkpoints
 from invivo.training.run import train
 from invivo.training.run_folder import RunFolder
-from invivo.training.shape import shape_of
-from invivo.training.tensor_parallel import check_divisible, dealt, in_order
+from invivo.training.shape import check_shape
+from invivo.training.tensor_parallel import dealt, in_order
 
 
 def test_processes_that_share_a_decoder_are_one(tmp_path: Path) -> None:
@@ -98,25 +99,31 @@ LLAMA = {
 def test_models_that_cannot_be_divided_are_refused(
     changes: dict[str, Any], processes: int, says: str
 ) -> None:
-    config = shape_of(LLAMA | changes, length=8, vocab_size=16, end=0)
     with pytest.raises(InvalidRequest, match=says) as error:
-        check_divisible(config, processes)
+        check_shape(LLAMA | changes, length=8, tensor=processes)
     assert error.value.field == "parallel.tensor"
 
 
 def test_norms_over_all_heads_are_refused() -> None:
-    config = shape_of(LLAMA | {"model_type": "olmo2"}, length=8, vocab_size=16, end=0)
     with pytest.raises(UnsupportedModel, match="a norm over all heads"):
-        check_divisible(config, 2)
+        check_shape(LLAMA | {"model_type": "olmo2"}, length=8, tensor=2)
 
 
-def test_shares_must_divide_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("tensor = 3", "parallel.tensor: does not divide the 4 processes"),
+        ("tensor = 2\nreplicas = 4", "parallel.replicas: does not divide the 2 groups"),
+    ],
+)
+def test_shares_must_divide_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, says: str
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    for lines, field in (("tensor = 3", "tensor"), ("tensor = 2\nreplicas = 4", "replicas")):
-        config = small(tmp_path, parallel=lines)
-        with pytest.raises(InvalidRequest) as error:
-            train(config, runs=tmp_path)
-        assert error.value.field == f"parallel.{field}"
+    model = HUB.replace("intermediate_size = 32", "intermediate_size = 36")
+    model = model.replace("num_attention_heads = 2", "num_attention_heads = 6")
+    with pytest.raises(InvalidRequest, match=says):
+        train(small(tmp_path, model=model, parallel=lines), runs=tmp_path)
 
 
 def test_shared_layers_are_not_compiled(tmp_path: Path) -> None:

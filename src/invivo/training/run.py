@@ -88,7 +88,7 @@ def train(
         Diverged, StorageRefused: see :meth:`Training.run`.
     """
     here = checked_device(device)
-    check_shape(config.model, length=config.data.length)
+    check_shape(config.model, length=config.data.length, tensor=config.parallel.tensor)
     deadline = math.inf if minutes is None else clock() + 60 * minutes
     folder = RunFolder(runs / config.name)
     with contextlib.ExitStack() as stack:

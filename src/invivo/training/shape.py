@@ -23,13 +23,47 @@ _WITHOUT_EFFECT = {
 }
 
 
-def check_shape(model: Mapping[str, Any], *, length: int) -> None:
+def check_shape(model: Mapping[str, Any], *, length: int, tensor: int = 1) -> None:
     """Refuse what can be refused before there is a tokenizer.
 
+    Args:
+        tensor: processes that share every layer.
+
     Raises:
-        as :func:`shape_of`.
+        as :func:`shape_of` and :func:`check_divisible`.
     """
-    shape_of(model, length=length, vocab_size=1, end=0)
+    config = shape_of(model, length=length, vocab_size=1, end=0)
+    if tensor > 1:
+        check_divisible(config, tensor)
+
+
+def check_divisible(config: ModelConfig, processes: int) -> None:
+    """Refuse a decoder that so many processes cannot share.
+
+    Raises:
+        InvalidRequest: its heads, neurons or width cannot be divided.
+        UnsupportedModel: mixtures of experts, norms over all heads at once.
+    """
+    if config.moe is not None or config.qk_norm == "full":
+        what = "a mixture of experts" if config.moe is not None else "a norm over all heads"
+        raise UnsupportedModel(
+            f"tensor parallelism is not made for {what}",
+            field="parallel.tensor",
+            given=processes,
+            remedy="Set parallel.tensor = 1: the parameters are sharded all the same",
+        )
+    sizes = {"intermediate_size": config.d_ff, "hidden_size": config.d_model}
+    if any(layer.mixer == "attention" for layer in config.layers):
+        sizes |= {"num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads}
+    if config.gla is not None:
+        sizes["num_heads"] = config.gla.n_heads
+    for name, size in sizes.items():
+        if size % processes:
+            raise InvalidRequest(
+                f"does not divide the model's {name}, {size}",
+                field="parallel.tensor",
+                given=processes,
+            )
 
 
 def shape_of(model: Mapping[str, Any], *, length: int, vocab_size: int, end: int) -> ModelConfig:

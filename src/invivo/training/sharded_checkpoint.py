@@ -38,7 +38,7 @@ from invivo.training.checkpoint import (
 )
 from invivo.training.parallel import PATIENCE, Ranks
 from invivo.training.processes import Into
-from invivo.training.tensor_parallel import dealt, lie_of, whole_of
+from invivo.training.tensor_parallel import dealt, layout_of, whole_of
 
 
 @dataclass(slots=True)
@@ -140,7 +140,7 @@ class ShardedCheckpoints:
         assert isinstance(in_order, DTensor)
         abreast = self._ranks.tensor
         assert abreast is not None
-        sections = lie_of(self._config, place).sections
+        sections = layout_of(self._config, place).sections
         rows = dealt(replicated(in_order), sections, abreast.size())
         own = rows.chunk(abreast.size())[abreast.get_local_rank()]
         shards = self._ranks.mesh.size(self._ranks.mesh.ndim - 1)
@@ -150,7 +150,7 @@ class ShardedCheckpoints:
             tensor.to_local().copy_(parts[shard])
 
     def _is_dealt(self, place: str) -> bool:
-        return self._ranks.tensor is not None and lie_of(self._config, place).sections != ()
+        return self._ranks.tensor is not None and layout_of(self._config, place).sections != ()
 
     def _agree(self, refused: OSError | None) -> None:
         """Raise on every process where one was refused.

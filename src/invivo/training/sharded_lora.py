@@ -20,9 +20,9 @@ from invivo.training.config import AdamW
 from invivo.training.loss_model import LossModel
 from invivo.training.optimizer import make_optimizer
 from invivo.training.parallel import Ranks
+from invivo.training.shape import check_divisible
 from invivo.training.tensor_parallel import (
     STATES,
-    check_divisible,
     mixed_width,
     place_of,
     sections_of,
@@ -130,8 +130,8 @@ def tune(
     Args:
         model: the same numbers in all processes; it is sharded and stays so.
         ranks: with ``tensor`` processes abreast.
-        batches: (tokens, labels) [B, T] of each step; processes abreast get the same ones, other
-            groups rows of their own.
+        batches: (tokens, labels) [B, T] of each step, one at least; processes abreast get the
+            same ones, other groups rows of their own.
         clip: largest norm of all gradients together; 0: no limit.
 
     Returns:
@@ -139,10 +139,17 @@ def tune(
         loss in nats a label.
 
     Raises:
-        InvalidRequest, UnsupportedModel: the model or the LoRAs cannot be shared like this.
+        InvalidRequest, UnsupportedModel: no processes abreast, or a model or LoRAs that cannot be
+            shared like this.
     """
     abreast = ranks.tensor
-    assert abreast is not None
+    if abreast is None:
+        raise InvalidRequest(
+            "needs processes that share every layer",
+            field="parallel.tensor",
+            given=1,
+            remedy="joined(1, kind, tensor=2) under torchrun --nproc-per-node 2",
+        )
     decoder = model.decoder.requires_grad_(False)
     check_divisible(decoder.config, abreast.size())
     loras = placed_loras(

@@ -24,7 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.func import functional_call
 
-from invivo.errors import InvalidRequest, UnsupportedModel
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder, Layer
 from invivo.sharding.moves import entered, local_weight, moved, replicated, spread
@@ -32,6 +31,7 @@ from invivo.sharding.parallel_plan import State
 from invivo.sharding.placed_lora import PlacedLora
 from invivo.training.forward import Table, linear_map, run_layer
 from invivo.training.loss_model import LossModel, TextLayer
+from invivo.training.shape import check_divisible
 from invivo.training.texts import Texts
 
 # The states of what a map reads and gives. gate_a is narrow: every process computes all of it.
@@ -43,7 +43,7 @@ STATES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Lie:
+class Layout:
     """How a parameter lies over the processes.
 
     Attributes:
@@ -59,28 +59,28 @@ class Lie:
     gradient: Placement | None = None
 
 
-def lie_of(config: ModelConfig, name: str) -> Lie:
+def layout_of(config: ModelConfig, name: str) -> Layout:
     """How the decoder's parameter ``name`` lies."""
     path = name.split(".")
-    kind, everywhere = path[-1], Lie(Replicate())
+    kind, everywhere = path[-1], Layout(Replicate())
     if path[0] != "layers":
-        gathered = Lie(Shard(1), use=Replicate())
+        gathered = Layout(Shard(1), use=Replicate())
         return gathered if kind in ("embed", "positions", "head") else everywhere
     if path[2] == "feedforward":
         if kind.startswith("gate_up"):
-            return Lie(Shard(0), (config.d_ff, config.d_ff))
+            return Layout(Shard(0), (config.d_ff, config.d_ff))
         if kind.startswith("up"):
-            return Lie(Shard(0), (config.d_ff,))
-        return Lie(Shard(1)) if kind == "down" else everywhere
+            return Layout(Shard(0), (config.d_ff,))
+        return Layout(Shard(1)) if kind == "down" else everywhere
     if path[2] != "mixer" or kind in ("o_bias", "gate_a"):
         return everywhere
     if kind == "o":
-        return Lie(Shard(1))
+        return Layout(Shard(1))
     if kind in ("q_norm", "k_norm", "norm"):  # of each head, and a process sees its own heads
-        return Lie(Replicate(), gradient=Partial())
+        return Layout(Replicate(), gradient=Partial())
     q, k, v = _widths(config, int(path[1]))
     sections = {"r": (v,), "gate_b": (k,), "gate_b_bias": (k,)}
-    return Lie(Shard(0), sections.get(kind, (q, k, v)))
+    return Layout(Shard(0), sections.get(kind, (q, k, v)))
 
 
 def _widths(config: ModelConfig, layer: int) -> tuple[int, int, int]:
@@ -90,35 +90,6 @@ def _widths(config: ModelConfig, layer: int) -> tuple[int, int, int]:
         return config.gla.k_width, config.gla.k_width, config.gla.v_width
     kv = config.n_kv_heads * config.head_dim
     return config.n_heads * config.head_dim, kv, kv
-
-
-def check_divisible(config: ModelConfig, processes: int) -> None:
-    """Refuse a decoder that so many processes cannot share.
-
-    Raises:
-        InvalidRequest: its heads, neurons or width cannot be divided.
-        UnsupportedModel: mixtures of experts, norms over all heads at once.
-    """
-    if config.moe is not None or config.qk_norm == "full":
-        what = "a mixture of experts" if config.moe is not None else "a norm over all heads"
-        raise UnsupportedModel(
-            f"tensor parallelism is not made for {what}",
-            field="parallel.tensor",
-            given=processes,
-            remedy="Set parallel.tensor = 1: the parameters are sharded all the same",
-        )
-    sizes = {"intermediate_size": config.d_ff, "hidden_size": config.d_model}
-    if any(layer.mixer == "attention" for layer in config.layers):
-        sizes |= {"num_attention_heads": config.n_heads, "num_key_value_heads": config.n_kv_heads}
-    if config.gla is not None:
-        sizes["num_heads"] = config.gla.n_heads
-    for name, size in sizes.items():
-        if size % processes:
-            raise InvalidRequest(
-                f"does not divide the model's {name}, {size}",
-                field="parallel.tensor",
-                given=processes,
-            )
 
 
 def dealt(whole: torch.Tensor, sections: tuple[int, ...], processes: int) -> torch.Tensor:
@@ -188,16 +159,16 @@ def split(
         loras: by layer and part (see :func:`place_of`); they become parameters of the layers.
 
     Raises:
-        InvalidRequest, UnsupportedModel: see :func:`check_divisible`.
+        InvalidRequest, UnsupportedModel: see :func:`~invivo.training.shape.check_divisible`.
     """
     decoder, n = model.decoder, mesh.size()
     check_divisible(decoder.config, n)
     narrow = Decoder(narrowed(decoder.config, n), device="meta", dtype=decoder.embed.dtype)
     for name, parameter in list(decoder.named_parameters()):
-        lie = lie_of(decoder.config, name)
+        layout = layout_of(decoder.config, name)
         whole = parameter.detach()
-        whole = dealt(whole, lie.sections, n) if lie.sections else whole
-        own = nn.Parameter(spread(whole, mesh, lie.placement), parameter.requires_grad)
+        whole = dealt(whole, layout.sections, n) if layout.sections else whole
+        own = nn.Parameter(spread(whole, mesh, layout.placement), parameter.requires_grad)
         _put(decoder, name, own)
     for i, layer in enumerate(model.layers):
         assert isinstance(layer, TextLayer)
@@ -235,7 +206,7 @@ def whole_of(
     """
     part = part.detach()
     whole = replicated(part) if isinstance(part, DTensor) else part
-    sections = () if mesh is None else lie_of(config, name).sections
+    sections = () if mesh is None else layout_of(config, name).sections
     return in_order(whole, sections, mesh.size()) if mesh is not None and sections else whole
 
 
@@ -268,8 +239,8 @@ def _at_hand(config: ModelConfig, prefix: str, module: nn.Module, *, deep: bool)
     """What this process computes with in place of ``module``'s parameters."""
     found = {}
     for name, parameter in module.named_parameters(recurse=deep):
-        lie = lie_of(config, prefix + name)
-        found[name] = local_weight(parameter, use=lie.use, gradient=lie.gradient)
+        layout = layout_of(config, prefix + name)
+        found[name] = local_weight(parameter, use=layout.use, gradient=layout.gradient)
     return found
 
 
