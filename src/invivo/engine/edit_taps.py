@@ -96,6 +96,8 @@ class EditTaps:
                     self._open.setdefault(layer, {})[span.span] = span
                 elif site not in STATE_SITES:
                     self._at.setdefault((site, layer), []).append(span)
+            if span.edits.only_rows:
+                continue
             for layer in span.edits.state_layers(span.window):
                 self._states.setdefault(layer, {})[span.span] = span
             hides = span.edits.hides(span.window)
@@ -121,8 +123,9 @@ class EditTaps:
             found = span.edits.alone(*key, span.window)
             if found is not None:
                 touch, value = found
-                group = _Group(touch.do, touch.ref)
-                group = groups.setdefault((touch.do, touch.ref), group)
+                group = groups.get((touch.do, touch.ref))
+                if group is None:
+                    group = groups[touch.do, touch.ref] = _Group(touch.do, touch.ref)
                 group.spans.append(span)
                 group.by.append(value)
         several = [group for group in groups.values() if len(group.spans) > 1]

@@ -75,6 +75,7 @@ class RunEdits:
         first_kept: first position of a row that is kept, or whose key is followed through states.
         error: what one of its own operations raised. From there on it changes and keeps nothing:
             the batch goes on, and whoever launched it ends the request.
+        only_rows: whether it has neither masks nor position numbers, and looks at no states.
         spoiled: whether that was a change, so that its keys are not those its program asks for.
     """
 
@@ -117,6 +118,8 @@ class RunEdits:
         self.error: Exception | None = None
         self.spoiled = False
         self._steady: Steady | None = None
+        opens = bool(self._shares or self._hidden or self.numbered)
+        self.only_rows = not opens and all(site not in STATE_SITES for site, _ in self._keys)
 
     def steady(self, token: int) -> Steady:
         """What happens at a row of ``token`` alone; the same object while it stays the same."""
