@@ -115,8 +115,9 @@ def test_runs_of_two_then_one_then_two_processes_are_one_run(tmp_path: Path) -> 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_are_one(tmp_path: Path) -> None:
-    config = small(tmp_path, model=HYBRID, **LINES)
+@pytest.mark.parametrize("parallel", ["tensor = 1", "tensor = 2"])
+def test_two_gpus_are_one(tmp_path: Path, parallel: str) -> None:
+    config = small(tmp_path, model=HYBRID, parallel=parallel, **LINES)
     alone = train(config, runs=tmp_path / "alone", device="cuda")
     runs = tmp_path / "runs"
     two_processes(tmp_path / "small.toml", runs, 6, device="cuda")
