@@ -322,10 +322,10 @@ def variants(program: Program) -> list[Program | None]:
             other: Any = None
             if key in ("a", "v", "s", "max", "w"):
                 other = value + 0.25
-            elif key == "pos" or (key == "from" and "run" not in value):
-                other = {"index": [2, 3]}
-            elif key == "from":
+            elif key == "from" and "run" in value:
                 other = value | {"run": "plain" if value["run"] == "cf" else "cf"}
+            elif key == "from" or (key == "pos" and "from" not in step):
+                other = {"index": [2, 3]}
             if other is not None:
                 steps = [*program["steps"]]
                 steps[i] = step | {key: other}
@@ -365,6 +365,7 @@ def test_any_load_answers_as_if_nothing_were_cached(data: st.DataObject) -> None
     drawn = data.draw(st.lists(st.sampled_from(variants(first)), min_size=1, max_size=3))
     drawn += [first, first]
     options: dict[str, Any] = {"max_batch_tokens": data.draw(st.sampled_from([5, 64]))}
+    options["overlap"] = data.draw(st.booleans())  # as on a GPU: a step ahead of its tokens
     n_blocks = data.draw(st.sampled_from([8, 60, 60]))
     if not recurrent:
         size = bytes_per_block(CONFIGS[family], block_size=BLOCK, dtype=torch.float64)
