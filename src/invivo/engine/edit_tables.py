@@ -14,6 +14,7 @@ import torch
 from invivo.edits.apply import write_affine
 from invivo.edits.resolved import Touch
 from invivo.edits.site_names import head_count, head_sizes
+from invivo.kernels.device import takes_untried
 from invivo.models.config import ModelConfig
 
 Key = tuple[str, int]
@@ -93,8 +94,11 @@ class EditTables:
         self._refused = True
 
     def fits(self, keys: Collection[Key]) -> bool:
-        """Whether there is room for the tables of these sites alone."""
-        return not self._refused and sum(self._n_bytes(key) for key in keys) <= MOST_BYTES
+        """Whether there is room for the tables of these sites alone (on a GPU only if untried paths
+        are taken: their capture has not run on one)."""
+        if self._refused or (self._like.is_cuda and not takes_untried()):
+            return False
+        return sum(self._n_bytes(key) for key in keys) <= MOST_BYTES
 
     def make_room(self, keys: Collection[Key]) -> bool:
         """Make the tables of ``keys``, which :meth:`fits`.
