@@ -94,12 +94,17 @@ def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on(
 ) -> None:
     out = tmp_path / "poet"
     command = ["finetune", data, "-m", tiny, "--steps", "1000000", *SETTINGS, "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "invivo.cli", *command],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(library.__file__).parents[1])},
-    )
+    # Tests that run in the background of a shell would hand on that the signal is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "invivo.cli", *command],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(library.__file__).parents[1])},
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     database = out / "job/jobs.sqlite3"
     deadline = time.monotonic() + PATIENCE
     while True:
