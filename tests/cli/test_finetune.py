@@ -107,16 +107,19 @@ def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on(
         signal.signal(signal.SIGINT, before)
     database = out / "job/jobs.sqlite3"
     deadline = time.monotonic() + PATIENCE
-    while True:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-        if database.exists():
-            listed = invivo("jobs", "list", "--state", str(out / "job"), "--json")
-            if listed.code == 0 and listed.json() and listed.json()[0]["step"] >= 3:
-                break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=PATIENCE)
+    try:
+        while True:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+            if database.exists():
+                listed = invivo("jobs", "list", "--state", str(out / "job"), "--json")
+                if listed.code == 0 and listed.json() and listed.json()[0]["step"] >= 3:
+                    break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "go on with: invivo finetune" in err
     assert "Traceback" not in err
