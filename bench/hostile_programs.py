@@ -11,6 +11,7 @@ must end, and are told without a time of refusal.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -185,6 +186,8 @@ def main() -> None:
     args = parser.parse_args()
     with invivo.load(args.model) as lm:
         lm.run({"out": last_logit()}, PROMPT)  # what is made at the first use is made
+        gc.collect()
+        gc.freeze()  # as `invivo serve` does
         with Neighbours(lm) as neighbours:
             rows = [
                 measured(lm, what, make, args.rounds)
