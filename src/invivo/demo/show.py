@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2-135m"
 TPOT_MS = 150.0  # what two CPU cores can keep with several answers and a prompt at once
-BURST = 3.0  # starting a piece of training is dear on a CPU
 
 
 def run_demo(
@@ -65,7 +64,7 @@ def run_demo(
             adapter: write_random_adapter(folder / adapter, model_folder, seed)
             for seed, adapter in enumerate(ADAPTERS)
         }
-        promise = ("--tpot-ms", str(TPOT_MS), "--burst", str(BURST))
+        promise = ("--tpot-ms", str(TPOT_MS))
         options = (*promise, "--state", str(folder / "state"))
         with console.status("starting the server"):
             running = serving(MODEL, adapters, port, folder / "server.log", options)
