@@ -203,7 +203,8 @@ def test_a_program_without_text_shares_with_one_that_writes() -> None:
 def test_hidden_keys_are_told_apart_as_far_as_they_are_there(at: str) -> None:
     engine, ids = engine_of("llama"), TEXT[:14]
 
-    def hide(*keys: int, to: Any = {"range": [4, 8]}) -> Program:  # noqa: B006
+    def hide(*keys: int, to: Any = None) -> Program:
+        to = to or {"range": [4, 8]}
         return only({"at": at, "do": "edge_block", "from": {"index": list(keys)}, "to": to})
 
     assert cached(engine, ids, hide(1)) == 0
