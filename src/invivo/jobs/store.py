@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -113,6 +114,7 @@ _checkpoints = sql.Table(
     sql.Column("loss", sql.Float),
     sql.Column("path", sql.String, nullable=False),
 )
+_PATIENCE = 30.0  # seconds for others who write
 UNFINISHED: tuple[JobStatus, ...] = ("validating_files", "queued", "running", "paused")
 
 
@@ -127,11 +129,15 @@ class JobStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._engine = sql.create_engine(
-                sql.URL.create("sqlite", database=str(path)), connect_args={"timeout": 30}
+                sql.URL.create("sqlite", database=str(path)), connect_args={"timeout": _PATIENCE}
             )
             sql.event.listen(self._engine, "connect", _settings)
-            _metadata.create_all(self._engine)
-            _add_columns(self._engine)
+            with self._engine.connect() as connection:
+                # Whoever opens a new folder beside us waits, and then finds the tables.
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                _metadata.create_all(connection)
+                _add_columns(connection)
+                connection.commit()
         except (OSError, SQLAlchemyError) as error:
             reason = str(error).splitlines()[0]
             raise InvalidRequest(
@@ -540,21 +546,28 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _add_columns(engine: sql.Engine) -> None:
+def _add_columns(connection: sql.Connection) -> None:
     """Those that a file of an earlier version lacks; all of them may be empty."""
-    there = sql.inspect(engine)
+    there = sql.inspect(connection)
     for table in _metadata.sorted_tables:
         known = {column["name"] for column in there.get_columns(table.name)}
         for column in table.columns:
             if column.name not in known:
-                kind = column.type.compile(engine.dialect)
+                kind = column.type.compile(connection.dialect)
                 change = f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"
-                with engine.begin() as connection:
-                    connection.execute(sql.text(change))
+                connection.execute(sql.text(change))
 
 
 def _settings(connection: Any, _record: object) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")  # readers beside a writer
+    deadline = time.monotonic() + _PATIENCE
+    while True:  # SQLite itself does not wait for whoever changes a new file's mode beside us
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")  # readers beside a writer
+            break
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
     cursor.execute("PRAGMA synchronous=NORMAL")
     cursor.close()
