@@ -8,9 +8,8 @@ whose error is over the bar is marked. Rivals, in the same run: flash-linear-att
 (if fla-core can be imported; its first call compiles for minutes) and torch's attention of the
 same width by cuDNN and FlashAttention. Rows are printed as they come and written after each; a
 second call goes on where the first stopped. ``device_*_ms`` is the time that the device works,
-kernel by kernel, whatever the host does meanwhile. "untried" rows are ours with the paths that
-INVIVO_UNTRIED=1 takes. The floor is that of the bytes of inputs, outputs and
-gradients, or of the operations.
+kernel by kernel, whatever the host does meanwhile. The floor is that of the bytes of inputs,
+outputs and gradients, or of the operations.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +34,6 @@ from gpu_timing import (
     graph_ms,
     measure_ceilings,
     relative_error,
-    untried,
 )
 from invivo.kernels.gla import gla_chunked, log_gates
 from invivo.kernels.triton_gla.ops import gla_step_triton, gla_triton
@@ -102,23 +99,13 @@ def work(ceilings: Ceilings) -> list[tuple[str, Callable[[], dict]]]:
         (f"errors tau {tau}", partial(errors, 2, 512, 4, 256, 512, tau))
         for tau in (16.0, 1.0, 0.3, 0.1)
     ]
-    jobs += [
-        (f"untried errors tau {tau}", partial(with_untried, errors, 2, 512, 4, 256, 512, tau))
-        for tau in (16.0, 0.1)
-    ]
     for shape in SHAPES:
         label = "x".join(map(str, shape))
         jobs.append((f"ours {label}", partial(ours, ceilings, *shape)))
-        jobs.append((f"untried {label}", partial(with_untried, ours, ceilings, *shape)))
         jobs.append((f"attention {label}", partial(attention, *shape)))
     jobs += [(f"decode {batch}", partial(decode, ceilings, batch)) for batch in DECODES]
     jobs += [(f"fla {'x'.join(map(str, shape))}", partial(fla, *shape)) for shape in SHAPES]
     return jobs
-
-
-def with_untried(measure: Callable[..., dict], *args: Any) -> dict:
-    with untried():
-        return measure(*args)
 
 
 def inputs(batch: int, length: int, heads: int, keys: int, values: int, tau: float) -> list:

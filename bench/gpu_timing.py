@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -95,16 +93,6 @@ def device_ms(call: Callable[[], object], repeat: int = 3) -> float:
         torch.cuda.synchronize()
     kernels = [e for e in seen.key_averages() if e.device_type == DeviceType.CUDA]
     return sum(e.self_device_time_total for e in kernels) / repeat / 1e3
-
-
-@contextmanager
-def untried() -> Iterator[None]:
-    """With the paths of ``invivo.kernels.device.takes_untried``."""
-    os.environ["INVIVO_UNTRIED"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["INVIVO_UNTRIED"]
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,8 +4,7 @@
 
 Models of 340M and 1.3B parameters with 16,384 tokens a step in rows of 2,048, 8,192 and 16,384:
 gated linear attention here (``gla``), a Transformer++ of the same size here with torch's cuDNN
-attention (``transformer``), both as they are and compiled, gla also with the paths that
-INVIVO_UNTRIED=1 takes, and flash-linear-attention's own model
+attention (``transformer``), both as they are and compiled, and flash-linear-attention's own model
 (``fla``, where its package can be imported; its first step compiles for minutes). Weights,
 gradients and AdamW (fused) are float32, products bfloat16; a step is forward, backward, clipping
 and update, on random tokens. ``check`` compares loss and gradients of a small model in bfloat16
@@ -32,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu_timing import relative_error, untried
+from gpu_timing import relative_error
 from invivo.models.config import ModelConfig
 from invivo.models.decoder import Decoder
 from invivo.models.gla_config import gla_1b3, gla_340m, gla_model
@@ -116,8 +115,6 @@ def work() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
                 name = f"{kind} compiled {size} {length}"
                 yield name, partial(ours, kind, size, length, compile=True)
         for length in LENGTHS:
-            yield f"gla untried {size} {length}", partial(with_untried, "gla", size, length)
-        for length in LENGTHS:
             yield f"fla {size} {length}", partial(fla, size, length)
         yield f"gla recomputed {size} 16384", partial(ours, "gla", size, 16_384, recompute="layer")
 
@@ -164,11 +161,6 @@ def ours(kind: str, size: str, length: int, **settings: Any) -> dict[str, Any]:
         return nats / count
 
     return speed(loss, list(decoder.parameters()), length)
-
-
-def with_untried(kind: str, size: str, length: int) -> dict[str, Any]:
-    with untried():
-        return ours(kind, size, length)
 
 
 def fla(size: str, length: int) -> dict[str, Any]:

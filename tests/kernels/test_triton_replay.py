@@ -23,7 +23,7 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from invivo.kernels import triton_replay
-from invivo.kernels.triton_replay import Room, run
+from invivo.kernels.triton_replay import Room, run, run_plainly
 
 ROWS = 32
 
@@ -88,7 +88,6 @@ class Card:
 
 @pytest.fixture(autouse=True)
 def card(monkeypatch):
-    monkeypatch.setenv("INVIVO_UNTRIED", "1")
     monkeypatch.setattr(Launcher, "how", [])
     triton_replay._known.cache_clear()
     with replaced(driver, "_active", Card()):
@@ -117,8 +116,8 @@ def body(room: Room, key, x, y, more):
     return by_rows, whole, by_eights
 
 
-def check(x, y, more=None, factor=0.5):
-    by_rows, whole, by_eights = run(body, (factor,), x, y, more)
+def check(x, y, more=None, factor=0.5, by=run):
+    by_rows, whole, by_eights = by(body, (factor,), x, y, more)
     half = x + factor * y
     assert torch.equal(whole, 2 * half)
     assert torch.allclose(by_eights, half.view(4, 8).sum(1), atol=1e-5)
@@ -149,13 +148,12 @@ def test_from_the_third_time_on_launches_alone_are_repeated(with_more):
     assert short == [False, False, True, True]
 
 
-def test_without_the_switch_all_launches_are_plain(monkeypatch):
+def test_the_pass_itself_can_still_be_asked():
     torch.manual_seed(0)
     for _ in range(3):
         check(numbers(ROWS), numbers(ROWS))
     Launcher.how = []
-    monkeypatch.delenv("INVIVO_UNTRIED")
-    check(numbers(ROWS), numbers(ROWS))
+    check(numbers(ROWS), numbers(ROWS), by=run_plainly)
     assert not took_the_short_way()
 
 

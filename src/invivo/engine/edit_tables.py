@@ -14,7 +14,6 @@ import torch
 from invivo.edits.apply import write_affine
 from invivo.edits.resolved import Touch
 from invivo.edits.site_names import head_count, head_sizes
-from invivo.kernels.device import takes_untried
 from invivo.models.config import ModelConfig
 
 Key = tuple[str, int]
@@ -94,9 +93,8 @@ class EditTables:
         self._refused = True
 
     def fits(self, keys: Collection[Key]) -> bool:
-        """Whether there is room for the tables of these sites alone (on a GPU only if untried paths
-        are taken: their capture has not run on one)."""
-        if self._refused or (self._like.is_cuda and not takes_untried()):
+        """Whether there is room for the tables of these sites alone."""
+        if self._refused:
             return False
         return sum(self._n_bytes(key) for key in keys) <= MOST_BYTES
 

@@ -1,8 +1,6 @@
-"""Which path an operation takes: decided by its tensors, but for paths not yet tried on a card."""
+"""Which path an operation takes: decided by its tensors alone."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 
@@ -18,15 +16,6 @@ def runs_triton(*tensors: torch.Tensor) -> bool:
     """Whether the Triton kernels serve these: on a GPU, a dtype they know, no gradient."""
     first = tensors[0]
     return first.is_cuda and first.dtype in TRITON_DTYPES and not wants_grad(*tensors)
-
-
-def takes_untried() -> bool:
-    """Whether GPU paths are taken that passed every check without a GPU, but have not run on one.
-
-    ``INVIVO_UNTRIED=1`` in the environment, asked at every call; otherwise each has a path that has
-    run on a card, with the same results to rounding. The GPU tests run both.
-    """
-    return os.environ.get("INVIVO_UNTRIED") == "1"
 
 
 def runs_on_cpu(*tensors: torch.Tensor) -> bool:

@@ -8,9 +8,8 @@ and for each pointer which input, output or piece of scratch memory it lies in. 
 pass is those launches at new addresses, with one allocation for all scratch memory. That leaves
 out what takes the host's time: Triton's look at every argument, descriptors and small allocations.
 
-All of this waits for its first run on a card: it happens where ``takes_untried`` says so, and
-everywhere else every pass runs plainly, as does always one that cannot be written down (in
-Triton's interpreter, or with a Triton that hands out its kernels in another form).
+A pass that cannot be written down runs plainly every time (in Triton's interpreter, or with a
+Triton that hands out its kernels in another form).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import torch
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from invivo.kernels.device import takes_untried
 from invivo.kernels.rounding import ceil_div
 
 ALIGN = 512  # bytes, as torch's allocator on GPUs
@@ -223,8 +221,6 @@ def run(body: Body, key: Hashable, *inputs: torch.Tensor | None) -> Tensors:
     """
     first = inputs[0]
     assert first is not None
-    if not takes_untried():
-        return body(Room(first.device), key, *inputs)
     known = _known(body, key, tuple(map(_form, inputs)), first.device)
     if known.written is not None:
         try:
@@ -248,6 +244,13 @@ def run(body: Body, key: Hashable, *inputs: torch.Tensor | None) -> Tensors:
             known.is_plain = True
             _log.debug("%s cannot be written down", body.__name__, exc_info=True)
     known.is_seen = True
+    return run_plainly(body, key, *inputs)
+
+
+def run_plainly(body: Body, key: Hashable, *inputs: torch.Tensor | None) -> Tensors:
+    """The same, every kernel launched by Triton: what :func:`run` is compared with."""
+    first = inputs[0]
+    assert first is not None
     return body(Room(first.device), key, *inputs)
 
 

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from invivo.kernels.activation import gated_activation, gated_activation_reference
 from invivo.kernels.activation_backward import gated_activation_gradient
-from invivo.kernels.device import takes_untried
 from invivo.kernels.gated_norm import gated_norm, gated_norm_backward, gated_norm_reference
 from invivo.kernels.rotary import rotary_rows, turn_heads, turn_rows
 
@@ -50,7 +49,7 @@ def normed_and_gated(
     z: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
     """:func:`~invivo.kernels.gated_norm.gated_norm_reference`; its inputs alone are kept."""
-    if torch.compiler.is_compiling() or (z.is_cuda and not takes_untried()):
+    if torch.compiler.is_compiling():
         return gated_norm_reference(z, r, weight, eps)
     out: torch.Tensor = _GatedNorm.apply(z, r, weight, eps)  # type: ignore[no-untyped-call]
     return out
