@@ -231,7 +231,36 @@ def test_a_job_of_a_server_is_followed_paused_and_called_off(
     assert "endless is deleted" in invivo("jobs", "delete", "endless", "--url", url).err
     listed = invivo("jobs", "list", "--url", url, "--json").json()
     assert [job["name"] for job in listed] == ["mate"]
-    assert "tiny-llama" in invivo("jobs", "list", "--url", url).out
+    table = invivo("jobs", "list", "--url", url).out
+    assert [word in table for word in ("mate", "succeeded", "4/4")] == [True] * 3
+
+    # The table shows beginnings of ids, and those are enough to name a job by.
+    whole = listed[0]["id"]
+    begun = next(word for word in table.split() if word.startswith("ftjob-"))
+    assert whole.startswith(begun)
+    assert begun != whole
+    assert invivo("jobs", "show", begun, "--url", url, "--json").json()["id"] == whole
+    assert "no such job" in invivo("jobs", "show", "ftjob-", "--url", url).err  # not enough of one
+    over = invivo("jobs", "pause", "mate", "--url", url)
+    assert over.code == 1
+    assert "it has ended" in over.err
+
+
+def test_every_setting_of_the_optimizer_can_be_given(
+    invivo: Invivo, tiny: str, data: str, tmp_path: Path
+) -> None:
+    ran = invivo(
+        *("finetune", data, "-m", tiny, "--steps", "1", "--out", str(tmp_path / "out"), "--json"),
+        *("--r", "4", "--rank-stabilized", "--optimizer", "sgd", "--momentum", "0.5"),
+        *("--clip", "inf", "--in-order", "--share", "2", "--publish-every", "1"),
+    )
+    assert ran.code == 0, ran.err
+    settings = ran.json()["hyperparameters"]
+    expected = {
+        **{"rank_stabilized": True, "optimizer": "sgd", "momentum": 0.5, "clip": None},
+        **{"shuffle": False, "share": 2.0, "publish_every": 1},
+    }
+    assert {name: settings[name] for name in expected} == expected
 
 
 def test_a_program_is_trained_and_written_to_two_files(

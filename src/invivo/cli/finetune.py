@@ -130,9 +130,17 @@ def finetune(
         float | None,
         typer.Option("--alpha", help="A LoRA's factor is alpha / r. r.", rich_help_panel=WHAT),
     ] = None,
+    rank_stabilized: Annotated[
+        bool,
+        typer.Option("--rank-stabilized", help="alpha / sqrt(r) instead.", rich_help_panel=WHAT),
+    ] = False,
     layers: Annotated[
         str | None,
         typer.Option("--layers", help="Numbers from 0, with commas. All.", rich_help_panel=WHAT),
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option("--activation", help="Of --method adapter. relu.", rich_help_panel=WHAT),
     ] = None,
     epochs: Annotated[
         int | None,
@@ -156,9 +164,30 @@ def finetune(
     warmup: Annotated[
         int | None, typer.Option("--warmup", help="Steps of warm-up. 0.", rich_help_panel=HOW)
     ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option("--weight-decay", rich_help_panel=HOW)
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", help="adamw or sgd. adamw.", rich_help_panel=HOW)
     ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option("--weight-decay", help="Of either optimizer. 0.", rich_help_panel=HOW),
+    ] = None,
+    momentum: Annotated[
+        float | None, typer.Option("--momentum", help="Of sgd. 0.", rich_help_panel=HOW)
+    ] = None,
+    clip: Annotated[
+        float | None,
+        typer.Option(
+            "--clip",
+            help="Largest norm of all gradients together; inf = any. 1.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    in_order: Annotated[
+        bool,
+        typer.Option(
+            "--in-order", help="Every epoch in the order of the file.", rich_help_panel=HOW
+        ),
+    ] = False,
     seed: Annotated[
         int | None,
         typer.Option("--seed", help="Of first weights and order. 0.", rich_help_panel=HOW),
@@ -194,6 +223,18 @@ def finetune(
         int | None,
         typer.Option("--keep-checkpoints", help="The newest so many. 3.", rich_help_panel=HOW),
     ] = None,
+    publish_every: Annotated[
+        int | None,
+        typer.Option(
+            "--publish-every",
+            help="Steps after which the adapter is served as it then is (with --url).",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option("--share", help="Weight among the jobs of a server. 1.", rich_help_panel=HOW),
+    ] = None,
     model: options.Model = None,
     url: options.Url = None,
     key: options.Key = None,
@@ -217,6 +258,8 @@ def finetune(
         "on": on,
         "r": r,
         "alpha": alpha,
+        "rank_stabilized": rank_stabilized or None,
+        "activation": activation,
         "layers": layers,
         "n_epochs": epochs,
         "steps": steps,
@@ -224,15 +267,23 @@ def finetune(
         "learning_rate": lr,
         "schedule": schedule,
         "warmup": warmup,
+        "optimizer": optimizer,
         "weight_decay": weight_decay,
+        "momentum": momentum,
+        "clip": clip,
+        "shuffle": False if in_order else None,
         "seed": seed,
         "max_length": max_length,
         "truncate": truncate or None,
         "checkpoint_every": checkpoint_every,
         "validate_every": validate_every,
         "keep_checkpoints": keep_checkpoints,
+        "publish_every": publish_every,
+        "share": share,
     }
     wanted: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    if clip == float("inf"):
+        wanted["clip"] = None
     if url is not None and (resume or out is not None):
         raise InvalidRequest(
             "belongs to a job of this machine and cannot go with --url",

@@ -40,7 +40,9 @@ State = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="The result as JSON.")]
-JobId = Annotated[str, typer.Argument(help="Id of the job, or its name.")]
+JobId = Annotated[str, typer.Argument(help="Name of the job, or its id or the beginning of it.")]
+SHOWN_OF_ID = 14  # characters, the prefix "ftjob-" among them
+LEAST_OF_ID = 8
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -65,18 +67,19 @@ def list_jobs(
     if not found:
         note("No jobs yet: invivo finetune DATA")
         return
+    several = len({info.model for info in found}) > 1
     print_table(
         "",
-        ["id", "name", "model", "status", "step>", "loss>", "created"],
+        ["name", "status", "step>", "loss>", "created", "id", *(["model"] if several else [])],
         [
             [
-                info.id,
                 info.name,
-                info.model,
                 info.status,
                 f"{info.step}/{info.n_steps}" if info.n_steps else "-",
                 "-" if info.loss is None else f"{info.loss:.4f}",
                 day(info.created_at),
+                info.id[:SHOWN_OF_ID],
+                *([info.model] if several else []),
             ]
             for info in found
         ],
@@ -213,30 +216,34 @@ def server(url: str, key: str | None, state: Path | None) -> Iterator[FineTuning
 def found(
     job: str, url: str | None, key: str | None, state: Path | None, *, write: bool = False
 ) -> Iterator[tuple[FineTuningBackend, JobInfo]]:
-    """The job of this id, or the newest of this name, and who keeps it."""
+    """The newest job of this name, or the one of this id, and who keeps it."""
     if url is not None:
         with server(url, key, state) as backend:
             yield backend, job_of(backend.jobs(1000), job)
         return
+    jobs: dict[str, tuple[JobInfo, Path]] = {}
     for folder in folders(state):
         with looked_at(folder) as kept:
-            here = [info for info in kept.store.jobs() if job in (info.id, info.name)]
-        if here:
-            with opened_folder(folder, write) as kept:
-                yield kept, here[0]
-            return
-    raise missing(job)
+            jobs.update({info.id: (info, folder) for info in kept.store.jobs()})
+    info, folder = jobs[job_of([info for info, _ in jobs.values()], job).id]
+    with opened_folder(folder, write) as kept:
+        yield kept, info
 
 
 def job_of(jobs: list[JobInfo], job: str) -> JobInfo:
-    for info in jobs:
-        if job in (info.id, info.name):
-            return info
-    raise missing(job)
+    """The newest of this name, else the one whose id is or begins like ``job``.
 
-
-def missing(job: str) -> NotFound:
-    return NotFound("no such job", field="JOB", given=job, remedy="See `invivo jobs list`")
+    Raises:
+        NotFound: there is none.
+        InvalidRequest: the ids of several begin so.
+    """
+    named = [info for info in jobs if info.name == job]
+    begun = [info for info in jobs if len(job) >= LEAST_OF_ID and info.id.startswith(job)]
+    if not named and len(begun) > 1:
+        raise InvalidRequest("several ids begin so", field="JOB", given=job, remedy="Write more")
+    if not named and not begun:
+        raise NotFound("no such job", field="JOB", given=job, remedy="See `invivo jobs list`")
+    return max(named or begun, key=lambda info: info.created_at)
 
 
 def folders(state: Path | None) -> list[Path]:

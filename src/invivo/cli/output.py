@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+NOBODY_LOOKS = 1000  # columns of what is no terminal
 
 
 def examples(*lines: str) -> str:
@@ -49,18 +52,30 @@ def print_json(value: object) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table; columns whose names end in ``>`` are aligned to the right."""
+    """A table; columns whose names end in ``>`` are aligned to the right.
+
+    Nothing is cut off: what does not fit a terminal goes on in the next line, and never that of the
+    first column, which holds names. Where nobody looks (a pipe, a file) a row is one line.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
-    for column in columns:
+    for i, column in enumerate(columns):
         right = column.endswith(">")
-        table.add_column(column.removesuffix(">"), justify="right" if right else "left")
+        table.add_column(
+            column.removesuffix(">"),
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=i == 0,
+        )
     for row in rows:
         table.add_row(*[Text(cell) for cell in row])
-    stdout().print(table)
+    console = stdout()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = NOBODY_LOOKS
+    console.print(table)
 
 
 def progress(unit: str) -> Progress:

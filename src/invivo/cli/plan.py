@@ -181,7 +181,7 @@ def show(made: MemoryPlan, every: bool) -> None:
     print_table(
         f"Tensors of a sequence of {made.length} tokens in {made.dtype}",
         ["tensor", "layers", "a token", "B/token>", "all>", "verdict", "why"],
-        [tensor_cells(row) for row in rows],
+        [tensor_cells(row, made.dtype) for row in rows],
     )
     t = made.totals
     steps = [
@@ -220,9 +220,10 @@ def show(made: MemoryPlan, every: bool) -> None:
     )
 
 
-def tensor_cells(row: Row) -> list[str]:
+def tensor_cells(row: Row, usual: str) -> list[str]:
+    """A row of the table; its dtype is told where it is not the ``usual`` one."""
     verdict = f"{row.verdict} ({row.held})" if row.held else row.verdict
-    shape = " x ".join(str(n) for n in row.shape) + f" {row.dtype}"
+    shape = " x ".join(str(n) for n in row.shape) + ("" if row.dtype == usual else f" {row.dtype}")
     per_token = f"{row.bytes_per_token:,.0f}"
     whole = byte_size(row.n_bytes)
     return [row.name, layer_ranges(row.layers), shape, per_token, whole, verdict, row.reason]

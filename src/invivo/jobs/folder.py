@@ -277,7 +277,12 @@ class JobFolder:
 
 
 def already_ended(info: JobInfo) -> Conflict:
-    return Conflict(f"the job is {info.status}", field="job_id", given=info.id)
+    return Conflict(
+        f"the job is {info.status}: it has ended",
+        field="job_id",
+        given=info.id,
+        remedy="Only a job that has not ended is paused, resumed or cancelled; start another",
+    )
 
 
 def _locked(path: Path) -> IO[str]:
