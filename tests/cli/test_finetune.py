@@ -257,8 +257,13 @@ def test_every_setting_of_the_optimizer_can_be_given(
     assert ran.code == 0, ran.err
     settings = ran.json()["hyperparameters"]
     expected = {
-        **{"rank_stabilized": True, "optimizer": "sgd", "momentum": 0.5, "clip": None},
-        **{"shuffle": False, "share": 2.0, "publish_every": 1},
+        "rank_stabilized": True,
+        "optimizer": "sgd",
+        "momentum": 0.5,
+        "clip": None,
+        "shuffle": False,
+        "share": 2.0,
+        "publish_every": 1,
     }
     assert {name: settings[name] for name in expected} == expected
 
