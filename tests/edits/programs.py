@@ -64,8 +64,8 @@ def _argument(argument: Argument) -> st.SearchStrategy[Any]:
             return st.one_of(SITES, st.lists(SITES, min_size=1, max_size=2))
         case "run":
             return st.sampled_from(["plain", "cf"])
-        case "runs":
-            return st.just(["cf", "other"])
+        case "pool":
+            return st.sampled_from([["cf", "other"], "blob:x"])
         case "ints":
             return st.lists(st.integers(0, 9), min_size=1, max_size=3)
         case "int":

@@ -193,6 +193,8 @@ def test_methods_write_what_they_are_called() -> None:
         z.clamp(low=-1),
         z.mean(["cf"], "all"),
         z.resample(["cf"], seed=1, map="end"),
+        z.mean(torch.zeros(2, 3, 4), "all"),
+        z.resample("blob:pool", seed=1),
         z.replace("cf", pos=0, map="one"),
         z.lerp(0.5, "cf"),
         z.freeze(except_=["layers.1.attn.head.1.z"]),
@@ -209,7 +211,7 @@ def test_methods_write_what_they_are_called() -> None:
     ):
         assert made is builder
     printed = builder.build().to_dict()
-    assert len(printed["steps"]) == 20
+    assert len(printed["steps"]) == 22
     assert printed["sweep"] == [["L", [0, 1, 2]], ["a", [1, 2]]]
     assert printed["runs"]["again"] == {"same": "cf", "adapter": "poet"}
 

@@ -26,7 +26,17 @@ LLAMA, MOE = model("llama"), model("moe")
 GENERATOR = torch.Generator().manual_seed(0)
 V = torch.randn(4, generator=GENERATOR, dtype=torch.float64)
 BASIS = torch.linalg.qr(torch.randn(4, 2, generator=GENERATOR, dtype=torch.float64))[0].T
-BLOBS = Blobs({"v": V, "b": BASIS, "rows": torch.randn(3, 1, 4, generator=GENERATOR).double()})
+POOL = torch.randn(6, 3, 1, 4, generator=GENERATOR, dtype=torch.float64)
+BLOBS = Blobs(
+    {
+        "v": V,
+        "b": BASIS,
+        "rows": torch.randn(3, 1, 4, generator=GENERATOR).double(),
+        "pool": POOL,
+        "drawn": POOL[:, 0],
+        "one": V.expand(5, 1, 4),
+    }
+)
 
 
 def value(step: dict[str, Any], *, run_name: str = "main", **more: Any) -> torch.Tensor:
@@ -66,6 +76,9 @@ POS = {"range": [2, 5]}
         ({"do": "mean", "over": ["cf", "plain"], "positions": "each"}, (OWN + THEIRS)[ROWS] / 2),
         ({"do": "mean", "over": ["cf"], "positions": "all"}, THEIRS[ROWS].mean(0).expand(3, 4)),
         ({"do": "resample", "pool": ["cf"], "seed": 3}, THEIRS[ROWS]),
+        ({"do": "mean", "over": "blob:pool", "positions": "each"}, POOL.mean(0)[:, 0]),
+        ({"do": "mean", "over": "blob:pool", "positions": "all"}, POOL.mean((0, 1)).expand(3, 4)),
+        ({"do": "resample", "pool": "blob:one", "seed": 2}, V.expand(3, 4)),
         ({"do": "freeze", "to": "cf"}, THEIRS[ROWS]),
         ({"do": "project_out", "basis": "blob:b"}, OWN[ROWS] - OWN[ROWS] @ BASIS.T @ BASIS),
     ],
@@ -97,6 +110,52 @@ def test_noise_depends_on_its_seed_and_place_alone() -> None:
     close(result.captures[0].value[:, 0] - OWN, noise)
     assert (value({**step, "seed": 2}) - OWN - noise).abs().max() > 0.1
     assert 0.3 < float(noise.std()) < 0.7
+
+
+def test_rows_of_a_tensor_are_drawn_by_seed_and_place_alone() -> None:
+    step = {"do": "resample", "pool": "blob:drawn", "seed": 1}
+    drawn = value(step)
+    rows = [int((POOL[:, 0, 0] == row).all(-1).nonzero()) for row in drawn]  # each is one of them
+    assert len(set(rows)) > 1
+    assert torch.equal(value({**step, "pos": POS})[ROWS], drawn[ROWS])
+    assert not torch.equal(value({**step, "seed": 2}), drawn)
+    whole = {"at": "layers.1.attn.head.*.z", **step}
+    heads = run(LLAMA, {"steps": [whole], "out": [{"capture": SITE}]}, blobs=BLOBS)
+    assert torch.equal(heads.captures[0].value[:, 0], drawn)  # heads share the row
+
+
+def test_the_mean_of_what_runs_left_is_the_mean_over_these_runs() -> None:
+    runs = ["cf", "plain"]
+    left = [value({}, run_name=name)[ROWS] for name in runs]
+    blobs = Blobs({"left": torch.stack(left)[:, :, None]})
+    for positions in ("each", "all"):
+        after = [
+            run(
+                LLAMA,
+                {"steps": [{"at": SITE, "do": "mean", "over": over, "positions": positions}
+                           | {"pos": POS}]},
+                blobs=blobs,
+            ).logits["main"]
+            for over in (runs, "blob:left")
+        ]  # fmt: skip
+        close(*after)
+
+
+@pytest.mark.parametrize(
+    ("step", "field"),
+    [
+        ({"do": "resample", "pool": "blob:pool"}, "steps[0].pool"),  # one dimension too many
+        ({"do": "resample", "pool": "blob:v"}, "steps[0].pool"),  # one too few
+        ({"do": "resample", "pool": "blob:nobody"}, "steps[0].pool"),
+        ({"do": "resample", "pool": "blob:drawn", "map": "end"}, "steps[0].map"),
+        ({"do": "mean", "over": "blob:drawn", "positions": "each"}, "steps[0].over"),
+        ({"do": "mean", "over": "cf", "positions": "each"}, "steps[0].over"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_refused(step: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        value({**step, "pos": POS})
+    assert refused.value.field == field
 
 
 def test_single_numbers_of_a_site_can_be_touched() -> None:

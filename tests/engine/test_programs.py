@@ -29,6 +29,7 @@ BLOBS = Blobs(
     {
         "v": torch.linspace(-1, 1, 16, dtype=torch.float64),
         "basis": torch.eye(16, dtype=torch.float64)[[2, 5]],
+        "pool": torch.sin(torch.arange(7 * 16, dtype=torch.float64)).view(7, 16),
     }
 )
 FAMILIES = list(CONFIGS)
@@ -132,6 +133,13 @@ STEP = st.one_of(
     ),
     st.fixed_dictionaries(
         {"at": st.just("layers.1"), "pos": POSITIONS, "do": st.just("skip")}
+    ),
+    st.fixed_dictionaries(
+        {"at": WIDE, "pos": POSITIONS, "do": st.just("resample"), "pool": st.just("blob:pool")}
+    ),
+    st.fixed_dictionaries(
+        {"at": WIDE, "pos": POSITIONS, "do": st.just("mean"), "over": st.just("blob:pool"),
+         "positions": st.just("all")}
     ),
 )  # fmt: skip
 OUT = st.one_of(

@@ -56,7 +56,7 @@ class Context:
     device: torch.device
     blobs: Blobs
     params: Mapping[str, torch.Tensor]
-    _known: dict[Value, torch.Tensor] = field(default_factory=dict)
+    _known: dict[object, torch.Tensor] = field(default_factory=dict)
 
     def tensor(self, value: Value) -> torch.Tensor:
         """An argument as a tensor, which is not to be written to."""
@@ -72,6 +72,15 @@ class Context:
                 else:
                     found = torch.tensor(value, dtype=self.dtype, device=self.device)
             self._known[value] = found
+        return found
+
+    def mean(self, blob: Blob, n_left: int) -> torch.Tensor:
+        """The mean of a tensor over all but its last ``n_left`` dimensions."""
+        found = self._known.get((blob, n_left))
+        if found is None:
+            whole = self.tensor(blob)
+            found = whole.flatten(0, whole.dim() - n_left - 1).mean(0)
+            self._known[blob, n_left] = found
         return found
 
 
@@ -258,6 +267,15 @@ def _changed(
             return x + argument("s") * _noise(touch, rows.positions, value).to(x)
         case "replace":
             return source().expand_as(x)
+        case "mean":
+            each = args["positions"] == "each"
+            mean = context.mean(args["over"], x.dim() if each else x.dim() - 1)
+            return (mean[rows.piece] if each and mean.shape[0] > 1 else mean).expand_as(x)
+        case "resample":
+            pool = context.tensor(args["pool"])
+            seed, ref, n = args["seed"], touch.ref, pool.shape[0]
+            drawn = [drawn_row(seed, ref, position, n) for position in rows.positions]
+            return pool[_numbers(drawn, x.device)].expand_as(x)
         case "lerp":
             w, other = argument("w"), source()
             mixed = w * x + (1.0 - w) * other
@@ -308,6 +326,12 @@ def noise_of(seed: int, ref: SiteRef, position: int, head: int, width: int) -> t
     number = int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
     generator = torch.Generator().manual_seed(number)
     return torch.randn(width, generator=generator, dtype=torch.float64)
+
+
+def drawn_row(seed: int, ref: SiteRef, position: int, n: int) -> int:
+    """One of ``n`` rows, which depends on nothing else, like :func:`noise_of`; heads share it."""
+    name = f"{seed}/{ref.site}/{ref.layer}/{position}".encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") % n
 
 
 # Where and how a touch acts.

@@ -18,7 +18,15 @@ from invivo.edits.reading import (
 )
 from invivo.edits.selectors import Selector, read_selector, selector_to_json
 from invivo.edits.site_names import SitePattern, format_site, parse_site
-from invivo.edits.values import Source, read_source, read_value, source_to_json, value_to_json
+from invivo.edits.values import (
+    Blob,
+    Source,
+    read_blob,
+    read_source,
+    read_value,
+    source_to_json,
+    value_to_json,
+)
 from invivo.errors import InvalidRequest
 
 _MOST_INTS = 65_536
@@ -60,7 +68,9 @@ def _read(argument: Argument, value: Any, path: str) -> Any:
             return read_sites(value, path)
         case "run":
             return read_name(value, path)
-        case "runs":
+        case "pool":
+            if isinstance(value, str):
+                return read_blob(value, path)
             listed = read_list(value, path, least=1, most=64)
             return tuple(read_name(v, f"{path}[{i}]") for i, v in enumerate(listed))
         case "int":
@@ -126,7 +136,9 @@ def arguments_to_json(table: Iterable[Argument], arguments: Arguments) -> dict[s
                 out[argument.name] = [selector_to_json(part) for part in value]
             case "sites":
                 out[argument.name] = sites_to_json(value)
-            case "runs" | "ints" | "tokens":
+            case "pool" if isinstance(value, Blob):
+                out[argument.name] = value_to_json(value)
+            case "pool" | "ints" | "tokens":
                 out[argument.name] = list(value)
             case "token_sets":
                 out[argument.name] = [list(tokens) for tokens in value]

@@ -35,6 +35,7 @@ Tensor = (
     float | Sequence[float] | Sequence[Sequence[float]] | torch.Tensor | str | Mapping[str, str]
 )
 Sites = str | Sequence[str]
+Pool = str | Sequence[str] | torch.Tensor  # runs, or a tensor
 
 
 def _occurrence(kind: str, value: Any, nth: int | str | None, take: str) -> dict[str, Any]:
@@ -268,11 +269,11 @@ class Place:
     def noise(self, s: Amount, seed: int = 0) -> Builder:
         return self.do("noise", s=s, seed=seed)
 
-    def mean(self, over: Sequence[str], positions: str = "each", map: str | None = None) -> Builder:
-        return self.do("mean", over=list(over), positions=positions, map=map)
+    def mean(self, over: Pool, positions: str = "each", map: str | None = None) -> Builder:
+        return self.do("mean", over=_pool(over), positions=positions, map=map)
 
-    def resample(self, pool: Sequence[str], seed: int = 0, map: str | None = None) -> Builder:
-        return self.do("resample", pool=list(pool), seed=seed, map=map)
+    def resample(self, pool: Pool, seed: int = 0, map: str | None = None) -> Builder:
+        return self.do("resample", pool=_pool(pool), seed=seed, map=map)
 
     def replace(self, source: str | torch.Tensor, **how: Any) -> Builder:
         """The value in a run (``at``, ``pos``, ``map`` say where), or a tensor."""
@@ -337,6 +338,10 @@ class Place:
     def parallel(self, *blocks: Where) -> Builder:
         """Set-based prompting; the site is "input.mask"."""
         return self.do("parallel", blocks=[position(block) for block in blocks])
+
+
+def _pool(pool: Pool) -> Any:
+    return pool if isinstance(pool, str | torch.Tensor) else list(pool)
 
 
 def _source(source: str | torch.Tensor, how: dict[str, Any]) -> Any:

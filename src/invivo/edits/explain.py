@@ -10,6 +10,7 @@ from invivo.edits.prompt_text import PromptText
 from invivo.edits.resolved import ResolvedProgram, ResolvedRow, RunInput, RunPlan, Touch
 from invivo.edits.selectors import Positions
 from invivo.edits.site_names import SitePattern, format_ref, format_site
+from invivo.edits.values import Blob
 
 _MOST_TOKENS = 32
 _MOST_ROWS = 16
@@ -146,6 +147,9 @@ def _touch(touch: Touch, row: ResolvedRow) -> dict[str, Any]:
                     "mean": source.pooled,
                 }
             )
+    # Tensors of which a mean is taken or rows are drawn.
+    pools = (value for name, value in touch.args.items() if name in ("over", "pool"))
+    sources += [{"blob": value.name} for value in pools if isinstance(value, Blob)]
     if sources:
         out["from"] = sources
     return out

@@ -21,7 +21,7 @@ class Argument:
 
     Attributes:
         kind: "value" (one of ``takes``), "source", "selector", "selectors", "sites", "run",
-            "runs", "int", "ints", "bool", "choice".
+            "pool" (runs, or a named tensor), "int", "ints", "bool", "choice".
         takes: for values: "number", "vector", "matrix", "param"; for choices: the words.
         default: used where the argument is left out and not required.
     """
@@ -130,7 +130,7 @@ _TABLE = (
         "gather",
         _ROWS,
         (
-            Argument("over", "runs", "runs whose values are averaged"),
+            Argument("over", "pool", "runs whose values are averaged, or a tensor of such values"),
             Argument(
                 "positions",
                 "choice",
@@ -139,18 +139,22 @@ _TABLE = (
             ),
             Argument("map", "choice", "pairing", False, ("index", "end", "selector"), None),
         ),
-        "x = the mean of runs",
+        "x = the mean of runs, or of a tensor's rows",
     ),
     Operation(
         "resample",
         "gather",
         _ROWS,
         (
-            Argument("pool", "runs", "runs of which one is drawn for the step"),
+            Argument(
+                "pool",
+                "pool",
+                "runs of which one is drawn for the step, or a tensor of such values",
+            ),
             Argument("seed", "int", "of the draw", False, (), 0),
             Argument("map", "choice", "pairing", False, ("index", "end", "selector"), None),
         ),
-        "x = the value in a run drawn from a pool",
+        "x = the value in a run, or the row of a tensor, drawn from a pool",
     ),
     Operation("replace", "gather", _ROWS | _KEYS, (_FROM,), "x = the source"),
     Operation(

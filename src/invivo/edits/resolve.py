@@ -51,7 +51,7 @@ from invivo.edits.site_names import (
     parse_site,
     resolve_site,
 )
-from invivo.edits.value_shapes import check_value, touched_shape
+from invivo.edits.value_shapes import check_reference, check_value, touched_shape
 from invivo.edits.values import Blob, Param, Source
 from invivo.errors import InvalidRequest, TooLarge
 from invivo.models.config import ModelConfig
@@ -71,6 +71,10 @@ _BECOMES = {
     "state_reset": "zero",
     "state_replace": "replace",
 }
+
+
+# Operations that read runs or a tensor, and the argument that says which.
+_REFERENCES = {"mean": "over", "resample": "pool"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,6 +392,10 @@ class _Resolution:
             self._check_values(step, site, positions, args, path)
             values = {k: v for k, v in args.items() if k in _VALUES or k in _FLAGS}
             name = _BECOMES.get(do, do)
+            reference = _REFERENCES.get(do)
+            if reference is not None and isinstance(args[reference], Blob):
+                self._check_reference(site, step.run, positions, args, reference, path)
+                name, values = do, {k: v for k, v in args.items() if v is not None}
             touches.append(
                 Touch(number, step.run, site, name, kernel, positions, values, sources, keys)
             )
@@ -412,6 +420,8 @@ class _Resolution:
                 runs = (args["to"],)
                 sources = [Source(run=args["to"], map=args["map"])]
                 where = [f"{path}.to"]
+            case "mean" | "resample" if isinstance(args[_REFERENCES[step.do]], Blob):
+                return ()
             case "mean":
                 runs = args["over"]
                 sources = [Source(run=run, map=args["map"]) for run in runs]
@@ -495,6 +505,17 @@ class _Resolution:
 
     def _shape(self, site: SiteRef, positions: Positions, run: str) -> tuple[int, ...]:
         return touched_shape(self.config, site, len(positions), self.prompts[run].length)
+
+    def _check_reference(
+        self, site: SiteRef, run: str, positions: Positions, args: Arguments, name: str, path: str
+    ) -> None:
+        if args["map"] is not None:
+            raise InvalidRequest(
+                "map pairs the positions of runs, and this is a tensor", field=f"{path}.map"
+            )
+        shape = self._shape(site, positions, run)
+        which = args.get("positions")
+        check_reference(args[name], shape, which, f"{path}.{name}", self.blobs)
 
     def _check_values(
         self, step: Step, site: SiteRef, positions: Positions, args: Arguments, path: str

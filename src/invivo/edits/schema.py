@@ -31,7 +31,12 @@ _BY_KIND: dict[str, Schema] = {
     "selectors": {"type": "array", "items": _ref("selector"), "minItems": 2},
     "sites": _ref("sites"),
     "run": {"type": "string"},
-    "runs": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    "pool": {
+        "anyOf": [
+            {"type": "array", "items": {"type": "string"}, "minItems": 1},
+            _ref("blob"),
+        ]
+    },
     "int": _any({"type": "integer", "minimum": 0}),
     "ints": {"type": "array", "items": _any({"type": "integer", "minimum": 0}), "minItems": 1},
     "bool": _any({"type": "boolean"}),

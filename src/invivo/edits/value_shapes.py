@@ -34,6 +34,33 @@ def touched_shape(
     return n_positions, len(site.heads), *inner, width
 
 
+def check_reference(
+    blob: Blob, shape: tuple[int, ...], positions: str | None, path: str, blobs: Blobs
+) -> None:
+    """Check a tensor of which a mean is taken or rows are drawn.
+
+    Args:
+        shape: of the rows that change: [positions, heads if the site has them, numbers].
+        positions: "each": it has a row for each of them, [n, positions, ...]; "all": any dimensions
+            in front of the site's own; None: [n, ...].
+
+    Raises:
+        InvalidRequest: it is not of that shape.
+    """
+    given = tuple(blobs.get(blob.name, path).shape)
+    own = shape if positions == "each" else shape[1:]
+    n_front = len(given) - len(own)
+    fits = n_front == 1 or (positions == "all" and n_front > 1)
+    if not fits or any(
+        mine not in (1, wanted) for mine, wanted in zip(given[n_front:], own, strict=True)
+    ):
+        raise InvalidRequest(
+            f"the shape must fit {['n', *own]}, with n rows to choose from or to average",
+            field=path,
+            given=list(given),
+        )
+
+
 def check_value(
     value: Value,
     shape: tuple[int, ...],
