@@ -15,6 +15,7 @@ from invivo.kernels.gla import (
     gla_step,
     log_gates,
 )
+from invivo.kernels.gla_chunked_op import gla_chunked_op
 
 TAUS = [16.0, 1.0, 0.3, 0.1, 0.01]
 
@@ -210,3 +211,48 @@ def test_nothing_is_a_batch_too() -> None:
         assert o.shape == (0, 2, 3)
         assert state.shape == (1, 2, 4, 3)
         assert not state.any()
+
+
+def compiled(form: object) -> object:
+    """``form`` in one graph: every break is an error; the graph itself is run as it stands."""
+    torch.compiler.reset()
+    return torch.compile(form, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("tau", [16.0, 0.1])
+def test_compiled_spans_are_one_graph_with_the_same_states_and_gradients(tau: float) -> None:
+    xs, state, start = inputs([30, 0, 70], tau=tau)
+    wanted = grads_of(gla, xs, state, start)
+    for got, want in zip(grads_of(compiled(gla), xs, state, start), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_compiled_gates_and_steps_are_one_graph() -> None:
+    (q, k, v, logits), _, start = inputs([20])
+
+    def from_logits(*xs: torch.Tensor) -> torch.Tensor:
+        return gla_from_logits(*xs, span_start=start)[0]
+
+    leaves = [x.requires_grad_() for x in (q, k, v, logits)]
+    got, want = (form(*leaves) for form in (compiled(from_logits), from_logits))
+    assert torch.equal(got, want)
+    back = [torch.autograd.grad(x.sum(), leaves) for x in (got, want)]
+    assert all(torch.equal(a, b) for a, b in zip(*back, strict=True))
+
+    row, slots = slice(3, 5), torch.tensor([2, 1])
+
+    def step(pool: torch.Tensor) -> torch.Tensor:
+        return gla_step(*(x[row].detach() for x in leaves), pool, slots, tau=16.0)
+
+    pools = [torch.ones(3, 2, q.shape[-1], v.shape[-1], dtype=torch.float64) for _ in range(2)]
+    assert torch.equal(compiled(step)(pools[0]), step(pools[1]))
+    assert torch.equal(*pools)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_the_operator_keeps_what_torch_asks_of_operators(with_state: bool) -> None:
+    """Its schema, shapes without data, autograd, and tracing with sizes that vary."""
+    xs, state, start = inputs([5, 3])
+    leaves = [x.requires_grad_() for x in (*xs, state)]
+    initial = leaves[4] if with_state else None
+    torch.library.opcheck(gla_chunked_op, (*leaves[:4], torch.tensor(start), initial, 0.5))

@@ -94,9 +94,10 @@ def test_gradients_of_chunks_are_those_of_the_recurrence(
     starts = document_starts() if separate else None
     by_chunks = gradients(decoder, tokens, starts)
 
-    def row_by_row(*tensors: torch.Tensor | float) -> torch.Tensor:
-        q, k, v, g, span_start, scale = tensors
-        return gla_reference(q, k, v, g, span_start=span_start.tolist(), scale=scale)[0]
+    def row_by_row(*tensors: torch.Tensor | float | None) -> tuple[torch.Tensor, None]:
+        q, k, v, g, span_start, state, scale = tensors
+        assert state is None
+        return gla_reference(q, k, v, g, span_start=span_start.tolist(), scale=scale)
 
     monkeypatch.setattr(forward, "gla_chunked_op", row_by_row)
     for name, wanted in gradients(decoder, tokens, starts).items():

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from invivo.kernels.device import runs_triton
 from invivo.kernels.gla_chunked import chunked
+from invivo.kernels.gla_chunked_op import gla_chunked_op
 
 Spans = Sequence[int]
 
@@ -140,6 +141,11 @@ def gla_chunked(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`gla` by chunks of 64 rows, in torch's products alone, on any device."""
     _check(q, k, v, g, span_start, initial_state)
+    if torch.compiler.is_compiling():
+        o, state = gla_chunked_op(
+            q, k, v, g, torch.tensor(list(span_start)), initial_state, _scale(q, scale)
+        )
+        return o, state if want_state else None
     if initial_state is None:
         shape = (len(span_start) - 1, q.shape[1], q.shape[2], v.shape[2])
         initial_state = torch.zeros(shape, dtype=_wide(q), device=q.device)

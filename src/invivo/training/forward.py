@@ -237,7 +237,8 @@ def _heads(
         if ops.supports(q, v):
             return ops.gla_triton(q, k, v, logits, span_start=texts.span_start_device, tau=tau)[0]
     scale = q.shape[-1] ** -0.5
-    out: torch.Tensor = gla_chunked_op(q, k, v, log_gates(logits, tau), texts.span_start, scale)
+    out: torch.Tensor
+    out, _ = gla_chunked_op(q, k, v, log_gates(logits, tau), texts.span_start, None, scale)
     return out
 
 
