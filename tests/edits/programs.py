@@ -64,6 +64,8 @@ def _argument(argument: Argument) -> st.SearchStrategy[Any]:
             return st.one_of(SITES, st.lists(SITES, min_size=1, max_size=2))
         case "run":
             return st.sampled_from(["plain", "cf"])
+        case "other":
+            return st.sampled_from(["plain", {"row": {"L": 2}}, {"row": {"L": 0}, "run": "cf"}])
         case "pool":
             return st.sampled_from([["cf", "other"], "blob:x"])
         case "ints":

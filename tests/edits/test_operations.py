@@ -528,3 +528,49 @@ def test_a_sweep_is_its_rows_one_by_one() -> None:
         at = f"layers.{row.row.binding['L']}.attn.head.{row.row.binding['H']}.z"
         alone = run(LLAMA, {"steps": [{**zero, "at": at}], "out": out})
         assert torch.equal(alone.measures[0].values, row.measures[0].values)
+
+
+def test_rows_of_a_sweep_are_compared_with_each_other() -> None:
+    """The row that changes nothing is the plain run; another variable stays what it is."""
+    program = {
+        "sweep": [["a", [0.5, 1, 2]], ["L", [0, 2]]],
+        "steps": [{"at": "layers.$L.mlp.out", "do": "scale", "a": "$a"}],
+        "out": [
+            {"measure": "kl", "to": {"row": {"a": 1}}, "pos": "@all", "name": "row"},
+            {"measure": "kl", "to": "plain", "pos": "@all", "name": "plain"},
+            {"measure": "kl", "to": {"row": {"a": 2}}, "name": "two"},
+            {"measure": "kl", "to": {"row": {"a": 1}, "run": "cf"}, "name": "cf"},
+            {"measure": "kl", "to": "cf", "name": "as is"},
+        ],
+    }
+    rows = run_rows(LLAMA, program)
+    found = [{m.ref.name: m.values for m in row.measures} for row in rows]
+    for row in found:
+        close(row["row"], row["plain"])
+        close(row["cf"], row["as is"])  # a run that does not vary
+    assert [row.row.measures[0].other_row for row in rows] == [2, 3, 2, 3, 2, 3]
+    for low, high in ((0, 4), (1, 5)):
+        log, other = (rows[i].logits["main"][-1].log_softmax(-1) for i in (low, high))
+        close(found[low]["two"], (log.exp() * (log - other)).sum(-1, keepdim=True))
+        assert not found[high]["two"].any()
+
+
+@pytest.mark.parametrize(
+    ("out", "sweep", "field"),
+    [
+        ({"to": {"row": {"a": 3}}}, {"a": [1, 2]}, "out[0].to.row.a"),
+        ({"to": {"row": {"b": 1}}}, {"a": [1, 2]}, "out[0].to.row.b"),
+        ({"to": {"row": {"a": 1}}}, {}, "out[0].to.row.a"),
+        ({"to": {"row": {"a": 1}, "run": "no"}}, {"a": [1, 2]}, "out[0].to"),
+        ({"to": {"row": {}}}, {"a": [1, 2]}, "out[0].to.row"),
+        ({"to": {"run": "cf"}}, {"a": [1, 2]}, "out[0].to.row"),
+        ({"to": {"row": {"a": [1]}}}, {"a": [1, 2]}, "out[0].to.row.a"),
+    ],
+)
+def test_rows_that_are_not_there_are_refused(
+    out: dict[str, Any], sweep: dict[str, Any], field: str
+) -> None:
+    program = {"sweep": sweep, "out": [{"measure": "kl", **out}]}
+    with pytest.raises(InvalidRequest) as refused:
+        run_rows(LLAMA, program)
+    assert refused.value.field == field

@@ -278,6 +278,9 @@ def test_explain_tells_everything_before_anything_runs() -> None:
     assert told["bytes"] == 3 * 3 * 2 * 16 * 4
     assert told["cost"]["forwards"] == 1 + 3
     assert told["aliases"] == {"blocks.0.hook_resid_pre": "layers.0.resid.pre"}
+    compared = find(program | {"out": [{"measure": "kl", "to": {"row": {"L": 2}}, "name": "far"}]})
+    assert explain(compared)["measures"][0]["to_row"] == {"L": 2}
+    assert "kl of main from main of row {'L': 2} at 8" in explain_text(explain(compared))
     text = explain_text(told)
     assert "layers.0.attn.head.0-3.z at 8 (' w" in text
     assert "sweep of 3 rows" in text

@@ -19,9 +19,10 @@ from invivo.edits.oracle import RowResult, run_program
 from invivo.edits.program import parse_program
 from invivo.edits.prompt_text import PromptText
 from invivo.edits.resolve import resolve
-from invivo.edits.results import ProgramOutput
+from invivo.edits.results import ProgramOutput, RowOutput
 from invivo.edits.site_names import SiteRef
 from invivo.engine.engine import Engine
+from invivo.engine.programs import CarriedProgram
 from invivo.engine.types import Intervention, Request, SamplingParams
 from invivo.errors import InvalidRequest, TooLarge
 from invivo.models.load import LoadedModel
@@ -242,6 +243,21 @@ SWEEP = {
         {"measure": "kl", "to": "plain"},
     ],
 }
+BETWEEN_ROWS = {  # rows are compared with rows that come before them, behind them, with themselves
+    "sweep": [["a", [0.5, 1, 2]], ["L", "0..2"]],
+    "steps": [
+        {"at": "layers.$L.mlp.out", "pos": {"range": [4, 9]}, "do": "scale", "a": "$a"},
+        {"at": "layers.1.mlp.out", "pos": "@last", "do": "scale", "a": "$a", "run": "other"},
+    ],
+    "runs": {"cf": {"prompt": "other"}, "other": {"same": "main"}},
+    "out": [
+        {"measure": "kl", "to": {"row": {"a": 2}}, "pos": {"range": [3, 8]}},
+        {"measure": "kl", "to": {"row": {"a": 1, "L": 1}}},
+        {"measure": "kl", "to": {"row": {"a": 0.5}, "run": "other"}, "pos": "@all"},
+        {"measure": "kl", "to": {"row": {"a": 2}, "run": "cf"}},
+        {"measure": "kl", "to": "plain"},
+    ],
+}
 PATHS = {  # path patching: a run that is frozen but for a sender, then its receiver in main
     "runs": {"cf": {"prompt": "other"}, "half": {"same": "main"}},
     "steps": [
@@ -255,7 +271,9 @@ PATHS = {  # path patching: a run that is frozen but for a sender, then its rece
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_bytes": 5 * 4 * 384}], ids=["roomy", "little memory"])
-@pytest.mark.parametrize("program", [SWEEP, PATHS], ids=["sweep", "paths"])
+@pytest.mark.parametrize(
+    "program", [SWEEP, BETWEEN_ROWS, PATHS], ids=["sweep", "between rows", "paths"]
+)
 def test_sweeps_and_paths_are_what_the_interpreter_says(
     program: dict[str, Any], options: dict[str, int]
 ) -> None:
@@ -266,6 +284,29 @@ def test_sweeps_and_paths_are_what_the_interpreter_says(
     run(engine, mate, got)
     same(result(got), oracle(engine, carry))
     no_runs_left(engine)
+
+
+def test_rows_keep_no_more_than_others_still_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are let go of once they and all that are compared with them have come back."""
+    engine, held = engine_of("llama"), []
+    row_of = CarriedProgram._row
+
+    def watched(program: CarriedProgram, number: int, n_main: int) -> RowOutput:
+        found = row_of(program, number, n_main)
+        held.append(sum(key[0] is not None for key in program._done))
+        return found
+
+    monkeypatch.setattr(CarriedProgram, "_row", watched)
+    sweep = {
+        "sweep": {"a": list(range(30))},
+        "steps": [{"at": "layers.1.mlp.out", "do": "scale", "a": "$a"}],
+        "out": [{"measure": "kl", "to": {"row": {"a": 29}}}],
+    }
+    run(engine, ask(engine, carried(engine, sweep)))
+    # The trunk, the row that all are compared with, and those that were running beside it.
+    assert len(held) == 30
+    assert max(held) <= 2 + 6
+    assert held[-1] <= 3
 
 
 def test_a_sweep_computes_what_lies_before_its_first_change_once() -> None:

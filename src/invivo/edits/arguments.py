@@ -21,7 +21,9 @@ from invivo.edits.site_names import SitePattern, format_site, parse_site
 from invivo.edits.values import (
     Blob,
     Source,
+    other_to_json,
     read_blob,
+    read_other,
     read_source,
     read_value,
     source_to_json,
@@ -68,6 +70,8 @@ def _read(argument: Argument, value: Any, path: str) -> Any:
             return read_sites(value, path)
         case "run":
             return read_name(value, path)
+        case "other":
+            return read_other(value, path)
         case "pool":
             if isinstance(value, str):
                 return read_blob(value, path)
@@ -129,6 +133,8 @@ def arguments_to_json(table: Iterable[Argument], arguments: Arguments) -> dict[s
             case "source":
                 assert isinstance(value, Source)
                 out[argument.name] = source_to_json(value)
+            case "other":
+                out[argument.name] = other_to_json(value)
             case "selector":
                 assert isinstance(value, Selector)
                 out[argument.name] = selector_to_json(value)

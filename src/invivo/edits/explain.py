@@ -59,6 +59,11 @@ def explain(resolved: ResolvedProgram) -> dict[str, Any]:
                 **_where(m.positions, row.runs[m.run].prompt),
                 "token_ids": list(m.tokens),
                 **({"to": m.other, "to_positions": list(m.other_positions)} if m.other else {}),
+                **(
+                    {"to_row": dict(resolved.rows[m.other_row].binding)}
+                    if m.other_row is not None
+                    else {}
+                ),
             }
             for m in row.measures
         ],
@@ -200,8 +205,11 @@ def explain_text(explained: dict[str, Any]) -> str:
             f"{capture['reduce']}, shape {capture['shape']}, {capture['bytes']} bytes"
         )
     for measure in explained["measures"]:
+        other = f" from {measure['to']}" if "to" in measure else ""
+        if "to_row" in measure:
+            other += f" of row {measure['to_row']}"
         lines.append(
-            f"measure {measure['output']}: {measure['measure']} of {measure['run']} "
+            f"measure {measure['output']}: {measure['measure']} of {measure['run']}{other} "
             f"at {_shown(measure)}"
         )
     lines.append(

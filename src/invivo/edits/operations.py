@@ -21,7 +21,8 @@ class Argument:
 
     Attributes:
         kind: "value" (one of ``takes``), "source", "selector", "selectors", "sites", "run",
-            "pool" (runs, or a named tensor), "int", "ints", "bool", "choice".
+            "other" (a run, or one of another row), "pool" (runs, or a named tensor), "int",
+            "ints", "bool", "choice".
         takes: for values: "number", "vector", "matrix", "param"; for choices: the words.
         default: used where the argument is left out and not required.
     """
@@ -311,7 +312,7 @@ MEASURES: dict[str, tuple[Argument, ...]] = {
         Argument("b", "token", "minus that of this one"),
     ),
     "kl": (
-        Argument("to", "run", "the other run"),
+        Argument("to", "other", "the other run, or the other row of the sweep"),
         Argument("map", "choice", "pairing", False, ("index", "end", "selector"), None),
     ),
 }

@@ -27,6 +27,7 @@ from invivo.edits.measures import measure_rows
 from invivo.edits.parameters import parameter_values
 from invivo.edits.reduce import reduce_capture
 from invivo.edits.resolved import (
+    MeasureRef,
     ResolvedProgram,
     ResolvedRow,
     RunPlan,
@@ -77,10 +78,14 @@ def run_program(
         params=parameter_values(resolved, blobs or Blobs(), decoder.embed, params or {}),
     )
     wide = expand_key_heads(decoder) if any(row.expanded for row in resolved.rows) else decoder
-    return [
+    results = [
         _run_row(wide if row.expanded else decoder, decoder, row, context, adapters or {})
         for row in resolved.rows
     ]
+    for result in results:
+        for measure in result.row.measures:
+            result.measures.append(_measured(measure, result, results))
+    return results
 
 
 def _run_row(
@@ -90,7 +95,7 @@ def _run_row(
     context: Context,
     adapters: Mapping[str, Bypass],
 ) -> RowResult:
-    """All runs of one row, sources before their readers."""
+    """All runs of one row, sources before their readers; its captures."""
     result = RowResult(row)
     share = decoder.config.n_kv_heads // original.config.n_kv_heads
     done: dict[str, Interpreter] = {}
@@ -108,14 +113,18 @@ def _run_row(
         part = read_part(seen[ref.site, ref.layer], at, ref)
         value, tokens = reduce_capture(part, capture, original, context)
         result.captures.append(Captured(capture, value, tokens))
-    for measure in row.measures:
-        rows = result.logits[measure.run]
-        rows = rows[measure.positions.below(rows.shape[0])]
-        other = None
-        if measure.other is not None:
-            other = result.logits[measure.other][list(measure.other_positions)]
-        result.measures.append(Measured(measure, measure_rows(measure, rows, other)))
     return result
+
+
+def _measured(measure: MeasureRef, result: RowResult, results: Sequence[RowResult]) -> Measured:
+    """A measure of one row, which may look at another."""
+    rows = result.logits[measure.run]
+    rows = rows[measure.positions.below(rows.shape[0])]
+    other = None
+    if measure.other is not None:
+        there = result if measure.other_row is None else results[measure.other_row]
+        other = there.logits[measure.other][list(measure.other_positions)]
+    return Measured(measure, measure_rows(measure, rows, other))
 
 
 def _forward(

@@ -52,7 +52,7 @@ from invivo.edits.site_names import (
     resolve_site,
 )
 from invivo.edits.value_shapes import check_reference, check_value, touched_shape
-from invivo.edits.values import Blob, Param, Source
+from invivo.edits.values import Blob, OtherRow, Param, Source
 from invivo.errors import InvalidRequest, TooLarge
 from invivo.models.config import ModelConfig
 
@@ -136,6 +136,7 @@ def resolve(
             work.check_all_rows()
             varying = _varying(program, rows[0])
             work.fixed = {n: plan for n, plan in rows[0].runs.items() if n not in varying}
+    _check_other_rows(rows)
     return ResolvedProgram(
         program=program,
         config=config,
@@ -226,7 +227,7 @@ class _Resolution:
                 captures += self._captures_of(i, output, stops)
             else:
                 assert isinstance(output, Measure)
-                measures.append(self._measure_of(i, output, stops))
+                measures.append(self._measure_of(i, output, stops, binding))
         order = self._order
         inside = [t for t in touches if t.kernel != "input"]
         inside.sort(key=lambda t: order(t.ref))
@@ -683,7 +684,9 @@ class _Resolution:
                 given=format_ref(site),
             )
 
-    def _measure_of(self, number: int, measure: Measure, stops: dict[str, int]) -> MeasureRef:
+    def _measure_of(
+        self, number: int, measure: Measure, stops: dict[str, int], binding: Mapping[str, Any]
+    ) -> MeasureRef:
         path = f"out[{number}]"
         positions = self._positions(measure.run, measure.pos or _LAST, f"{path}.pos")
         self._check_wanted(measure.run, positions.indices()[:1], f"{path}.pos")
@@ -692,9 +695,13 @@ class _Resolution:
         names = ("a", "b") if measure.kind == "logit_diff" else ("token",)
         tokens = tuple(self._token(args[n], f"{path}.{n}") for n in names if n in args)
         other: str | None = None
+        other_row: int | None = None
         paired: tuple[int, ...] = ()
         if measure.kind == "kl":
             other = args["to"]
+            if isinstance(other, OtherRow):
+                other_row = self._row_number(other, binding, f"{path}.to.row")
+                other = other.run or measure.run
             resolver = self._resolver(other, f"{path}.to")
             self._check_reached(SiteRef("logits", -1), other, stops, path)
             selected = resolver.resolve(measure.pos or _LAST, f"{path}.pos")
@@ -716,7 +723,26 @@ class _Resolution:
             tokens,
             other,
             paired,
+            other_row,
         )
+
+    def _row_number(self, other: OtherRow, binding: Mapping[str, Any], path: str) -> int:
+        """The number of the row that has other values of some variables."""
+        sweep, values = self.program.sweep, dict(other.values)
+        for name, value in values.items():
+            if name not in sweep or value not in sweep[name]:
+                raise InvalidRequest(
+                    "the sweep has no row of this value" if name in sweep else "no such variable",
+                    field=f"{path}.{name}",
+                    given=value,
+                    remedy=f"Values of {name}: {', '.join(map(str, sweep[name][:16]))}"
+                    if name in sweep
+                    else f"Variables of the sweep: {', '.join(sweep) or 'none'}",
+                )
+        number = 0
+        for name, listed in sweep.items():  # the last one goes fastest
+            number = number * len(listed) + listed.index(values.get(name, binding.get(name)))
+        return number
 
     def _token(self, token: int | str, path: str) -> int:
         if isinstance(token, str):
@@ -837,6 +863,23 @@ def _listed(sites: Collection[str]) -> str:
     if len(sites) > 8:
         return "sites that are vectors"
     return ", ".join(sorted("layers.i" if s == "block" else s for s in sites))
+
+
+def _check_other_rows(rows: Sequence[ResolvedRow]) -> None:
+    """Raises InvalidRequest where a row is compared with a run that another row lacks."""
+    for row in rows:
+        for measure in row.measures:
+            if measure.other_row is None:
+                continue
+            assert measure.other is not None
+            plan = rows[measure.other_row].runs.get(measure.other)
+            if plan is None or plan.stop is not None:
+                raise InvalidRequest(
+                    f'the run "{measure.other}" of that row '
+                    + ("does not exist" if plan is None else "stops before its logits"),
+                    field=f"out[{measure.output}].to",
+                    given=dict(rows[measure.other_row].binding),
+                )
 
 
 def _varying(program: Program, row: ResolvedRow) -> frozenset[str]:

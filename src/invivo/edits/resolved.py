@@ -92,6 +92,7 @@ class MeasureRef:
     Attributes:
         tokens: the tokens it is about (logit_diff: a and b).
         other, other_positions: for kl, the run compared with, position by position.
+        other_row: number of the row whose run that is; None: of the same row.
     """
 
     output: int
@@ -102,6 +103,7 @@ class MeasureRef:
     tokens: tuple[int, ...] = ()
     other: str | None = None
     other_positions: tuple[int, ...] = ()
+    other_row: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,25 @@ _BY_KIND: dict[str, Schema] = {
     "selectors": {"type": "array", "items": _ref("selector"), "minItems": 2},
     "sites": _ref("sites"),
     "run": {"type": "string"},
+    "other": {
+        "anyOf": [
+            {"type": "string"},
+            {
+                "type": "object",
+                "properties": {
+                    "row": {
+                        "type": "object",
+                        "propertyNames": {"pattern": _NAME},
+                        "additionalProperties": {"type": ["number", "string"]},
+                        "minProperties": 1,
+                    },
+                    "run": {"type": "string"},
+                },
+                "required": ["row"],
+                "additionalProperties": False,
+            },
+        ]
+    },
     "pool": {
         "anyOf": [
             {"type": "array", "items": {"type": "string"}, "minItems": 1},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,19 @@ class Source:
     at: str | None = None
     pos: Selector | None = None
     map: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OtherRow:
+    """A run of another row of the sweep.
+
+    Attributes:
+        values: variables that have other values there; all others have those of the row itself.
+        run: None: the run that is measured.
+    """
+
+    values: tuple[tuple[str, float | int | str], ...]
+    run: str | None = None
 
 
 def read_blob(value: object, path: str) -> Blob:
@@ -128,6 +142,42 @@ def read_source(value: object, path: str) -> Source:
         fields.take(key)
     fields.done()
     return source
+
+
+def read_other(value: object, path: str) -> str | OtherRow:
+    """A run's name, or {"row": {variable: value, ...}, "run"}."""
+    if isinstance(value, str):
+        return read_name(value, path)
+    fields = Fields(value, path)
+    row, run = fields.need("row"), fields.take("run")
+    fields.done()
+    where = fields.at("row")
+    if not isinstance(row, Mapping) or not row:
+        raise InvalidRequest(
+            "values of the sweep's variables are needed",
+            field=where,
+            given=row,
+            remedy='Write {"row": {"L": 0}}; variables that are left out stay as they are',
+        )
+    values = tuple(
+        (
+            read_name(name, where),
+            inner
+            if isinstance(inner, str)
+            else plain_number(read_number(inner, f"{where}.{name}")),
+        )
+        for name, inner in sorted(row.items())
+    )
+    return OtherRow(values, None if run is None else read_name(run, fields.at("run")))
+
+
+def other_to_json(other: str | OtherRow) -> object:
+    if isinstance(other, str):
+        return other
+    out: dict[str, object] = {"row": dict(other.values)}
+    if other.run is not None:
+        out["run"] = other.run
+    return out
 
 
 def source_to_json(source: Source) -> object:

@@ -18,7 +18,7 @@ from invivo.edits.measures import measure_rows
 from invivo.edits.parameters import parameter_values
 from invivo.edits.program import MAIN
 from invivo.edits.reduce import reduce_capture
-from invivo.edits.resolved import CaptureRef, MeasureRef, ResolvedRow, RunPlan, Touch
+from invivo.edits.resolved import CaptureRef, MeasureRef, RunPlan, Touch
 from invivo.edits.results import Captured, Measured, ProgramOutput, RowOutput
 from invivo.edits.site_names import SiteRef
 from invivo.edits.value_shapes import touched_shape
@@ -118,7 +118,9 @@ class CarriedProgram:
         self._wanted: dict[str, dict[object, KeptRows]] = {}  # of the runs that do not vary
         self._plans: dict[str, RunPlan] = {}
         self._missing: list[int] = []
-        self._of_run: dict[str, list[int]] = {}  # rows that need a run that does not vary
+        self._waiting: dict[RunKey, list[int]] = {}  # the rows that a run is needed for
+        self._left: dict[RunKey, int] = {}  # how many of them have not come back
+        self._compared = self._compared_rows()
         self._pending: deque[RunKey] = deque()
         self._trunks: dict[str, Trunk] = {}  # by name of the runs that vary
         self._memory: dict[str, HeldBlocks] = {}
@@ -212,15 +214,19 @@ class CarriedProgram:
         self._done[run.key] = run
         if run.is_trunk:
             return
-        number, name = run.key
         n = len(run.plan.prompt.ids) if n_tokens is None else n_tokens
-        rows = self._of_run[name] if number is None else [number]
-        for i in rows:
+        for i in self._waiting[run.key]:
             self._missing[i] -= 1
             if self._missing[i] == 0:
                 self._outputs[i] = self._row(i, n)
-                for varying in self._varying:
-                    self._done.pop((i, varying), None)
+                self._let_go(i)
+
+    def _let_go(self, number: int) -> None:
+        """Of the runs that vary, those that nobody needs after this row."""
+        for key in self._keys_of(number):
+            self._left[key] -= 1
+            if self._left[key] == 0 and key[0] is not None:
+                del self._done[key]
 
     def hold(self, run: ProgramRun, memory: HeldBlocks) -> None:
         """The memory of a trunk, for its branches."""
@@ -262,7 +268,7 @@ class CarriedProgram:
         for name in sorted(self._varying):
             rows = {i: row for i, row in enumerate(self._rows) if name in row.runs}
             plans = {i: row.runs[name] for i, row in rows.items()}
-            kept = {i: [k for _, k in self._kept_of(row, name)] for i, row in rows.items()}
+            kept = {i: [k for _, k in self._kept_of(i, name)] for i in rows}
             common = self._common[name]
             if common is None:
                 continue
@@ -275,19 +281,47 @@ class CarriedProgram:
     def _queue_runs(self) -> None:
         last: list[RunKey] = []
         self._pending.extend((_TRUNK, name) for name in self._trunks)
-        for i, row in enumerate(self._rows):
-            self._missing.append(len(row.runs))
-            for name, plan in row.runs.items():
+        for i in range(len(self._rows)):
+            keys = self._keys_of(i)
+            self._missing.append(len(keys))
+            for key in keys:
+                self._waiting.setdefault(key, []).append(i)
+        self._left = {key: len(rows) for key, rows in self._waiting.items()}
+        # Rows that others are compared with go first: until then those keep their logits.
+        first = {number for number, _ in self._compared}
+        for i in sorted(range(len(self._rows)), key=lambda i: i not in first):
+            for name, plan in self._rows[i].runs.items():
                 if name in self._varying:
                     self._pending.append((i, name))
                     continue
-                self._of_run.setdefault(name, []).append(i)
                 if name not in self._plans:
                     self._plans[name] = plan
                     late = self.writes and name == MAIN
                     (last if late else self._pending).append((None, name))
-                _merge(self._wanted.setdefault(name, {}), self._kept_of(row, name))
+                _merge(self._wanted.setdefault(name, {}), self._kept_of(i, name))
         self._pending.extend(last)
+
+    def _keys_of(self, number: int) -> dict[RunKey, None]:
+        """The runs that a row is made from, some perhaps of other rows; in order."""
+        row = self._rows[number]
+        own = (self._key(number, name) for name in row.runs)
+        others = (self._other(number, m) for m in row.measures if m.other is not None)
+        return dict.fromkeys((*own, *others))
+
+    def _other(self, number: int, measure: MeasureRef) -> RunKey:
+        """The run that a measure of a row compares with."""
+        assert measure.other is not None
+        return self._key(number if measure.other_row is None else measure.other_row, measure.other)
+
+    def _compared_rows(self) -> dict[RunKey, set[tuple[int, ...]]]:
+        """Positions at which other rows want the logits of runs that vary."""
+        found: dict[RunKey, set[tuple[int, ...]]] = {}
+        for i, row in enumerate(self._rows):
+            for measure in row.measures:
+                if measure.other_row is not None and measure.other in self._varying:
+                    at = tuple(sorted(set(measure.other_positions)))
+                    found.setdefault(self._other(i, measure), set()).add(at)
+        return found
 
     def _key(self, number: int | None, name: str) -> RunKey:
         return (number, name) if name in self._varying else (None, name)
@@ -321,7 +355,7 @@ class CarriedProgram:
         if number is None:
             kept = self._wanted[name]
         else:
-            kept = dict(self._kept_of(self._rows[number], name))
+            kept = dict(self._kept_of(number, name))
         sources = self._sources(key, plan)
         entry, onset = None, None
         if number is not None and trunk is not None and name in self._memory:
@@ -345,8 +379,11 @@ class CarriedProgram:
         }
 
     # --- what is kept -------------------------------------------------------------------------
-    def _kept_of(self, row: ResolvedRow, name: str) -> Iterator[tuple[object, KeptRows]]:
-        """What one row wants of a run."""
+    def _kept_of(self, number: int, name: str) -> Iterator[tuple[object, KeptRows]]:
+        """What one row wants of a run of its own, and others of one that varies."""
+        row = self._rows[number]
+        for compared in sorted(self._compared.get((number, name), ())):
+            yield (_LOGITS, compared), KeptRows(_LOGITS, compared)
         for plan in row.runs.values():
             for touch in plan.touches:
                 for source in touch.sources:
@@ -367,7 +404,7 @@ class CarriedProgram:
                 shrink = None if measure.other is not None else _measurer(measure)
                 places = measure.positions.places()
                 yield _measure_key(measure), KeptRows(_LOGITS, places, True, shrink)
-            if measure.other == name:
+            if measure.other == name and self._other(number, measure) == self._key(number, name):
                 at = tuple(sorted(set(measure.other_positions)))
                 yield (_LOGITS, at), KeptRows(_LOGITS, at)
 
@@ -388,7 +425,8 @@ class CarriedProgram:
         return reduce
 
     def _check_kept(self, max_bytes: int, config: ModelConfig) -> int:
-        """What is kept as it is must fit: of what does not vary all, of what varies one row's.
+        """What is kept as it is must fit: of what does not vary all, of what varies one row's and
+        those of all rows that others are compared with.
 
         Returns:
             Its bytes.
@@ -396,11 +434,12 @@ class CarriedProgram:
         size = self._decoder.embed.element_size()
         most_varying = 0
         fixed: set[object] = set()
+        first = {number for number, _ in self._compared}
         total = 0
-        for row in self._rows:
+        for i, row in enumerate(self._rows):
             varying = 0
             for name, plan in row.runs.items():
-                for key, kept in self._kept_of(row, name):
+                for key, kept in self._kept_of(i, name):
                     if kept.shrink is not None or (name, key) in fixed:
                         continue
                     n_keys = plan.prompt.length
@@ -412,7 +451,10 @@ class CarriedProgram:
                     else:
                         fixed.add((name, key))
                         total += n_bytes
-            most_varying = max(most_varying, varying)
+            if i in first:  # it stays until those that are compared with it have come
+                total += varying
+            else:
+                most_varying = max(most_varying, varying)
         if total + most_varying > max_bytes:
             raise TooLarge(
                 f"what the runs of one request read of each other takes at most {max_bytes} bytes",
@@ -441,7 +483,7 @@ class CarriedProgram:
             elif measure.other is None:
                 values = part[0]
             else:
-                other = self._done[self._key(number, measure.other)]
+                other = self._done[self._other(number, measure)]
                 at = tuple(sorted(set(measure.other_positions)))
                 rows = other.kept[_LOGITS, at].at(measure.other_positions[: len(part[0])])
                 values = measure_rows(measure, part[0], rows)
