@@ -540,6 +540,16 @@ class LM(ABC):
         """Load an adapter in the peft library's format; an existing name gets a new version."""
 
     @abstractmethod
+    def save_adapter(self, name: str, folder: str | Path) -> Path:
+        """Write the current version of a loaded adapter (or a checkpoint, ``NAME:ckpt-step-N``) to
+        ``folder`` in the peft library's format; its two files there are replaced.
+
+        Raises:
+            NotFound: no such adapter is loaded.
+            InvalidRequest: the folder cannot be written to.
+        """
+
+    @abstractmethod
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run with it finish first."""
 
@@ -560,6 +570,9 @@ class LM(ABC):
 
     async def aload_adapter(self, name: str, path: str | Path) -> AdapterInfo:
         return await asyncio.to_thread(self.load_adapter, name, path)
+
+    async def asave_adapter(self, name: str, folder: str | Path) -> Path:
+        return await asyncio.to_thread(self.save_adapter, name, folder)
 
     async def aunload_adapter(self, name: str) -> None:
         await asyncio.to_thread(self.unload_adapter, name)

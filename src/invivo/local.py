@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 import torch
 
+from invivo.adapter_archive import writing_adapter
 from invivo.batches import (
     batch_of,
     check_messages,
@@ -28,6 +29,7 @@ from invivo.batches import (
     text_or_ids,
 )
 from invivo.chat_template import has_chat_template, render_chat
+from invivo.engine.adapter_file import write_adapter
 from invivo.engine.adapters import Source
 from invivo.engine.carrying import why_not_carried
 from invivo.engine.config import EngineConfig
@@ -470,6 +472,12 @@ class LocalLM(LM):
     def load_adapter(self, name: str, path: Source) -> AdapterInfo:
         """Also takes (config mapping, tensors by key) in place of a folder."""
         return self.engine.adapters.load(name, path)
+
+    def save_adapter(self, name: str, folder: str | Path) -> Path:
+        specs, parameters = self.engine.adapters.content(name)
+        with writing_adapter(folder) as target:
+            write_adapter(target, specs, parameters, self.model.config, self.model.name)
+        return target
 
     def unload_adapter(self, name: str) -> None:
         self.engine.adapters.unload(name)

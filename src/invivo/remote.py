@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, cast
 from urllib.parse import quote
 
+from invivo.adapter_archive import ADAPTER_FILES, unpacked, writing_adapter
 from invivo.batches import (
     batch_of,
     conversations_of,
@@ -288,8 +289,7 @@ class RemoteLM(LM):
         """Uploads the two files of the local folder ``path``."""
         folder = Path(path)
         try:
-            config = (folder / "adapter_config.json").read_bytes()
-            weights = (folder / "adapter_model.safetensors").read_bytes()
+            config, weights = ((folder / name).read_bytes() for name in ADAPTER_FILES)
         except OSError as error:
             raise InvalidRequest(
                 "not a folder with adapter_config.json and adapter_model.safetensors",
@@ -302,11 +302,19 @@ class RemoteLM(LM):
             "/v1/adapters/upload",
             data={"name": name},
             files={
-                "config": ("adapter_config.json", config),
-                "weights": ("adapter_model.safetensors", weights),
+                "config": (ADAPTER_FILES[0], config),
+                "weights": (ADAPTER_FILES[1], weights),
             },
         )
         return adapter_of(self._http.wait(upload))
+
+    def save_adapter(self, name: str, folder: str | Path) -> Path:
+        path = f"/v1/adapters/{quote(name, safe='')}/content"
+        content = unpacked(self._http.wait(self._http.fetch(path)))
+        with writing_adapter(folder) as target:
+            for file, data in content.items():
+                (target / file).write_bytes(data)
+        return target
 
     def unload_adapter(self, name: str) -> None:
         self._http.wait(self._http.request("DELETE", f"/v1/adapters/{quote(name, safe='')}"))

@@ -213,11 +213,22 @@ def test_jobs_of_this_machine_are_those_in_the_data_folder(
 
 
 def test_a_job_of_a_server_is_followed_paused_and_called_off(
-    invivo: Invivo, url: str, data: str
+    invivo: Invivo, url: str, tiny: str, data: str, tmp_path: Path
 ) -> None:
     ran = invivo("finetune", data, "--url", url, "--name", "mate", "--steps", "4", *SETTINGS)
     assert ran.code == 0, ran.err
     assert ran.out.strip() == "tiny-llama:mate"
+    out = tmp_path / "fetched"
+    fetched = invivo(
+        *("finetune", data, "--url", url, "--name", "mate", "--steps", "4", *SETTINGS),
+        *("--out", str(out)),
+    )
+    assert fetched.code == 0, fetched.err
+    assert fetched.out.strip() == str(out)
+    with library.load(tiny, kv_bytes=8 << 20, adapters={"mate": out}) as lm:
+        assert lm.adapters()[0].rank == 4
+    first = invivo("jobs", "list", "--url", url, "--json").json()[-1]["id"]
+    assert "is deleted" in invivo("jobs", "delete", first, "--url", url).err
     assert "--use mate" in ran.err
     assert invivo("jobs", "show", "mate", "--url", url, "--follow", "--json").json()["step"] == 4
     events = invivo("jobs", "events", "mate", "--url", url, "--follow").out

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pytest
 from safetensors.torch import load, save
+from tests.waiting import wait_for
+
+from invivo.adapter_archive import unpacked
 
 
 @pytest.fixture
@@ -59,6 +63,34 @@ def test_an_uploaded_adapter_does_the_same(http, server, name, parts, adapter_fo
     again = upload(http, name, parts)
     assert again.json()["version"] == answer.json()["version"] + 1
     assert list(server.app.state.services.uploads.iterdir()) == []
+
+
+def test_the_files_of_an_adapter_come_back_as_they_went(http, server, name, parts):
+    assert upload(http, name, parts).status_code == 200
+    answer = http.get("/v1/adapters/queries/content")
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/zip"
+    assert 'filename="queries.zip"' in answer.headers["content-disposition"]
+    files = unpacked(answer.content)
+    given, made = load(parts["weights"]), load(files["adapter_model.safetensors"])
+    assert {key: tensor.tolist() for key, tensor in made.items()} == {
+        key: tensor.tolist() for key, tensor in given.items()
+    }
+    config = json.loads(files["adapter_config.json"])
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 32)
+    assert config["base_model_name_or_path"] == "tiny"  # and not where the model lies
+    # They go in again, with the same answers.
+    expected = greedy(http, "tiny:queries")
+    again = dict(zip(("config", "weights"), files.values(), strict=True))
+    assert upload(http, name, again).status_code == 200
+    assert greedy(http, "tiny:queries") == expected
+    wait_for(lambda: list(server.app.state.services.uploads.iterdir()) == [])
+
+
+def test_files_of_an_adapter_that_is_not_there(http):
+    answer = http.get("/v1/adapters/nobody/content")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["remedy"]
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,10 @@ def test_a_key_sees_its_own_jobs_and_an_administrator_all(lm, tmp_path):
             people["reader"].fine_tuning.jobs.list()
         wait_for(lambda: ann.retrieve(job.id).status == "succeeded")
         own = people["bob"].files.create(file=data, purpose="fine-tune")
+        for who, status in (("ann", 200), ("root", 200), ("bob", 403), ("reader", 403)):
+            key = {"Authorization": f"Bearer {secrets[who]}"}
+            files = httpx.get(f"{keyed.url}/v1/adapters/anns/content", headers=key)
+            assert (who, files.status_code) == (who, status)
         with pytest.raises(openai.ConflictError) as taken:  # another's adapter
             bob.create(model="tiny", training_file=own.id, suffix="anns")
         assert taken.value.param == "suffix"
@@ -466,6 +470,10 @@ def test_a_checkpoint_is_its_owners_until_it_has_been_asked_for(lm, tmp_path):
                 model="tiny", training_file=other.id, validation_file=sent.id
             )
         assert caught.value.param == "validation_file"
+        files = f"{thread.url}/v1/adapters/secret:ckpt-step-2/content"
+        for who, status in (("bob", 404), ("ann", 200)):
+            key = {"Authorization": f"Bearer {keys[who]}"}
+            assert (who, httpx.get(files, headers=key).status_code) == (who, status)
         assert ann.completions.create(**ask).choices
         for one in people.values():
             one.close()

@@ -219,6 +219,7 @@ FAILURES = {
     "score": (lambda m: m.score("x", top=50), InvalidRequest, None),
     "no adapter": (lambda m: m.generate("x", adapter="none"), NotFound, None),
     "no such adapter": (lambda m: m.unload_adapter("none"), NotFound, None),
+    "no such adapter to save": (lambda m: m.save_adapter("none", "nowhere"), NotFound, None),
     "no such folder": (lambda m: m.load_adapter("x", "/no/such"), InvivoError, None),
     "stream": (lambda m: list(m.stream("x", top_p=2)), InvalidRequest, "top_p"),
     "detokenize": (lambda m: m.detokenize([99999]), InvalidRequest, None),
@@ -234,7 +235,7 @@ def test_failures_are_the_same_classes(either, name):
         assert caught.value.field == field
 
 
-def test_adapters_are_loaded_used_and_forgotten(either, adapter_folder):
+def test_adapters_are_loaded_used_saved_and_forgotten(either, adapter_folder, tmp_path):
     base = either.generate("the cat", **GREEDY).text
     made = either.load_adapter("queries", adapter_folder)
     try:
@@ -245,6 +246,14 @@ def test_adapters_are_loaded_used_and_forgotten(either, adapter_folder):
         assert either.score(text, adapter="queries") != either.score(text)
         assert either.embed(text, adapter="queries") != either.embed(text)
         assert either.load_adapter("queries", adapter_folder).version == made.version + 1
+        answer = either.generate("the cat", adapter="queries", **GREEDY).text
+        saved = either.save_adapter("queries", tmp_path / "new" / "folder")
+        either.load_adapter("queries", saved)
+        assert either.generate("the cat", adapter="queries", **GREEDY).text == answer
+        (tmp_path / "file").touch()
+        with pytest.raises(InvalidRequest) as caught:
+            either.save_adapter("queries", tmp_path / "file")
+        assert caught.value.field == "folder"
     finally:
         either.unload_adapter("queries")
     assert either.adapters() == []

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tests.training.small_run import pretended
 from tests.waiting import PATIENCE, wait_for
 
+from invivo.adapter_archive import unpacked
 from invivo.lm_jobs import ENDED, Job
 from invivo.local import LocalLM
 from invivo.server.keys import KeyStore
@@ -157,7 +158,11 @@ def test_adapter_is_uploaded_used_and_unloaded(page, lm, adapter_files):
     page.select_option("#adapter", "poet")
     ask(page, "the blue cat", max_tokens=5)
     wait_for(lambda: "poet" in page.locator("#recent tbody tr").first.text_content())
-    page.click("#adapters button")
+    with page.expect_download() as saved:
+        page.click("#adapters [aria-label='Save poet']")
+    assert saved.value.suggested_filename == "poet.zip"
+    assert unpacked(Path(saved.value.path()).read_bytes())["adapter_model.safetensors"]
+    page.click("#adapters [aria-label='Unload poet']")
     page.wait_for_selector("#adapters-empty")
     assert lm.adapters() == []
     assert page.locator("#adapter").input_value() == ""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from invivo.adapter_archive import ADAPTER_FILES, writing_adapter
 from invivo.cli import options, programs
 from invivo.cli.output import examples, note, print_json
 from invivo.errors import Conflict, InvalidRequest, InvivoError, NotFound
@@ -33,7 +34,6 @@ ALONE_MS = 1000.0
 PROGRAM_FILES = ("program.json", "program.safetensors")
 _BLOB = re.compile(r"blob:sha256:[0-9a-f]{64}")
 STATE = "job"  # folder within --out of what resuming needs
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def finetune(
@@ -49,7 +49,8 @@ def finetune(
         typer.Option(
             "--out",
             "-o",
-            help="Folder for the adapter, and for what resuming needs. \\[default: ./NAME]",
+            help="Folder for the adapter, and for what resuming needs (\\[default: ./NAME]); with "
+            "--url for the adapter alone.",
             show_default=False,
             rich_help_panel=RUN,
         ),
@@ -284,10 +285,10 @@ def finetune(
     wanted: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
     if clip == float("inf"):
         wanted["clip"] = None
-    if url is not None and (resume or out is not None):
+    if url is not None and resume:
         raise InvalidRequest(
             "belongs to a job of this machine and cannot go with --url",
-            field="--resume" if resume else "--out",
+            field="--resume",
             remedy="Jobs of a server: invivo jobs",
         )
     if resume:
@@ -303,9 +304,14 @@ def finetune(
     asked: dict[str, Any] = wanted | ({} if validation is None else {"validation": validation})
     where: dict[str, Any] = {"model": model, "device": device, "dtype": dtype}
     if url is not None:
+        if out is not None:
+            with writing_adapter(out):  # told before anything is learned
+                pass
         with opened(**where, url=url, key=key) as lm:
             job = lm.finetune(source, name=name, **asked)
             info = _watched_remotely(job, url, quiet=as_json)
+            if info.status == "succeeded" and out is not None:
+                _fetch(lm, out, info)
     else:
         out = out or Path(name or _name_of(Path(source)))
         _check_folder(out, resume=resume)
@@ -405,6 +411,14 @@ class _Notes:
             note(f"step {info.step} of {info.n_steps}{loss}{held_out}{speed}")
 
 
+def _fetch(lm: LM, out: Path, info: JobInfo) -> None:
+    """What a server's job has made."""
+    if _is_program(info):
+        _put_program_out(lm, out, info)
+    else:
+        lm.save_adapter(info.name, out)
+
+
 def _put_out(out: Path, name: str) -> None:
     """The adapter's files where the user wants them."""
     for file in ADAPTER_FILES:
@@ -446,16 +460,17 @@ def _tell_done(info: JobInfo, out: Path | None, model: str | None, url: str | No
     note(f"{info.n_steps} steps, {info.trained_tokens} tokens{loss}")
     if info.validations:
         note(f"held-out loss: {losses_shown([one.loss for one in info.validations])}")
-    if out is None:
-        sys.stdout.write(f"{info.fine_tuned_model}\n")
+    sys.stdout.write(f"{info.fine_tuned_model if out is None else out}\n")
+    if url is not None:
         if _is_program(info):
             note(
-                "it stands for the program with its trained values wherever a program is asked for"
+                f"{info.fine_tuned_model} stands for the program with its trained values wherever "
+                "a program is asked for"
             )
             return
         note(f"try it: invivo chat --url {url} --use {info.name}")
         return
-    sys.stdout.write(f"{out}\n")
+    assert out is not None
     if _is_program(info):
         program, tensors = (out / name for name in PROGRAM_FILES)
         given = "".join(

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from invivo.cli import (
+    adapters,
     bench,
     chat,
     demo,
@@ -55,6 +56,7 @@ app.command("look", epilog=look.EXAMPLES)(look.look)
 app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
 app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.command("train", epilog=train.EXAMPLES)(train.train)

@@ -47,6 +47,7 @@ class Adapter:
     Attributes:
         rank: largest rank (width, virtual tokens) of its bypasses.
         n_virtual: placeholder tokens at the start of a sequence that runs with it.
+        specs, parameters: what was published.
         users: requests that hold it.
         slot: where it lies in the device tables, 0 = nowhere.
         pins: requests that run with the slot.
@@ -58,6 +59,8 @@ class Adapter:
     rank: int
     n_parameters: int
     n_virtual: int
+    specs: tuple[BypassSpec, ...]
+    parameters: Parameters
     laid: LaidOut
     users: int = 0
     slot: int = 0
@@ -68,9 +71,9 @@ class Adapter:
 class AdapterStore:
     """Loads, publishes, forgets and places adapters.
 
-    ``load``, ``publish``, ``unload``, ``list``, ``hold`` and ``drop`` may be called from any
-    thread; what touches the device tables (``place``, ``release``, ``bypass``) only from the
-    engine's.
+    ``load``, ``publish``, ``unload``, ``list``, ``content``, ``hold`` and ``drop`` may be called
+    from any thread; what touches the device tables (``place``, ``release``, ``bypass``) only from
+    the engine's.
 
     Attributes:
         finder: gives the folder of an adapter that is not loaded when it is first asked for, or
@@ -151,6 +154,8 @@ class AdapterStore:
                 rank=max(spec.size for spec in specs),
                 n_parameters=sum(tensor.numel() for tensor in parameters.values()),
                 n_virtual=n_virtual(specs),
+                specs=specs,
+                parameters=host,
                 laid=laid,
             )
             if old is not None:
@@ -189,6 +194,16 @@ class AdapterStore:
         """The current version of every name, in order of name."""
         with self._lock:
             return [self._info(self._named[name]) for name in sorted(self._named)]
+
+    def content(self, name: str) -> tuple[tuple[BypassSpec, ...], Parameters]:
+        """The checked specs and the parameters (on the CPU, not to be changed) of the current
+        version of ``name``; raises NotFound."""
+        self._find(name)
+        with self._lock:
+            adapter = self._named.get(name)
+            if adapter is None:
+                raise self._unknown(name)
+            return adapter.specs, adapter.parameters
 
     def n_virtual(self, name: str | None) -> int:
         """Tokens of the context that ``name`` takes for itself; 0 for no or an unknown adapter."""
@@ -257,7 +272,7 @@ class AdapterStore:
         """Free the matrices of a version that nobody can ask for any more; its slot is taken
         over when the next adapter needs one."""
         if adapter.users == 0 and self._named.get(adapter.name) is not adapter:
-            adapter.laid = LaidOut()
+            adapter.laid, adapter.parameters = LaidOut(), {}
 
     def _info(self, adapter: Adapter) -> AdapterInfo:
         return AdapterInfo(

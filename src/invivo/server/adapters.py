@@ -13,22 +13,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.responses import FileResponse
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
+from invivo.adapter_archive import ADAPTER_FILES, pack
+from invivo.engine.adapter_file import write_adapter
 from invivo.errors import Forbidden, InvalidRequest, InvivoError, TooLarge
 from invivo.lm import AdapterInfo
+from invivo.lm_jobs import checkpoint_of
 from invivo.server.answers import Adapter, AdapterList, Deleted
 from invivo.server.auth import Principal, needs
 from invivo.server.documents import failures
+from invivo.server.ownership import has_job, seen_by
 from invivo.server.schemas import ADAPTER_NAME, AdapterRequest
 from invivo.server.services import Services, services_of
 
 router = APIRouter(tags=["adapters"])
 
 UPLOAD_PATH = "/v1/adapters/upload"
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20  # the safetensors format's own bound
 
@@ -47,6 +52,13 @@ _UPLOAD_BODY = {
             }
         }
     },
+}
+
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": f"A zip file with {CONFIG_FILE} and {WEIGHTS_FILE}",
+        "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
+    }
 }
 
 Manager = Annotated[Principal, Depends(needs("adapters"))]
@@ -102,11 +114,59 @@ async def upload_adapter(request: Request, _principal: Manager) -> Adapter:
         return await run_in_threadpool(_load_form, services_of(request), form)
 
 
+@router.get(
+    "/v1/adapters/{name}/content",
+    response_class=FileResponse,
+    responses=failures() | _CONTENT,
+)
+def get_adapter_content(
+    name: str, request: Request, principal: Annotated[Principal, Depends(needs())]
+) -> FileResponse:
+    """The files of an adapter, or of a job's checkpoint, in the peft library's format.
+
+    For keys with the scope adapters, and for those whose job has made it.
+    """
+    services = services_of(request)
+    _check_taker(services, principal, name)
+    specs, parameters = services.local.engine.adapters.content(name)
+    folder = services.uploads / f"content-{secrets.token_hex(6)}"
+    try:
+        config = services.local.model.config
+        write_adapter(folder, specs, parameters, config, services.model_name)
+        pack(folder, folder / "adapter.zip")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return FileResponse(
+        folder / "adapter.zip",
+        media_type="application/zip",
+        filename=f"{name.replace(':', '-')}.zip",
+        background=BackgroundTask(shutil.rmtree, folder, ignore_errors=True),
+    )
+
+
 @router.delete("/v1/adapters/{name}", response_model=Deleted, responses=failures())
 def unload_adapter(name: str, request: Request, _principal: Manager) -> Deleted:
     """Forgets an adapter; requests that run with it finish first."""
     services_of(request).lm.unload_adapter(name)
     return Deleted(name=name, object="adapter", deleted=True)
+
+
+def _check_taker(services: Services, principal: Principal, name: str) -> None:
+    """
+    Raises:
+        NotFound: there is no such adapter, or it is a checkpoint of another's job.
+        Forbidden: it is another's, and the key has no right to adapters.
+    """
+    services.adapter_of(f"{services.model_name}:{name}", seen_by(principal))
+    made, _ = checkpoint_of(name) or (name, 0)
+    if not principal.may("adapters") and not has_job(services, principal, made):
+        raise Forbidden(
+            "the key may use this adapter, but not have its files",
+            field="name",
+            given=name,
+            remedy="Use a key with the scope adapters, or that of the job that has made it",
+        )
 
 
 def _load_form(services: Services, form: FormData) -> Adapter:

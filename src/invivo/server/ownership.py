@@ -7,6 +7,8 @@ from invivo.lm_jobs import FileInfo, JobInfo
 from invivo.server.auth import Principal
 from invivo.server.services import Services
 
+_ALL = 1 << 30
+
 
 def stored_as(principal: Principal) -> str:
     """The owner under whom the principal's things are kept; "" without keys."""
@@ -16,6 +18,12 @@ def stored_as(principal: Principal) -> str:
 def seen_by(principal: Principal) -> str | None:
     """The owner whose things the principal sees, None = everyone's."""
     return None if principal.may("admin") else stored_as(principal)
+
+
+def has_job(services: Services, principal: Principal, name: str) -> bool:
+    """Whether a job that is the principal's own makes, or has made, the adapter ``name``."""
+    own = services.jobs.jobs(_ALL, owner=stored_as(principal))
+    return any(job.name == name for job in own)
 
 
 def own_file(

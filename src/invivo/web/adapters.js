@@ -1,6 +1,6 @@
 // The card of loaded adapters, and loading and unloading them.
 
-import { call } from "./api.js";
+import { call, download } from "./api.js";
 
 const $ = (id) => document.getElementById(id);
 
@@ -51,17 +51,42 @@ export class Adapters {
     }
   }
 
+  async save(name, button) {
+    await this.attempt(button, () =>
+      download(`v1/adapters/${encodeURIComponent(name)}/content`, `${name.replace(":", "-")}.zip`),
+    );
+    button.disabled = false;
+  }
+
   async unload(name, button) {
+    const path = `v1/adapters/${encodeURIComponent(name)}`;
+    const done = await this.attempt(button, () => call("DELETE", path));
+    button.disabled = done;
+  }
+
+  // Whether it went well; what did not is shown.
+  async attempt(button, action) {
     const problem = $("adapters-error");
     problem.hidden = true;
     button.disabled = true;
     try {
-      await call("DELETE", `v1/adapters/${encodeURIComponent(name)}`);
+      await action();
     } catch (error) {
       problem.textContent = describe(error);
       problem.hidden = false;
-      button.disabled = false;
+      return false;
     }
+    return true;
+  }
+
+  button(text, name, action) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "small-button";
+    button.textContent = text;
+    button.setAttribute("aria-label", `${text} ${name}`);
+    button.addEventListener("click", () => action.call(this, name, button));
+    return button;
   }
 
   show(list) {
@@ -82,13 +107,13 @@ export class Adapters {
     const parts = [`v${adapter.version}`, `rank ${adapter.rank}`];
     if (adapter.running) parts.push(`${adapter.running} running`);
     facts.textContent = parts.join(" · ");
-    const button = document.createElement("button");
-    button.type = "button";
-    button.className = "small-button";
-    button.textContent = "Unload";
-    button.setAttribute("aria-label", `Unload ${adapter.name}`);
-    button.addEventListener("click", () => this.unload(adapter.name, button));
-    item.append(name, facts, button);
+    const buttons = document.createElement("span");
+    buttons.className = "adapter-buttons";
+    buttons.append(
+      this.button("Save", adapter.name, this.save),
+      this.button("Unload", adapter.name, this.unload),
+    );
+    item.append(name, facts, buttons);
     return item;
   }
 }

@@ -43,6 +43,17 @@ export async function call(method, path, { json, form, signal } = {}) {
   return text ? JSON.parse(text) : null;
 }
 
+// A file for the user's disk. fetch rather than a link, which cannot send a key.
+export async function download(path, filename) {
+  const response = await fetch(path, { headers: headers() });
+  if (!response.ok) throw await failure(response);
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(await response.blob());
+  link.download = filename;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
+
 // Server-sent events as objects. fetch rather than EventSource, which can send neither a body
 // nor a key.
 export async function* events(path, { json, signal } = {}) {
