@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -574,3 +575,40 @@ def test_rows_that_are_not_there_are_refused(
     with pytest.raises(InvalidRequest) as refused:
         run_rows(LLAMA, program)
     assert refused.value.field == field
+
+
+def test_the_plain_run_sees_the_tokens_of_its_row() -> None:
+    tokens = {"at": "input.tokens", "do": "set_tokens", "pos": {"index": 2}}
+    edit = {"at": "layers.1.mlp.out", "do": "zero"}
+    out = [{"measure": "kl", "to": "plain"}, {"measure": "logit", "token": 3, "run": "plain"}]
+    swept = run_rows(
+        LLAMA,
+        {"steps": [tokens | {"ids": ["$T"]}, edit], "sweep": {"T": [3, 11]}, "out": out},
+    )
+    for token, row in zip([3, 11], swept, strict=True):
+        alone = run(LLAMA, {"steps": [tokens | {"ids": [token]}, edit], "out": out})
+        for mine, wanted in zip(row.measures, alone.measures, strict=True):
+            close(mine.values, wanted.values)
+
+
+def test_a_row_is_what_its_program_alone_would_be() -> None:
+    """Also where runs are named by variables, or only some rows need them."""
+    runs = {"cf": {"prompt": "other"}, "half": {"same": "main"}, "third": {"same": "main"}}
+    steps = [
+        {"run": "half", "at": "layers.$L.mlp.out", "do": "zero"},
+        {"run": "third", "at": "layers.2.attn.out", "do": "replace", "from": "half"},
+        {"run": "$r", "at": "layers.0.mlp.out", "do": "scale", "a": 2},
+    ]
+    out = [{"measure": "logprob", "token": 3, "run": "$r"}, {"measure": "logprob", "token": 3}]
+    prompts = {"main": MAIN, "cf": OTHER}
+    sweep = {"r": ["main", "half", "third"], "L": [0, 2]}
+    program = {"runs": runs, "steps": steps, "out": out}
+    swept = run_rows(LLAMA, program | {"sweep": sweep}, prompts)
+    assert len(swept) == 6
+    for row in swept:
+        text = json.dumps(program)
+        for name, bound in row.row.binding.items():
+            text = text.replace(f"${name}", str(bound))
+        alone = run(LLAMA, json.loads(text), prompts)
+        for mine, wanted in zip(row.measures, alone.measures, strict=True):
+            close(mine.values, wanted.values)

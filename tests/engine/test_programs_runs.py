@@ -258,6 +258,33 @@ BETWEEN_ROWS = {  # rows are compared with rows that come before them, behind th
         {"measure": "kl", "to": "plain"},
     ],
 }
+INPUTS = {  # the plain run sees the tokens of its row
+    "sweep": {"T": [3, 11]},
+    "steps": [
+        {"at": "input.tokens", "do": "set_tokens", "pos": {"index": 2}, "ids": ["$T"]},
+        {"at": "layers.1.mlp.out", "do": "scale", "a": 0.5},
+    ],
+    "out": [{"measure": "kl", "to": "plain"}, {"measure": "logprob", "token": 3, "run": "plain"}],
+}
+TWO_RUNS: dict[str, Any] = {"cf": {"prompt": "other"}, "half": {"same": "main"}}
+RUN_OF_A_ROW = {  # which run is changed is a matter of the row
+    "runs": TWO_RUNS,
+    "sweep": {"r": ["main", "half"]},
+    "steps": [{"run": "$r", "at": "layers.1.mlp.out", "do": "zero"}],
+    "out": [
+        {"measure": "logprob", "token": 3},
+        {"measure": "logprob", "token": 3, "run": "half"},
+    ],
+}
+RUNS_OF_SOME_ROWS = {  # runs that vary, by themselves or by what they read, are not in every row
+    "runs": TWO_RUNS | {"third": {"same": "main"}},
+    "sweep": [["r", ["main", "half", "third"]], ["L", "0..2"]],
+    "steps": [
+        {"run": "half", "at": "layers.$L.mlp.out", "do": "zero"},
+        {"run": "third", "at": "layers.2.attn.out", "do": "replace", "from": "half"},
+    ],
+    "out": [{"measure": "logprob", "token": 3, "run": "$r"}],
+}
 PATHS = {  # path patching: a run that is frozen but for a sender, then its receiver in main
     "runs": {"cf": {"prompt": "other"}, "half": {"same": "main"}},
     "steps": [
@@ -272,7 +299,9 @@ PATHS = {  # path patching: a run that is frozen but for a sender, then its rece
 
 @pytest.mark.parametrize("options", [{}, {"kv_bytes": 5 * 4 * 384}], ids=["roomy", "little memory"])
 @pytest.mark.parametrize(
-    "program", [SWEEP, BETWEEN_ROWS, PATHS], ids=["sweep", "between rows", "paths"]
+    "program",
+    [SWEEP, BETWEEN_ROWS, INPUTS, RUN_OF_A_ROW, RUNS_OF_SOME_ROWS, PATHS],
+    ids=["sweep", "between rows", "inputs", "run of a row", "runs of some rows", "paths"],
 )
 def test_sweeps_and_paths_are_what_the_interpreter_says(
     program: dict[str, Any], options: dict[str, int]

@@ -130,12 +130,17 @@ def resolve(
     work = _Resolution(program, config, prompts, blobs or Blobs(), encode, bounds)
     rows: list[ResolvedRow] = []
     varying: frozenset[str] = frozenset()
+    by_steps = _varying_by_steps(program)
+    seen: set[str] = set()
     for binding, bound in program.rows():
         rows.append(work.row(binding, bound))
         if len(rows) == 1:
             work.check_all_rows()
-            varying = _varying(program, rows[0])
-            work.fixed = {n: plan for n, plan in rows[0].runs.items() if n not in varying}
+        new = {n: plan for n, plan in rows[-1].runs.items() if n not in seen}
+        if new:  # not every row needs every run
+            seen |= new.keys()
+            varying |= _varying_in(rows[-1], by_steps)
+            work.fixed |= {n: plan for n, plan in new.items() if n not in varying}
     _check_other_rows(rows)
     return ResolvedProgram(
         program=program,
@@ -882,15 +887,29 @@ def _check_other_rows(rows: Sequence[ResolvedRow]) -> None:
                 )
 
 
-def _varying(program: Program, row: ResolvedRow) -> frozenset[str]:
-    """The runs that differ between the rows of a sweep."""
-    if not program.sweep:
-        return frozenset()
+def _may_be_input(at: str | Sequence[str]) -> bool:
+    """Whether sites as they are written in a sweep can be the run's tokens, positions or mask."""
+    return any(name.startswith(("input.", "$")) for name in ([at] if isinstance(at, str) else at))
+
+
+def _varying_by_steps(program: Program) -> frozenset[str]:
+    """The runs that differ between the rows of a sweep by what is done in themselves."""
+    everything = frozenset({MAIN, PLAIN, *program.runs})
     if any(isinstance(s, Template) for s in program.sel.values()):
-        return frozenset(row.runs)
-    varying = {step.data.get("run", MAIN) for step in program.steps if isinstance(step, Template)}
+        return everything
+    templates = [step.data for step in program.steps if isinstance(step, Template)]
+    varying = {data.get("run", MAIN) for data in templates}
+    if any("$" in name for name in varying):
+        return everything
+    if any(data.get("run", MAIN) == MAIN and _may_be_input(data["at"]) for data in templates):
+        varying.add(PLAIN)  # which sees what main sees
+    return frozenset(varying)
+
+
+def _varying_in(row: ResolvedRow, by_steps: frozenset[str]) -> frozenset[str]:
+    """The runs of a row that differ between rows, by themselves or by what they read."""
+    varying = set(by_steps)
     for name, plan in row.runs.items():  # sources come before their readers
-        sources = {s.run for t in plan.touches for s in t.sources}
-        if sources & varying:
+        if any(s.run in varying for t in plan.touches for s in t.sources):
             varying.add(name)
-    return frozenset(varying & set(row.runs))
+    return frozenset(varying & row.runs.keys())
