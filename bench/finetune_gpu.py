@@ -7,7 +7,8 @@ The rival is transformers' LlamaForCausalLM with peft's LoRA (scaled_dot_product
 and without gradient checkpointing; where peft is missing a plain LoRA module stands in and the
 row says so. Ours runs layer by layer, once keeping whatever spares a large product and then with
 the tape cut until the whole step takes an eighth (a quarter) of what peft takes beside the weights.
-Attention's backward and forward by other kernels inside torch are candidates beside our own.
+The attention backward is the engine's own choice (cuDNN's for such texts), unless a row says
+otherwise; other kernels for it and for the forward are candidates.
 
 Memory is the allocator's peak less what stood there once the frozen weights were loaded: keys and
 values, adapter, optimizer and the libraries' work spaces count on both sides. Times are medians of
@@ -45,7 +46,6 @@ from invivo.engine.training_rows import Rows, TrainingRows
 from invivo.engine.window import WindowTrainer
 from invivo.kernels import attention, attention_backward
 from invivo.kernels.attention_backward import gather_rows
-from invivo.kernels.cudnn_attention_backward import attention_backward_cudnn
 from invivo.kernels.paging import blocks_needed, contiguous_layout
 from invivo.models.cache import allocate_kv_cache
 from invivo.models.config import LayerConfig, ModelConfig, RopeConfig
@@ -173,9 +173,9 @@ def main() -> None:
             ("ours, an eighth of peft's memory", {"limit": limit}),
             ("the same, backward in halves", {"limit": limit, "rows": length // 2}),
             ("the same, torch's flash backward", {"limit": limit, "by": torch_flash_backward}),
-            ("the same, cuDNN's backward", {"limit": limit, "by": attention_backward_cudnn}),
+            ("the same, our own backward", {"limit": limit, "by": our_own_backward}),
             ("ours, a quarter of peft's memory", {"limit": 2 * limit}),
-            ("ours, everything kept, cuDNN", {"by": attention_backward_cudnn}),
+            ("ours, everything kept, our own backward", {"by": our_own_backward}),
         ):
             if "by" in options and not device.is_cuda:
                 continue
@@ -231,6 +231,13 @@ def floor_of(config: ModelConfig, length: int, rate: float) -> float | None:
 
 
 # --- attention's backward alone -------------------------------------------------------------------
+def our_own_backward(*arguments: Any, **options: Any) -> torch.Tensor | None:
+    """The function of ``attention_backward`` by our own kernels, also where cuDNN serves."""
+    from invivo.kernels.triton_attention_backward import attention_backward_triton
+
+    return attention_backward_triton(*arguments, **options)
+
+
 def torch_flash_backward(
     dz: torch.Tensor,
     q: torch.Tensor,
@@ -309,7 +316,7 @@ def time_kernels(config: ModelConfig, device: Device, length: int) -> list[dict[
     ]
     if device.is_cuda:
         ways.append(("torch's flash backward", torch_flash_backward))
-        ways.append(("cuDNN's backward", attention_backward_cudnn))
+        ways.append(("our own backward", our_own_backward))
     # From the start, after a past, under a sliding window.
     cases = [(length // 4, 0, None), (length // 8, length // 8, None), (length // 4, 0, 100)]
     for name, call in ways:
@@ -429,7 +436,7 @@ class Ours:
         Args:
             limit: bytes beside the weights; the tape is cut until the peak stays below.
             rows: of a backward unit; None = all.
-            by: in place of our own attention backward.
+            by: in place of the engine's attention backward.
         """
         before = layer_backward.attention_backward
         if by is not None:

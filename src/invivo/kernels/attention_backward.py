@@ -13,12 +13,17 @@ With S = scale q k^T, C = softcap tanh(S / softcap), P = exp(C - lse) and z = P 
 
 from __future__ import annotations
 
+import logging
+from typing import Literal
+
 import torch
 
 from invivo.kernels.device import runs_triton
 
 BLOCK_ROWS = 256  # query rows at a time
 BLOCK_KEYS = 512  # keys at a time
+
+_log = logging.getLogger(__name__)
 
 
 def attention_lse(
@@ -155,9 +160,18 @@ def attention_backward(
     dv: torch.Tensor | None = None,
     fresh: bool = False,
 ) -> torch.Tensor | None:
-    """:func:`attention_backward_reference`, by the fastest way for the device."""
+    """:func:`attention_backward_reference`, by the :func:`fastest_way`."""
+    way = fastest_way(q, dz, z, start, window=window, softcap=softcap)
+    _log.debug("attention backward of %d rows by %s", q.shape[0], way)
+    if way == "cudnn":
+        from invivo.kernels.cudnn_attention_backward import whole_text_backward
+
+        assert z is not None
+        return whole_text_backward(
+            dz, q, k_cache, v_cache, blocks, z, lse, scale=scale, dk=dk, dv=dv, fresh=fresh
+        )
     backward = attention_backward_reference
-    if runs_triton(q, dz):
+    if way == "triton":
         from invivo.kernels.triton_attention_backward import attention_backward_triton
 
         backward = attention_backward_triton
@@ -177,6 +191,32 @@ def attention_backward(
         dv=dv,
         fresh=fresh,
     )
+
+
+def fastest_way(
+    q: torch.Tensor,
+    dz: torch.Tensor,
+    z: torch.Tensor | None,
+    start: int,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Literal["cudnn", "triton", "torch"]:
+    """Which kernels make this gradient (arguments as in :func:`attention_backward_reference`);
+    cuDNN's, whose sums change in their last bits from run to run, not where torch is asked for
+    deterministic algorithms."""
+    if not runs_triton(q, dz):
+        return "torch"
+    from invivo.kernels.cudnn_attention_backward import runs_on, serves
+
+    if (
+        z is not None
+        and runs_on(q.device)
+        and serves(q, dz, start, window, softcap)
+        and not torch.are_deterministic_algorithms_enabled()
+    ):
+        return "cudnn"
+    return "triton"
 
 
 def gather_rows(cache: torch.Tensor, blocks: torch.Tensor, start: int, stop: int) -> torch.Tensor:

