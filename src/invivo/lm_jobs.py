@@ -89,6 +89,8 @@ class Hyperparameters:
         objective: of a program: ``cross_entropy`` of what is learned; ``logit_diff``, the logits
             of the examples' ``other`` minus those of what is learned; ``kl``, how far the
             program moves the model's own predictions there.
+        start: a served adapter (or checkpoint, NAME:ckpt-step-N) that is learned further: training
+            begins with its values, and method, places, sizes and factors are its own.
     """
 
     method: Method = "lora"
@@ -122,11 +124,16 @@ class Hyperparameters:
     blobs: Mapping[str, str] = field(default_factory=dict)
     sparsity: float = 0.0
     objective: Literal["cross_entropy", "logit_diff", "kl"] = "cross_entropy"
+    start: str | None = None
 
     def __post_init__(self) -> None:
         self._check_program()
         if self.method not in get_args(Method):
             raise _refused("method", self.method, f"must be one of {', '.join(get_args(Method))}")
+        if self.start is not None and not (isinstance(self.start, str) and self.start):
+            raise _refused("start", self.start, "must be the name of an adapter")
+        if self.start is not None and self.program is not None:
+            raise _refused("start", self.start, "is an adapter, but a program is trained")
         if not isinstance(self.on, tuple) or not all(isinstance(place, str) for place in self.on):
             raise _refused("on", self.on, "must be a list of names")
         if self.r is not None and self.method not in SIZED:

@@ -51,6 +51,14 @@ def test_a_file_becomes_an_adapter_that_chat_can_load(
     assert f"invivo chat -m {tiny} --adapter poet={out} --use poet" in ran.err
     with library.load(tiny, kv_bytes=8 << 20, adapters={"poet": out}) as lm:
         assert lm.adapters()[0].rank == 4
+    further = invivo(
+        *("finetune", data, "-m", tiny, "--start", str(out), "--steps", "2", "--json"),
+        *("--out", str(tmp_path / "poet2")),
+    )
+    assert further.code == 0, further.err
+    assert further.json()["hyperparameters"]["start"] == "poet"
+    first = invivo("jobs", "show", "poet", "--state", str(out / "job"), "--json").json()
+    assert further.json()["losses"][0] < first["losses"][0]
     again = invivo("finetune", data, "-m", tiny, "--out", str(out))
     assert again.code == 1
     assert "Add --resume" in again.err

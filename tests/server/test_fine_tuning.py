@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import openai
@@ -367,6 +368,9 @@ def test_a_key_sees_its_own_jobs_and_an_administrator_all(lm, tmp_path):
             key = {"Authorization": f"Bearer {secrets[who]}"}
             files = httpx.get(f"{keyed.url}/v1/adapters/anns/content", headers=key)
             assert (who, files.status_code) == (who, status)
+        with pytest.raises(openai.PermissionDeniedError) as kept:
+            bob.create(model="tiny:anns", training_file=own.id)
+        assert kept.value.param == "model"
         with pytest.raises(openai.ConflictError) as taken:  # another's adapter
             bob.create(model="tiny", training_file=own.id, suffix="anns")
         assert taken.value.param == "suffix"
@@ -393,6 +397,9 @@ def test_the_remote_model_trains_as_one_in_this_process(server, lm, talks):
             one.step for one in lm.job(job.id).checkpoints()
         ]
         assert remote.generate("the cat", adapter="far", max_tokens=4).text is not None
+        further = remote.finetune(TALKS, name="further", start="far", steps=2)
+        assert further.wait(timeout=PATIENCE).hyperparameters["start"] == "far"
+        assert further.info().losses[0] < done.losses[0]
         sent = remote.upload_file(TALKS[:2])
         assert sent.id in {one.id for one in remote.files()}
         remote.delete_file(sent.id)
@@ -401,6 +408,33 @@ def test_the_remote_model_trains_as_one_in_this_process(server, lm, talks):
         with pytest.raises(InvalidRequest) as caught:
             remote.finetune(talks, r=10_000)
         assert caught.value.field == "r"
+
+
+def test_an_adapter_is_trained_further_by_its_name_as_a_model(client: openai.OpenAI, http, talks):
+    create = client.fine_tuning.jobs.create
+    first = create(
+        model="tiny",
+        training_file=talks,
+        suffix="early",
+        hyperparameters=QUICK | {"steps": 4},  # type: ignore[arg-type]
+    )
+    done = until(http, first.id, "succeeded")
+    steps: Any = {"steps": 2}
+    second = create(
+        model=done["fine_tuned_model"], training_file=talks, suffix="late", hyperparameters=steps
+    )
+    later = until(http, second.id, "succeeded")
+    assert later["hyperparameters"]["start"] == "early"
+    assert later["hyperparameters"]["r"] == done["hyperparameters"]["r"]
+    assert later["fine_tuned_model"] == "tiny:late"
+    assert later["losses"][0] < done["losses"][0]
+    for change, param in (
+        ({"hyperparameters": {"r": 2}}, "hyperparameters.r"),
+        ({"hyperparameters": {"start": "late"}}, "hyperparameters.start"),
+    ):
+        assert refusal(start(http, talks, model="tiny:early", **change))["param"] == param
+    error = refusal(start(http, talks, hyperparameters={"start": "nobody"}), 404)
+    assert error["param"] == "hyperparameters.start"
 
 
 def test_held_out_data_results_and_checkpoints_by_the_official_client(

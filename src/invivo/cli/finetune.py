@@ -75,6 +75,14 @@ def finetune(
     as_json: Annotated[
         bool, typer.Option("--json", help="The finished job as JSON.", rich_help_panel=RUN)
     ] = False,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--start",
+            help="Learn this adapter further: a folder (--url: the name of one that is served).",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -250,6 +258,7 @@ def finetune(
     from invivo.cli.opening import opened
 
     given = {
+        "start": start,
         "method": method,
         "program": None if program is None else programs.read_program(program, [], None),
         "train": train,
@@ -320,6 +329,8 @@ def finetune(
             if resume:
                 job = _gone_on(lm)
             else:
+                if start is not None:
+                    asked["start"] = lm.load_adapter(_name_of(Path(start).resolve()), start).name
                 job = lm.finetune(source, name=name or _name_of(out.resolve()), **asked)
             info = _watched_here(job, out, model, quiet=as_json)
             if info.status == "succeeded" and _is_program(info):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from invivo.edits.resolved import ResolvedProgram
-from invivo.engine.bypasses import BypassSpec
+from invivo.engine.bypasses import BypassSpec, Parameters
 from invivo.engine.trained_program import ProgramSpec
 from invivo.errors import InvalidRequest
 
@@ -23,6 +23,7 @@ class JobSpec:
         name: of the job, and of the adapter under which its versions are published.
         bypasses: what is trained; none where it is in a program.
         program: whose parameters are trained; its texts come resolved (:attr:`Text.resolved`).
+        first: values that the bypasses' parameters begin with, by name; None = drawn.
         steps: optimizer steps.
         learning_rate: the highest of the schedule.
         schedule: after the warm-up ``constant``, or down to nothing ``linear`` or by a ``cosine``.
@@ -30,7 +31,7 @@ class JobSpec:
         betas, epsilon: of ``adamw``.
         momentum: of ``sgd``.
         clip: largest norm of all gradients together; None = any.
-        seed: of the first parameters.
+        seed: of the first parameters, where they are drawn.
         share: weight among the jobs.
         publish_every, checkpoint_every: optimizer steps; 0 = only at the end.
         validate_every: optimizer steps after which held-out texts are run through, where there are
@@ -67,6 +68,7 @@ class JobSpec:
     tape_bytes: int | None = None
     pack: bool = True
     program: ProgramSpec | None = None
+    first: Parameters | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.program is not None and self.bypasses:
@@ -109,8 +111,9 @@ class JobSpec:
         """What must be the same for a job that goes on from a checkpoint, as JSON has it."""
         free = {"name", "share", "publish_every", "checkpoint_every", "validate_every", "keep"}
         free |= {"mode", "order", "tape_bytes", "pack"}
-        plain = asdict(replace(self, program=None))
-        whole = {key: value for key, value in plain.items() if key not in free | {"program"}}
+        plain = asdict(replace(self, program=None, first=None))
+        free |= {"program", "first"}  # the one is told below, the other is in the checkpoint
+        whole = {key: value for key, value in plain.items() if key not in free}
         if self.program is not None:
             whole["program"] = self.program.identity()
         for spec in whole["bypasses"]:

@@ -151,6 +151,11 @@ class TuningJob:
                     each, config, seed=spec.seed + i, dtype=wide, device=device
                 ).items()
             }
+            if spec.first is not None:
+                check_parameters(config, self.specs, spec.first)
+                with torch.no_grad():
+                    for name, value in self.parameters.items():
+                        value.copy_(spec.first[name])
         self.trainer = WindowTrainer(
             decoder,
             cache,

@@ -50,6 +50,7 @@ from invivo.jobs.program_jobs import (
     result_of,
 )
 from invivo.jobs.records import InvalidData
+from invivo.jobs.start import Start, keep_start, kept_start, start_of
 from invivo.lm_jobs import (
     BAD_FILE,
     BAD_VALIDATION,
@@ -200,14 +201,20 @@ class JobService(JobFolder):
             given = given_program(self._with_programs(), asked, request.owner)
             # A stored program may be forgotten; the job keeps it.
             shown |= {"program": given.program.to_dict(), "blobs": {}}
-        spec = self._spec("check", asked, 1, given)
+        start: Start | None = None
+        if asked.start is not None:
+            start = start_of(self._engine.adapters, asked)
+            shown |= start.shown(self._model.config)
+            asked = Hyperparameters.of(shown)
+        spec = self._spec("check", asked, 1, given, start)
         if spec.program is not None:
             config = self._model.config
             check_trained(spec.program, config, weight_decay=spec.weight_decay)
             ProgramParameters(spec.program, config, self._model.decoder.embed)  # their start values
         else:
             checked = checked_specs(self._model.config, spec.bypasses)
-            shown |= {"on": list(checked[0].on), "r": asked.size or None}
+            if start is None:
+                shown |= {"on": list(checked[0].on), "r": asked.size or None}
         self._check_size(asked, spec)
         longest_example(asked.max_length, self._can_train(spec))
         file = self._usable(request.training_file, "training_file")
@@ -240,19 +247,35 @@ class JobService(JobFolder):
                 owner=request.owner,
                 **held_out,
             )
-        if given is not None:
-            try:
-                keep_tensors(given, self.checkpoint_folder(info.id))
-            except OSError as error:
-                self.store.forget_job(info.id)
-                raise Unavailable(
-                    f"the program's tensors cannot be stored: {error.strerror or error}",
-                    field="blobs",
-                    remedy="Make room on the server's disk, then try again",
-                ) from error
-        self.store.add_event(info.id, f"Created: the file {file.filename} is being validated")
+        self._keep_beginning(info.id, given, start)
+        begun = "" if start is None else f"; training begins with the adapter {asked.start}"
+        created = f"Created: the file {file.filename} is being validated{begun}"
+        self.store.add_event(info.id, created)
         self._prepare_later(info.id)
         return info
+
+    def _keep_beginning(self, job_id: str, given: GivenProgram | None, start: Start | None) -> None:
+        """Write down what the job begins with, which may change or go elsewhere.
+
+        Raises:
+            Unavailable: the disk is full or refuses; the job is forgotten then.
+        """
+        folder = self.checkpoint_folder(job_id)
+        try:
+            if given is not None:
+                keep_tensors(given, folder)
+            if start is not None:
+                keep_start(start, folder, self._model.config, self._base_name)
+        except BaseException as error:
+            self.store.forget_job(job_id)
+            if not isinstance(error, OSError):
+                raise
+            what = "program's tensors" if start is None else "adapter to begin with"
+            raise Unavailable(
+                f"the {what} cannot be stored: {error.strerror or error}",
+                field="blobs" if start is None else "start",
+                remedy="Make room on the server's disk, then try again",
+            ) from error
 
     def _with_programs(self) -> Programs:
         if self._programs is None:
@@ -394,8 +417,11 @@ class JobService(JobFolder):
         if asked.program is not None:
             folder = self.checkpoint_folder(job_id)
             given = given_program(self._with_programs(), asked, info.owner, folder)
+        start: Start | None = None
+        if asked.start is not None:
+            start = kept_start(self.checkpoint_folder(job_id), self._model.config)
         longest = longest_example(
-            asked.max_length, self._can_train(self._spec("check", asked, 1, given))
+            asked.max_length, self._can_train(self._spec("check", asked, 1, given, start))
         )
         reader = ExampleReader(
             self._model.tokenizer,
@@ -411,7 +437,7 @@ class JobService(JobFolder):
         n_steps, n_texts = steps_and_texts(
             len(examples), n_epochs=asked.n_epochs, steps=asked.steps, batch_size=asked.batch_size
         )
-        spec = self._spec(info.name, asked, n_steps, given)
+        spec = self._spec(info.name, asked, n_steps, given, start)
         order = {"seed": asked.seed, "shuffle": asked.shuffle, "n_texts": n_texts}
         data = self._data(examples, given, **order)
         live = Live(
@@ -500,7 +526,12 @@ class JobService(JobFolder):
         )
 
     def _spec(
-        self, name: str, asked: Hyperparameters, n_steps: int, given: GivenProgram | None
+        self,
+        name: str,
+        asked: Hyperparameters,
+        n_steps: int,
+        given: GivenProgram | None,
+        start: Start | None,
     ) -> JobSpec:
         often = min(50, math.ceil(n_steps / 10))
         save, validate = (
@@ -509,7 +540,8 @@ class JobService(JobFolder):
         )
         return JobSpec(
             name=name,
-            bypasses=_bypasses(asked),
+            bypasses=_bypasses(asked) if start is None else start.specs,
+            first=None if start is None else start.parameters,
             program=None if given is None else program_spec(given, asked),
             steps=n_steps,
             learning_rate=asked.learning_rate,

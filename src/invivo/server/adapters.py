@@ -22,11 +22,10 @@ from invivo.adapter_archive import ADAPTER_FILES, pack
 from invivo.engine.adapter_file import write_adapter
 from invivo.errors import Forbidden, InvalidRequest, InvivoError, TooLarge
 from invivo.lm import AdapterInfo
-from invivo.lm_jobs import checkpoint_of
 from invivo.server.answers import Adapter, AdapterList, Deleted
 from invivo.server.auth import Principal, needs
 from invivo.server.documents import failures
-from invivo.server.ownership import has_job, seen_by
+from invivo.server.ownership import check_files_of
 from invivo.server.schemas import ADAPTER_NAME, AdapterRequest
 from invivo.server.services import Services, services_of
 
@@ -127,7 +126,7 @@ def get_adapter_content(
     For keys with the scope adapters, and for those whose job has made it.
     """
     services = services_of(request)
-    _check_taker(services, principal, name)
+    check_files_of(services, principal, name)
     specs, parameters = services.local.engine.adapters.content(name)
     folder = services.uploads / f"content-{secrets.token_hex(6)}"
     try:
@@ -150,23 +149,6 @@ def unload_adapter(name: str, request: Request, _principal: Manager) -> Deleted:
     """Forgets an adapter; requests that run with it finish first."""
     services_of(request).lm.unload_adapter(name)
     return Deleted(name=name, object="adapter", deleted=True)
-
-
-def _check_taker(services: Services, principal: Principal, name: str) -> None:
-    """
-    Raises:
-        NotFound: there is no such adapter, or it is a checkpoint of another's job.
-        Forbidden: it is another's, and the key has no right to adapters.
-    """
-    services.adapter_of(f"{services.model_name}:{name}", seen_by(principal))
-    made, _ = checkpoint_of(name) or (name, 0)
-    if not principal.may("adapters") and not has_job(services, principal, made):
-        raise Forbidden(
-            "the key may use this adapter, but not have its files",
-            field="name",
-            given=name,
-            remedy="Use a key with the scope adapters, or that of the job that has made it",
-        )
 
 
 def _load_form(services: Services, form: FormData) -> Adapter:

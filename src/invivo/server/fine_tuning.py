@@ -34,7 +34,7 @@ from invivo.server.fine_tuning_answers import (
     Validation,
 )
 from invivo.server.fine_tuning_schemas import FineTuningRequest, HyperparametersBody
-from invivo.server.ownership import own_file, own_job, seen_by, stored_as
+from invivo.server.ownership import check_files_of, own_file, own_job, seen_by, stored_as
 from invivo.server.services import Services, services_of
 
 router = APIRouter(tags=["fine-tuning"])
@@ -54,13 +54,7 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 def create_job(body: FineTuningRequest, request: Request, principal: Tuner) -> FineTuningJob:
     """Begins to learn from a file beside serving; errors in the file's lines name the lines."""
     services = services_of(request)
-    if services.adapter_of(body.model, seen_by(principal)) is not None:
-        raise InvalidRequest(
-            "an adapter cannot be trained further",
-            field="model",
-            given=body.model,
-            remedy=f"Train the base model, {services.model_name!r}",
-        )
+    start = _start(services, principal, body)
     if body.chosen.program is not None:
         check_editor(principal)
     own_file(services, principal, body.training_file, field="training_file")
@@ -69,7 +63,7 @@ def create_job(body: FineTuningRequest, request: Request, principal: Tuner) -> F
     if body.suffix is not None:
         _check_name(services, principal, body.suffix)
     try:
-        info = services.jobs.create(_asked(body, stored_as(principal)))
+        info = services.jobs.create(_asked(body, start, stored_as(principal)))
     except InvivoError as error:
         error.field = _as_written(error.field, body)
         raise
@@ -171,7 +165,26 @@ def _ordered(
     return _job(services, order(own_job(services, principal, job_id).id))
 
 
-def _asked(body: FineTuningRequest, owner: str) -> JobRequest:
+def _start(services: Services, principal: Principal, body: FineTuningRequest) -> str | None:
+    """The adapter that training begins with, named as the model or among the hyperparameters."""
+    named = services.adapter_of(body.model, seen_by(principal))
+    chosen = body.chosen.start
+    if None not in (named, chosen) and named != chosen:
+        raise InvalidRequest(
+            "is another adapter than that of the model",
+            field=_as_written("start", body),
+            given=chosen,
+            remedy="Give one of the two",
+        )
+    start = named or chosen
+    if start is not None:
+        where = "model" if named is not None else _as_written("start", body)
+        assert where is not None
+        check_files_of(services, principal, start, where)
+    return start
+
+
+def _asked(body: FineTuningRequest, start: str | None, owner: str) -> JobRequest:
     given: dict[str, Any] = {
         name: value
         for name, value in body.chosen.model_dump(exclude_unset=True).items()
@@ -182,6 +195,8 @@ def _asked(body: FineTuningRequest, owner: str) -> JobRequest:
         given["learning_rate"] = multiplier * Hyperparameters().learning_rate
     if body.seed is not None:
         given["seed"] = body.seed
+    if start is not None:
+        given["start"] = start
     return JobRequest(
         training_file=body.training_file,
         hyperparameters=Hyperparameters.of(given),

@@ -120,6 +120,12 @@ class HyperparametersBody(Strict):
         "to the loss" + _EXT,
     )
 
+    start: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None,
+        description="An adapter, or a checkpoint of one, that is learned further: training begins "
+        "with it, and method, places and sizes are its own; as model base:adapter" + _EXT,
+    )
+
     @model_validator(mode="after")
     def _one_learning_rate(self) -> HyperparametersBody:
         if self.learning_rate is not None and isinstance(self.learning_rate_multiplier, float):
@@ -145,7 +151,9 @@ _MetadataValue = Annotated[str, Field(max_length=512)]
 class FineTuningRequest(Strict):
     """Body of POST /v1/fine_tuning/jobs."""
 
-    model: ModelName = Field(description="The base model")
+    model: ModelName = Field(
+        description="The base model, or base:adapter for an adapter that is learned further"
+    )
     training_file: str = Field(min_length=1, max_length=128)
     validation_file: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
         None, description="Held-out examples, whose loss is told in events and checkpoints"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from invivo.errors import NotFound
-from invivo.lm_jobs import FileInfo, JobInfo
+from invivo.errors import Forbidden, NotFound
+from invivo.lm_jobs import FileInfo, JobInfo, checkpoint_of
 from invivo.server.auth import Principal
 from invivo.server.services import Services
 
@@ -18,6 +18,30 @@ def stored_as(principal: Principal) -> str:
 def seen_by(principal: Principal) -> str | None:
     """The owner whose things the principal sees, None = everyone's."""
     return None if principal.may("admin") else stored_as(principal)
+
+
+def check_files_of(
+    services: Services, principal: Principal, adapter: str, field: str = "name"
+) -> None:
+    """Whether the principal may have the numbers of an adapter or a checkpoint.
+
+    Raises:
+        NotFound: there is none of this name, or it is a checkpoint of another's job.
+        Forbidden: it is another's, and the key has no right to adapters.
+    """
+    try:
+        services.adapter_of(f"{services.model_name}:{adapter}", seen_by(principal))
+    except NotFound as error:
+        error.field = field
+        raise
+    name, _ = checkpoint_of(adapter) or (adapter, 0)
+    if not principal.may("adapters") and not has_job(services, principal, name):
+        raise Forbidden(
+            "the key may ask this adapter, but not have what is in it",
+            field=field,
+            given=adapter,
+            remedy="Use a key with the scope adapters, or that of the job that has made it",
+        )
 
 
 def has_job(services: Services, principal: Principal, name: str) -> bool:
