@@ -61,6 +61,7 @@ OPERATIONS = [
     ("GET", "/v1/adapters"),
     ("POST", "/v1/adapters"),
     ("POST", "/v1/adapters/upload"),
+    ("GET", "/v1/adapters/{name}/content"),
     ("DELETE", "/v1/adapters/{name}"),
     ("POST", "/v1/files"),
     ("GET", "/v1/files"),
@@ -95,7 +96,7 @@ def api(short: ServerThread):
 
 @pytest.fixture(scope="module")
 def known(lm, short: ServerThread) -> Iterator[dict[str, str]]:
-    """Names of a model, a file and an ended job that are there."""
+    """Names of a model, a file, an ended job and its adapter that are there."""
     job = lm.finetune([{"text": "the cat is red"}], name="known", steps=1, batch_size=1)
     info = job.wait(timeout=PATIENCE)
     assert info.status == "succeeded"
@@ -103,6 +104,7 @@ def known(lm, short: ServerThread) -> Iterator[dict[str, str]]:
         "model": short.app.state.services.model_name,
         "file_id": info.training_file,
         "job_id": job.id,
+        "name": "known",
     }
     for each in lm.jobs():
         each.cancel() if each.status not in ENDED else None
@@ -117,9 +119,8 @@ def known(lm, short: ServerThread) -> Iterator[dict[str, str]]:
 def possible(case: schemathesis.Case, known: dict[str, str]) -> schemathesis.Case:
     """A valid request made one that this model can carry out: known names and tokens."""
     if case.method != "DELETE":
-        case.path_parameters.update(
-            {name: known[name] for name in ("file_id", "job_id") if name in case.path_parameters}
-        )
+        given = case.path_parameters
+        given.update({name: known[name] for name in ("file_id", "job_id", "name") if name in given})
     if isinstance(case.body, dict) and "training_file" in case.body:
         case.body.update({"model": known["model"], "training_file": known["file_id"]})
         within = (case.body.get("method") or {}).get("supervised") or {}
