@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import tiny_hf_model, tiny_model_folder
-from tests.waiting import PATIENCE, await_for
+from tests.waiting import PATIENCE, await_for, wait_for
 
 import invivo
 from invivo.engine.bypasses import BypassSpec, init_parameters
@@ -430,3 +430,20 @@ def test_a_program_may_end_in_the_middle_of_an_answer(folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Error" not in done.stderr
+
+
+def test_a_loop_closed_under_a_stream_is_no_failure_of_the_engine(
+    lm: LocalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def begin() -> Any:
+        stream = lm.astream("the", max_tokens=900, ignore_eos=True)
+        await anext(stream)
+        return stream
+
+    loop = asyncio.new_event_loop()
+    stream = loop.run_until_complete(begin())
+    # As an interrupted command leaves it: closed at once, the stream not told.
+    loop.close()
+    wait_for(lambda: lm.stats()["running"] == 0)
+    assert "receiver" not in caplog.text
+    del stream

@@ -9,7 +9,7 @@ import time
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -546,7 +546,8 @@ class LocalLM(LM):
         gone = threading.Event()
 
         def put(output: Output) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, output)
+            with suppress(RuntimeError):  # a loop that was closed took whoever waited with it
+                loop.call_soon_threadsafe(queue.put_nowait, output)
 
         def submit() -> None:
             self.engine.submit(request, put)

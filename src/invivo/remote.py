@@ -82,6 +82,13 @@ class RemoteLM(LM):
     """See :func:`connect`; the methods are those of :class:`invivo.lm.LM`."""
 
     def __init__(self, url: str, *, key: str | None = None, timeout: float = 600.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise InvalidRequest(
+                "is no address of a server",
+                field="url",
+                given=url,
+                remedy="Write http://HOST:PORT, as `invivo serve` prints it",
+            )
         self.url = url.rstrip("/").removesuffix("/v1")
         self._http = Transport(self.url, key=key, timeout=timeout)
         try:

@@ -50,6 +50,12 @@ def test_a_second_run_asks_only_what_is_missing_failed_or_half_written(tmp_path:
     assert target.read_text(encoding="utf-8") == '{"id": 1, "text": "done"}\n'
 
 
+def test_an_output_that_cannot_be_is_told_before_anything_runs(tmp_path: Path) -> None:
+    for target in (tmp_path, tmp_path / "none" / "out"):
+        with pytest.raises(InvalidRequest, match="--output"):
+            unanswered([{"id": 1}], target)
+
+
 @given(
     count=st.integers(1, 12),
     bad=st.sets(st.integers(0, 11)),

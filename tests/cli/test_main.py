@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -82,3 +83,54 @@ def test_an_extra_that_is_not_installed_is_named(
     ran = invivo("keys", "list")
     assert ran.code == 1
     assert "invivo[serve]" in ran.err
+
+
+def as_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "invivo.cli", *arguments], check=False, **options)
+
+
+def test_a_full_disk_under_standard_output_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        ran = as_process("models", "list", "--json", stdout=full, stderr=subprocess.PIPE)
+    assert ran.returncode == 1
+    assert ran.stderr == b"error: No space left on device\n"
+
+
+def test_closed_streams_and_readers_that_have_seen_enough_are_no_crash() -> None:
+    closed = as_process("--version", stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert (closed.returncode, closed.stderr) == (0, b"")
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        gone = as_process("models", "list", "--json", stdout=writing, stderr=subprocess.PIPE)
+    finally:
+        os.close(writing)
+    assert (gone.returncode, gone.stderr) == (1, b"")
+
+
+def test_what_the_machine_refuses_is_one_line(invivo: Invivo, monkeypatch: Any) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/locked")
+
+    monkeypatch.setattr("invivo.models.resolve.list_models", refuse)
+    ran = invivo("models", "list")
+    assert (ran.code, ran.err) == (1, "error: /locked: Permission denied\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_remarks_of_examples_fit_a_terminal_of_80_columns(
+    invivo: Invivo, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def shown(columns: str) -> list[str]:
+        monkeypatch.setenv("COLUMNS", columns)
+        text = invivo(*command, "--help").out.split("Examples")[1]
+        return [line.strip() for line in text.splitlines()]
+
+    remarks = [line for line in shown("200") if "  " in line or line.startswith("#")]
+    assert set(remarks) <= set(shown("80"))
+
+
+def test_an_address_that_is_none_is_wrongly_asked(invivo: Invivo) -> None:
+    ran = invivo("generate", "x", "--url", "localhost:8000")
+    assert ran.code == 2
+    assert "http://HOST:PORT" in ran.err

@@ -41,6 +41,8 @@ def read_records(source: Path) -> list[Record]:
             raise InvalidRequest("id stands in an earlier line too", field=where, given=identity)
         seen.add(identity)
         records.append(record)
+    if not records:
+        note(f"{source} holds no lines: there is nothing to do")
     return records
 
 
@@ -48,7 +50,17 @@ def unanswered(records: list[Record], target: Path) -> list[Record]:
     """The records that ``target`` does not answer yet; those answered by an error are asked again.
 
     The file keeps its good lines only, so that every id is in it once at the end.
+
+    Raises:
+        InvalidRequest: there is no such folder, or it is a folder itself.
     """
+    if target.is_dir() or not target.parent.is_dir():
+        raise InvalidRequest(
+            "is a folder" if target.is_dir() else "the folder of this file does not exist",
+            field="--output",
+            given=str(target),
+            remedy="Name a file in a folder that exists",
+        )
     if not target.exists():
         return records
     answered: set[str | int] = set()

@@ -32,7 +32,7 @@ from invivo.cli import (
     study,
     train,
 )
-from invivo.cli.output import examples, fail
+from invivo.cli.output import drop_unwritten, examples, fail, open_closed_streams
 from invivo.errors import InvalidRequest, InvivoError
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ app = typer.Typer(
     help="One living language model: chat, scoring, embeddings and adapters from one engine.",
     epilog=examples(
         "invivo chat                                  talk to SmolLM2 here",
-        "invivo serve                                 OpenAI-compatible server, live page",
+        "invivo serve                                 OpenAI's routes and a live page",
         "invivo generate 'The capital of France is'   continue a text",
     ),
     no_args_is_help=True,
@@ -92,8 +92,12 @@ def root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrongly asked, 130 interrupted."""
+    open_closed_streams()
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="invivo")
+        try:
+            app(args=None if arguments is None else list(arguments), prog_name="invivo")
+        finally:
+            sys.stdout.flush()  # a full disk is told below, not by the interpreter at its end
     except InvalidRequest as error:
         fail(str(error))
         sys.exit(2)
@@ -104,6 +108,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.name not in SERVE_MODULES:
             raise
         fail(f"{error.name} is not installed. Run: pip install 'invivo[serve]'")
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read has seen enough
+        drop_unwritten()
+        sys.exit(1)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        drop_unwritten()
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
         sys.exit(1)
 
 

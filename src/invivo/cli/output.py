@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,11 +14,23 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 NOBODY_LOOKS = 1000  # columns of what is no terminal
+_HELP_COLUMNS = 78  # of a terminal of 80
 
 
 def examples(*lines: str) -> str:
-    """A help epilogue of one example a line; ``[`` would begin rich's markup."""
-    return "[bold]Examples[/bold]\n" + "\n".join("  " + line.replace("[", "\\[") for line in lines)
+    """A help epilogue of one example a line; ``[`` would begin rich's markup.
+
+    A remark stands two spaces or more behind its command, and above it where both are too long
+    for one line.
+    """
+    shown: list[str] = []
+    for line in lines:
+        parts = re.split(" {2,}", line, maxsplit=1)
+        if len(line) > _HELP_COLUMNS and len(parts) == 2:
+            shown += [f"# {parts[1]}", parts[0]]
+        else:
+            shown.append(line)
+    return "[bold]Examples[/bold]\n" + "\n".join(line.replace("[", "\\[") for line in shown)
 
 
 def stdout() -> Console:
@@ -30,6 +43,24 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(file=sys.stderr, highlight=False)
+
+
+def open_closed_streams() -> None:
+    """Where the caller closed standard output or error (``>&-``), what is written goes nowhere."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def drop_unwritten() -> None:
+    """Send what standard output still holds nowhere: the interpreter would fail on it at exit."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError):  # no file behind it, as in tests
+        return
 
 
 def fail(message: str) -> None:

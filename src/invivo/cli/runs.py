@@ -44,13 +44,14 @@ def list_all(
     if as_json:
         print_json(rows)
         return
+    if not rows:
+        note(f"{runs} holds no runs; begin one with: invivo train CONFIG")
+        return
     print_table(
         "",
         ["name", "status", "step>", "of>", "loss>", "held out>", "folder"],
         [["-" if value is None else str(value) for value in row.values()] for row in rows],
     )
-    if not rows:
-        note(f"{runs} holds no runs; begin one with: invivo train CONFIG")
 
 
 def _row(record: Any) -> dict[str, Any]:

@@ -241,12 +241,20 @@ def show(reading: Reading) -> None:
 
 
 def show_tokens(scored: list[Token]) -> None:
-    """The text with each token's colour from green (expected) to red (surprising)."""
+    """The text with each token's colour from green (expected) to red (surprising).
+
+    Without a terminal, which has no colours: a line for each token, its log-probability before it.
+    """
     from rich.text import Text
 
+    if not stdout().is_terminal:
+        for token in scored:
+            sys.stdout.write(f"{token.logprob:10.4f}  {token.text!r}\n")
+        return
     line = Text()
     for token in scored:
         surprise = min(-token.logprob / math.log(2) / 16, 1.0)
         red, green = int(90 + 165 * surprise), int(220 - 150 * surprise)
         line.append(token.text, style=f"rgb({red},{green},90)")
     stdout().print(line, soft_wrap=True)
+    note("green: expected, red: surprising (16 bits and more)")

@@ -208,7 +208,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's endpoints and more, with a live page at /."""
     from invivo.cli.opening import opened
-    from invivo.server.run import run
+    from invivo.server.run import bound, run
     from invivo.server.settings import Settings
 
     settings = Settings(
@@ -225,12 +225,14 @@ def serve(
         runs=runs,
     )
     paths = options.adapter_paths(adapter)
-    # Asked before a large model is loaded; the server asks again.
+    # Both are asked before a large model is loaded; of the first the server asks again.
     refuse_exposure(settings)
+    address = bound(settings)
     logging.basicConfig(
         level=logging.WARNING if quiet else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the note below says that it serves
     with opened(
         model,
         device=device,
@@ -249,14 +251,15 @@ def serve(
     ) as lm:
         info = lm.info()
         shown = f"[{host}]" if ":" in host else host
-        note(f"{info.name} ({info.dtype} on {info.device}) at http://{shown}:{port}")
         try:
             lm.resume_jobs()
         except Conflict as error:  # another server of this model trains
             if state is not None:
                 raise
             note(f"without fine-tuning: {error}")
-        run(lm, settings)
+        where = f"http://{shown}:{port}"
+        note(f"{info.name} ({info.dtype} on {info.device}) at {where}, Ctrl-C ends it")
+        run(lm, settings, address)
 
 
 def refuse_exposure(settings: Settings) -> None:

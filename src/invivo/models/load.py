@@ -127,7 +127,7 @@ def pick_dtype(
         return dtype
     if dtype is not None:
         if dtype not in _DTYPES:
-            raise UnsupportedModel(
+            raise InvalidRequest(
                 "unknown dtype", field="dtype", given=dtype, remedy=f"Known: {', '.join(_DTYPES)}"
             )
         return _DTYPES[dtype]
@@ -217,7 +217,10 @@ def read_weights(decoder: Decoder, folder: Path) -> None:
                         _copy(opened.get_tensor(name), names[name], parameters, folder)
     except SafetensorError as error:
         raise UnsupportedModel(
-            f"the weights cannot be read: {error}", field="model", given=str(folder)
+            f"the weights cannot be read: {error}",
+            field="model",
+            given=str(folder),
+            remedy="A file may be empty or cut short: fetch it again",
         ) from error
 
 
@@ -288,7 +291,7 @@ def load_tokenizer(folder: Path) -> Any:
         return chosen.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModel(
-            f"the tokenizer cannot be read: {error}",
+            f"the tokenizer cannot be read: {' '.join(str(error).split())}",
             field="model",
             given=str(folder),
             remedy="The folder needs a tokenizer.json",

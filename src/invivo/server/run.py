@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import socket
 import threading
 import time
@@ -18,10 +19,14 @@ from invivo.server.app import create_app
 from invivo.server.settings import Settings
 
 _START_SECONDS = 30.0
+_log = logging.getLogger("invivo.server")
 
 
-def run(lm: LM, settings: Settings | None = None) -> None:
+def run(lm: LM, settings: Settings | None = None, address: socket.socket | None = None) -> None:
     """Serves until a stop signal; running requests get ``shutdown_seconds`` to finish.
+
+    Args:
+        address: what :func:`bound` gave, if it was asked for beforehand.
 
     Raises:
         InvalidRequest: the settings would expose the server without any key, or the address
@@ -32,7 +37,7 @@ def run(lm: LM, settings: Settings | None = None) -> None:
     # What stands now stays: to look through it again would stop every stream for 0.1 s at times.
     gc.collect()
     gc.freeze()
-    server.run([_bound(settings)])
+    server.run([address or bound(settings)])
 
 
 class ServerThread:
@@ -46,7 +51,7 @@ class ServerThread:
         self.settings = settings or Settings(port=0)
         self.app = create_app(lm, self.settings)
         self._server = _server(self.app, self.settings)
-        self._socket = _bound(self.settings)
+        self._socket = bound(self.settings)
         self.port: int = self._socket.getsockname()[1]
         host = self.settings.host
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
@@ -94,6 +99,13 @@ class _Server(uvicorn.Server):
         self._app.state.services.draining = True
         super().handle_exit(sig, frame)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        _log.info(
+            "stopping; running requests have %d s, a second signal ends them now",
+            self.config.timeout_graceful_shutdown,
+        )
+        await super().shutdown(sockets)
+
 
 def _server(app: FastAPI, settings: Settings) -> _Server:
     config = uvicorn.Config(
@@ -110,7 +122,7 @@ def _server(app: FastAPI, settings: Settings) -> _Server:
     return _Server(config, app)
 
 
-def _bound(settings: Settings) -> socket.socket:
+def bound(settings: Settings) -> socket.socket:
     """A socket at the address to serve. Raises InvalidRequest when it cannot be had."""
     host, port = settings.host, settings.port
     try:
