@@ -75,6 +75,22 @@ def test_a_file_becomes_an_adapter_that_chat_can_load(
     assert invivo("jobs", "list", "--state", str(out / "job"), "--json").json() == []
 
 
+def test_what_comes_out_of_a_model_that_only_continues_texts_is_tried_by_generate(
+    invivo: Invivo, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "texts.txt", tmp_path / "poet"
+    data.write_text("The cat sat on the mat.\n")
+    given = ("finetune", str(data), "-m", "gla-small", "--steps", "1")
+    ran = invivo(*given, *SETTINGS, "--out", str(out))
+    assert ran.code == 0, ran.err
+    assert f"invivo generate -m gla-small --adapter poet={out} --use poet 'Once" in ran.err
+    tried = invivo(
+        *("generate", "-m", "gla-small", "--adapter", f"poet={out}", "--use", "poet"),
+        *("Once upon a time", "-n", "2"),
+    )
+    assert tried.code == 0, tried.err
+
+
 def test_held_out_examples_of_a_table_are_shown(
     invivo: Invivo, tiny: str, data: str, tmp_path: Path
 ) -> None:

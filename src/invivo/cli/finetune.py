@@ -317,6 +317,7 @@ def finetune(
             with writing_adapter(out):  # told before anything is learned
                 pass
         with opened(**where, url=url, key=key) as lm:
+            chats = lm.info().has_chat_template
             job = lm.finetune(source, name=name, **asked)
             info = _watched_remotely(job, url, quiet=as_json)
             if info.status == "succeeded" and out is not None:
@@ -326,6 +327,7 @@ def finetune(
         _check_folder(out, resume=resume)
         # Nobody else is served here: iterations may be long.
         with opened(**where, state=out / STATE, tpot_ms=ALONE_MS) as lm:
+            chats = lm.info().has_chat_template
             if resume:
                 job = _gone_on(lm)
             else:
@@ -342,7 +344,7 @@ def finetune(
     if info.status != "succeeded":
         raise InvivoError(f"the job is {info.status}", remedy=(info.error or {}).get("message"))
     if not as_json:
-        _tell_done(info, out, model, url)
+        _tell_done(info, out, model, url, chats=chats)
 
 
 def _name_of(path: Path) -> str:
@@ -466,9 +468,12 @@ def losses_shown(losses: list[float | None]) -> str:
     return last if len(losses) == 1 else f"{first} to {last}"
 
 
-def _tell_done(info: JobInfo, out: Path | None, model: str | None, url: str | None) -> None:
+def _tell_done(
+    info: JobInfo, out: Path | None, model: str | None, url: str | None, *, chats: bool
+) -> None:
     loss = "" if info.loss is None else f", loss {info.loss:.4f}"
     note(f"{info.n_steps} steps, {info.trained_tokens} tokens{loss}")
+    command, prompt = ("chat", "") if chats else ("generate", " 'Once upon a time'")
     if info.validations:
         note(f"held-out loss: {losses_shown([one.loss for one in info.validations])}")
     sys.stdout.write(f"{info.fine_tuned_model if out is None else out}\n")
@@ -479,7 +484,7 @@ def _tell_done(info: JobInfo, out: Path | None, model: str | None, url: str | No
                 "a program is asked for"
             )
             return
-        note(f"try it: invivo chat --url {url} --use {info.name}")
+        note(f"try it: invivo {command} --url {url} --use {info.name}{prompt}")
         return
     assert out is not None
     if _is_program(info):
@@ -489,7 +494,8 @@ def _tell_done(info: JobInfo, out: Path | None, model: str | None, url: str | No
         )
         note(f"try it: invivo look{_model_option(model)} PROMPT --program {program}{given}")
         return
-    note(f"try it: invivo chat{_model_option(model)} --adapter {info.name}={out} --use {info.name}")
+    adapter = f"--adapter {info.name}={out} --use {info.name}"
+    note(f"try it: invivo {command}{_model_option(model)} {adapter}{prompt}")
 
 
 def _model_option(model: str | None) -> str:

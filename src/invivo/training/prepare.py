@@ -254,7 +254,8 @@ def _finish(
             f"none of {writer.counts['train'].documents} documents was drawn to be held out",
             field="data.valid_fraction",
             given=data.valid_fraction,
-            remedy="Raise it, give a source with split = 'valid', or set it to 0",
+            remedy="Raise it (documents that say their own split are not drawn), give a source "
+            "with split = 'valid', or set it to 0",
         )
     tokenizer, folder = writer.tokenizer, writer.folder
     splits = {}
