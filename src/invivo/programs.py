@@ -7,6 +7,7 @@ selectors look at, resolves (and remembers what it resolved), and turns what cam
 from __future__ import annotations
 
 import functools
+import logging
 import platform
 import threading
 from collections import OrderedDict
@@ -31,12 +32,16 @@ from invivo.edits.prompt_text import PromptText, prompt_of_ids
 from invivo.edits.resolve import ResolveBounds, ResolveCache, resolve
 from invivo.edits.resolved import ResolvedProgram, ResolvedRow
 from invivo.edits.results import Captured, Measured, ProgramOutput, RowOutput
+from invivo.edits.site_check import failed_sites
 from invivo.edits.site_names import format_ref
 from invivo.engine.types import Intervention
 from invivo.errors import InvalidRequest, NotFound
 from invivo.marked_prompt import MarkedPrompt
 from invivo.models.load import LoadedModel
+from invivo.passing_thread import in_passing_thread
 from invivo.program_result import Capture, Measure, ProgramResult, Row
+
+log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 _LARGEST_BLOB = 64 * _MIB
@@ -89,6 +94,8 @@ class Programs:
         self._identities: OrderedDict[int, tuple[Program, str, frozenset[str]]] = OrderedDict()
         self._texts: OrderedDict[tuple[int, ...], PromptText] = OrderedDict()
         self._lock = threading.Lock()
+        self._checking = threading.Lock()
+        self._failed: Mapping[tuple[str, int], str] | None = None
         self._programs = ContentStore(
             "program",
             owner_bytes=64 * _MIB,
@@ -103,6 +110,23 @@ class Programs:
             total_bytes=2048 * _MIB,
             folder=None if folder is None else folder / "blobs",
         )
+
+    def check_sites(self) -> Mapping[tuple[str, int], str]:
+        """Try the equations between the model's sites, the first time this is called.
+
+        On a CPU alone: on a GPU the interpreter's small batches have not been tried with it.
+
+        Returns:
+            The sites that programs are refused, and their layers, with the reason.
+        """
+        with self._checking:
+            if self._failed is None:
+                decoder = self._model.decoder
+                on_cpu = decoder.embed.device.type == "cpu"
+                self._failed = in_passing_thread(lambda: failed_sites(decoder)) if on_cpu else {}
+                for (site, layer), reason in self._failed.items():
+                    log.error("programs are refused %s of layer %d: %s", site, layer, reason)
+            return self._failed
 
     # --- what is kept -----------------------------------------------------------------------
     def store(self, given: object, owner: str = "") -> str:
@@ -201,6 +225,7 @@ class Programs:
             InvalidRequest, TooLarge: it is no program, or a tensor does not fit.
             NotFound: a stored program or tensor is not there.
         """
+        self.check_sites()
         owned = program if isinstance(program, OwnedProgram) else OwnedProgram(program, "")
         owner = owned.owner
         read, tensors = self.read(owned.program, owner)
@@ -350,6 +375,7 @@ class Programs:
                 encode=lambda text: self._tokenize(text, False),
                 model_names=(self._model.name, self._model.fingerprint),
                 bounds=self._bounds,
+                failed=self._failed or {},
             )
 
         with self._lock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,6 +74,15 @@ _BECOMES = {
 }
 
 
+# The quantities that switches act on.
+_RESTS_ON = {
+    "attn.edge": "attn.head.prob",
+    "gla.edge": "gla.head.state",
+    "moe.expert.on": "moe.expert.weight",
+    "block": "resid.post",
+    "attn": "attn.out",
+    "mlp": "mlp.out",
+}
 # Operations that read runs or a tensor, and the argument that says which.
 _REFERENCES = {"mean": "over", "resample": "pool"}
 
@@ -101,6 +111,7 @@ def resolve(
     encode: Encode | None = None,
     model_names: Collection[str] = (),
     bounds: ResolveBounds = ResolveBounds(),
+    failed: Mapping[tuple[str, int], str] = MappingProxyType({}),
 ) -> ResolvedProgram:
     """Find out what ``program`` means for a model and its prompts.
 
@@ -109,6 +120,8 @@ def resolve(
         blobs: the named tensors that the program refers to.
         encode: token ids of a text; needed where tokens are given by text.
         model_names: names and fingerprint of this model, compared with ``program.model``.
+        failed: sites (and their layer) that are not what they should be, with the reason; see
+            :func:`~invivo.edits.site_check.failed_sites`.
 
     Raises:
         InvalidRequest: a site is not there, a selector matches nothing, shapes do not agree, runs
@@ -127,7 +140,7 @@ def resolve(
         raise TooLarge(
             f"rows times steps and outputs are at most {bounds.steps}", field="sweep", given=n_steps
         )
-    work = _Resolution(program, config, prompts, blobs or Blobs(), encode, bounds)
+    work = _Resolution(program, config, prompts, blobs or Blobs(), encode, bounds, failed)
     rows: list[ResolvedRow] = []
     varying: frozenset[str] = frozenset()
     by_steps = _varying_by_steps(program)
@@ -192,12 +205,14 @@ class _Resolution:
         blobs: Blobs,
         encode: Encode | None,
         bounds: ResolveBounds,
+        failed: Mapping[tuple[str, int], str],
     ) -> None:
         self.program = program
         self.config = config
         self.blobs = blobs
         self.encode = encode
         self.bounds = bounds
+        self.failed = failed
         self.prompts = _prompts_of_runs(program.runs, prompts)
         self.n_bytes = 0
         self.n_touches = 0
@@ -289,9 +304,21 @@ class _Resolution:
             if refs is None:
                 where = path if len(patterns) == 1 else f"{path}[{i}]"
                 refs = resolve_site(pattern, self.config, self.program.sets, where, expand=expand)
+                self._check_sound(refs, where)
                 self.sites[pattern, expand] = refs
             found += refs
         return found
+
+    def _check_sound(self, refs: list[SiteRef], path: str) -> None:
+        for ref in refs:
+            reason = self.failed.get((_RESTS_ON.get(ref.site, ref.site), ref.layer))
+            if reason is not None:
+                raise InvalidRequest(
+                    f"this site is not what its name says: {reason}",
+                    field=path,
+                    given=format_ref(ref),
+                    remedy="Other sites may be sound; please report the model and the versions",
+                )
 
     def _positions(self, run: str, selector: Selector, path: str) -> Positions:
         return self._resolver(run, path).resolve(selector, path)

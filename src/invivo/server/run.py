@@ -33,7 +33,9 @@ def run(lm: LM, settings: Settings | None = None, address: socket.socket | None 
             cannot be had.
     """
     settings = settings or Settings()
-    server = _server(create_app(lm, settings), settings)
+    app = create_app(lm, settings)
+    app.state.services.local.programs.check_sites()  # here, so that no request waits for it
+    server = _server(app, settings)
     # What stands now stays: to look through it again would stop every stream for 0.1 s at times.
     gc.collect()
     gc.freeze()
