@@ -41,6 +41,10 @@ def answer_length(page: Any) -> int:
     return len(page.locator(".message.assistant .content").last.text_content())
 
 
+def facts_of(page: Any) -> str:
+    return page.locator("#job-facts").text_content()
+
+
 def number(page: Any, selector: str) -> float:
     return float(re.sub(r"[^\d.]", "", page.locator(selector).text_content()) or 0)
 
@@ -304,7 +308,21 @@ def test_job_is_started_from_a_file_and_its_adapter_talks(page, lm, tmp_path):
     assert page.locator("#adapter").input_value() == "dreamer"
     ask(page, "the cat", max_tokens=3)
     wait_for(lambda: "dreamer" in page.locator("#recent tbody tr").first.text_content())
-    lm.unload_adapter("dreamer")
+
+    # The same adapter is learned further: the form asks for nothing that it says itself.
+    page.click("#job-open")
+    assert page.locator("#job-form [name=start] option").all_text_contents()[1:] == ["dreamer"]
+    page.select_option("#job-form [name=start]", "dreamer")
+    assert page.locator("#job-form [name=r]").is_hidden()
+    page.set_input_files("#job-form [name=file]", data)
+    page.fill("#job-form [name=suffix]", "waker")
+    page.fill("#job-form [name=steps]", "2")
+    page.click("#job-form [type=submit]")
+    page.wait_for_selector("#job-dialog:not([open])", state="attached")
+    wait_for(lambda: "dreamer further · lora · on v, down" in facts_of(page))
+    wait_for(lambda: "waker" in [one.name for one in lm.adapters()])
+    for name in ("dreamer", "waker"):
+        lm.unload_adapter(name)
 
 
 def test_bad_lines_of_a_file_are_named_in_the_form(page, tmp_path):

@@ -20,7 +20,10 @@ const STATES = {
 
 const dashboard = new Dashboard();
 const chat = new Chat();
-const adapters = new Adapters((names) => chat.setAdapters(names));
+const adapters = new Adapters((names) => {
+  chat.setAdapters(names);
+  jobForm.setAdapters(names);
+});
 const jobs = new Jobs((adapter) => {
   setView("chat");
   chat.talkTo(adapter);

@@ -18,7 +18,9 @@ export class JobForm {
     this.form = $("job-form");
     $("job-open").addEventListener("click", () => this.dialog.showModal());
     this.dialog.querySelector("[data-close]").addEventListener("click", () => this.dialog.close());
-    this.form.elements.method.addEventListener("change", () => this.fit());
+    for (const name of ["method", "start"]) {
+      this.form.elements[name].addEventListener("change", () => this.fit());
+    }
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.start();
@@ -29,38 +31,56 @@ export class JobForm {
     this.model = name;
   }
 
-  // Shows only the fields that the method has.
+  // What there is to learn further.
+  setAdapters(names) {
+    const { start } = this.form.elements;
+    const chosen = names.includes(start.value) ? start.value : "";
+    start.replaceChildren(new Option("the base model", ""), ...names.map((name) => new Option(name, name)));
+    start.value = chosen;
+    $("job-start").hidden = names.length === 0;
+    this.fit();
+  }
+
+  // Shows only the fields that the method has; an adapter to begin with brings its own.
   fit() {
-    const { method, r } = this.form.elements;
-    const size = SIZES[method.value];
+    const { method, r, start } = this.form.elements;
+    const further = start.value !== "";
+    const size = further ? undefined : SIZES[method.value];
+    method.closest("label").hidden = further;
     r.closest("label").hidden = !size;
     r.disabled = !size;
     $("job-size-name").textContent = size || "";
-    $("job-maps").hidden = !LINEAR.includes(method.value);
+    $("job-maps").hidden = further || !LINEAR.includes(method.value);
   }
 
   body(file, held) {
     const fields = this.form.elements;
     const method = fields.method.value;
+    const start = fields.start.value;
     const hyperparameters = {
-      method,
       learning_rate: Number(fields.learning_rate.value),
       steps: Number(fields.steps.value),
       batch_size: Number(fields.batch_size.value),
       publish_every: Number(fields.publish_every.value),
     };
-    if (SIZES[method]) hyperparameters.r = Number(fields.r.value);
-    if (LINEAR.includes(method)) {
-      const chosen = [...this.form.querySelectorAll("[name=on]:checked")].map((box) => box.value);
-      if (chosen.length) hyperparameters.on = chosen;
-    }
+    if (!start) Object.assign(hyperparameters, this.bypass(method));
     const suffix = fields.suffix.value.trim();
     return {
-      model: this.model,
+      model: start ? `${this.model}:${start}` : this.model,
       training_file: file.id,
       ...(held && { validation_file: held.id }),
       hyperparameters,
       ...(suffix && { suffix }),
+    };
+  }
+
+  bypass(method) {
+    const fields = this.form.elements;
+    const maps = [...this.form.querySelectorAll("[name=on]:checked")].map((box) => box.value);
+    return {
+      method,
+      ...(SIZES[method] && { r: Number(fields.r.value) }),
+      ...(LINEAR.includes(method) && maps.length && { on: maps }),
     };
   }
 

@@ -238,6 +238,7 @@ function stateOf(job) {
 function facts(job) {
   const h = job.hyperparameters;
   const parts = [
+    h.start ? `${h.start} further` : "",
     h.method,
     h.on?.length ? `on ${h.on.join(", ")}` : "",
     h.r ? `r ${h.r}` : "",
