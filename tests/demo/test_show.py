@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_every_request_of_both_phases_succeeds(findings: Findings) -> None:
     assert [done.task.question for done in alone.results] == [t.question for t in tasks()]
     assert tuned.results
     assert all(d.shown for d in alone.results if d.task.kind != "stream")
+
+
+def test_a_machine_that_keeps_no_promise_is_told_of(findings: Findings) -> None:
+    easy, none = ({"ttft_ms": ms, "tpot_ms": ms} for ms in (1e9, 0.0))
+    assert report.doubt(replace(findings, slo=easy)) is None
+    hard = replace(findings, slo=none)
+    told = report.doubt(hard)
+    assert told is not None
+    assert "Serving alone kept 0%" in told
+    assert told in page(hard)
+    console = Console(file=io.StringIO(), width=1000)
+    report.show(console, hard)
+    assert told in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_job_learns_beside_the_load(findings: Findings) -> None:

@@ -13,6 +13,7 @@ from invivo.demo.figures import figures
 from invivo.demo.learning import HYPERPARAMETERS, NAME, QUESTIONS
 from invivo.demo.report import (
     Findings,
+    doubt,
     kept,
     latency_table,
     learning_table,
@@ -47,9 +48,9 @@ def page(findings: Findings) -> str:
     share = kept(tuned, slo).share
     numbers = (
         (f"{first:.2f} → {last:.2f}", "loss on dialogues that were held out"),
-        (f"{tuned.rate('train'):.0f} tokens/s", "learned beside the requests"),
+        (f"{_rate(tuned.rate('train'))} tokens/s", "learned beside the requests"),
         ("–" if share is None else f"{share:.0%}", "of the streams kept the objective meanwhile"),
-        (f"{tuned.rate('generated'):.0f} tokens/s", "written meanwhile"),
+        (f"{_rate(tuned.rate('generated'))} tokens/s", "written meanwhile"),
     )
     intro = (
         f"{model['name']} ({model['n_parameters'] / 1e6:.0f}M parameters, {model['dtype']}, "
@@ -60,9 +61,11 @@ def page(findings: Findings) -> str:
         f"Objective of the server: first token within {slo['ttft_ms'] / 1e3:g} s, later ones "
         f"every {slo['tpot_ms']:g} ms. Training takes what that leaves over."
     )
+    told = doubt(findings)
     parts = [
         heading("Serving and learning at once", intro),
         facts(numbers),
+        *([] if told is None else [paragraph(told)]),
         section("Before and after", _answers(learning.before, learning.after)),
         section(
             "Learning",
@@ -86,6 +89,10 @@ def page(findings: Findings) -> str:
         ),
     ]
     return html_page("invivo: serving and learning at once", parts)
+
+
+def _rate(number: float) -> str:
+    return f"{number:.1f}" if number < 10 else f"{number:.0f}"
 
 
 def _answers(before: Sequence[str], after: Sequence[str]) -> str:

@@ -22,6 +22,8 @@ PURPOSES = {
     "train": "texts learned",
 }
 
+EXPECTED_ALONE = 0.9  # share of streams within the objective on a machine that has time
+
 
 @dataclass(slots=True)
 class Findings:
@@ -61,6 +63,18 @@ def kept(phase: Phase, slo: dict[str, float]) -> Kept:
         [t.ttft for t in timings if t.ttft is not None],
         [t.tpot for t in timings if t.tpot is not None],
         sum(within) / len(within) if within else None,
+    )
+
+
+def doubt(findings: Findings) -> str | None:
+    """What a reader must know of a machine that does not keep the promise without fine-tuning."""
+    alone = kept(findings.phases[0], findings.slo).share
+    if alone is None or alone >= EXPECTED_ALONE:
+        return None
+    return (
+        f"Serving alone kept {alone:.0%} of the streams within the objective: the machine is busy "
+        "with other work or slow. Training had hardly any time beside the requests, and the "
+        "latencies tell of the machine more than of fine-tuning."
     )
 
 
@@ -233,6 +247,8 @@ def show(console: Console, findings: Findings) -> None:
     for part in parts:
         console.print()
         console.print(part)
+    if told := doubt(findings):
+        console.print(Text(told, style="yellow"))
     for done in failed(findings):
         console.print(Text(f"failed: {done.task.question}: {done.error}", style="red"))
 
