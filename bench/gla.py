@@ -1,12 +1,13 @@
 """Gated linear attention on a GPU: right against float64, and how fast beside its rivals.
 
-    PYTHONPATH=src python bench/gla.py [--out FILE] [--seconds 90] [--only WORD]
+    PYTHONPATH=src python bench/gla.py [--out FILE] [--seconds 90] [--only WORD] [--compilers N]
 
 Every row is one shape: log gates given in float32, tau 16, bf16 tensors, forward and forward +
 backward, with the errors of o, dq, dk, dv and dg against the float64 definition by chunks; a row
 whose error is over the bar is marked. Rivals, in the same run: flash-linear-attention's chunk_gla
-(if fla-core can be imported; its first call compiles for minutes) and torch's attention of the
-same width by cuDNN and FlashAttention. Rows are printed as they come and written after each; a
+(if fla-core can be imported; its first call at a shape compiles for minutes, which ``--compilers``
+lets several processes do beforehand) and torch's attention of the same width by cuDNN and
+FlashAttention. Rows are printed as they come and written after each; a
 second call goes on where the first stopped. ``device_*_ms`` is the time that the device works,
 kernel by kernel, whatever the host does meanwhile. The floor is that of the bytes of inputs,
 outputs and gradients, or of the operations.
@@ -16,11 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -56,6 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default)
     parser.add_argument("--seconds", type=float, default=90.0, help="start no row after this")
     parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--compilers", type=int, default=0, help="processes that compile fla first")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench/gla.py needs a CUDA device")
@@ -68,9 +73,15 @@ def main() -> None:
         "versions": versions(),
     }
     rows = found.setdefault("rows", {})
+
+    def is_wanted(name: str) -> bool:
+        return args.only in name and ("failed" in rows.get(name, {}) or name not in rows)
+
+    if args.compilers:
+        compile_fla([s for s in SHAPES if is_wanted(f"fla {label_of(s)}")], args.compilers)
     ceilings = measure_ceilings()
     for name, measure in work(ceilings):
-        if args.only not in name or (name in rows and "failed" not in rows[name]):
+        if not is_wanted(name):
             continue
         if time.monotonic() - began > args.seconds:
             print("out of time: call again for the rest")
@@ -100,12 +111,16 @@ def work(ceilings: Ceilings) -> list[tuple[str, Callable[[], dict]]]:
         for tau in (16.0, 1.0, 0.3, 0.1)
     ]
     for shape in SHAPES:
-        label = "x".join(map(str, shape))
+        label = label_of(shape)
         jobs.append((f"ours {label}", partial(ours, ceilings, *shape)))
         jobs.append((f"attention {label}", partial(attention, *shape)))
     jobs += [(f"decode {batch}", partial(decode, ceilings, batch)) for batch in DECODES]
-    jobs += [(f"fla {'x'.join(map(str, shape))}", partial(fla, *shape)) for shape in SHAPES]
+    jobs += [(f"fla {label_of(shape)}", partial(fla, *shape)) for shape in SHAPES]
     return jobs
+
+
+def label_of(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def inputs(batch: int, length: int, heads: int, keys: int, values: int, tau: float) -> list:
@@ -189,13 +204,45 @@ def ours(ceilings: Ceilings, batch: int, length: int, heads: int, keys: int, val
     return {**found, "floor_forward_ms": floors[0], "floor_both_ms": floors[1]}
 
 
-def fla(batch: int, length: int, heads: int, keys: int, values: int) -> dict:
+def compile_fla(shapes: list[tuple[int, ...]], processes: int) -> None:
+    """Put every kernel from which fla chooses into Triton's cache on disk, a shape a process.
+
+    Which of them is fastest is not learnt here, where they run beside each other: the process that
+    measures chooses alone, out of what is compiled by then.
+    """
+    began = time.monotonic()
+    # A process knows what it has chosen: a second shape in it might compile nothing.
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1)
+    with pool:
+        for shape, failed in zip(shapes, pool.map(compile_one, shapes), strict=True):
+            print(f"fla {label_of(shape)} compiled", failed, f"{time.monotonic() - began:.0f} s")
+
+
+def compile_one(shape: tuple[int, int, int, int, int]) -> str:
+    """One step of fla; what went wrong, if anything did."""
+    os.environ["FLA_CACHE_RESULTS"] = "0"  # read when fla is imported
+    try:
+        call, leaves = fla_call(shape[0]), inputs(*shape, 16.0)
+        torch.autograd.grad(call(*leaves)[0], leaves, leaves[2].detach())
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"with {type(error).__name__}: {error}"[:300]
+    return ""
+
+
+def fla_call(batch: int) -> Callable[..., tuple]:
+    """fla's function of packed rows, of so many sequences of one length."""
     from fla.ops.gla import chunk_gla
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> tuple:
         split = [x.unflatten(0, (batch, -1)) for x in (q, k, v, g)]
         return (chunk_gla(*split)[0].flatten(0, 1),)
 
+    return call
+
+
+def fla(batch: int, length: int, heads: int, keys: int, values: int) -> dict:
+    call = fla_call(batch)
     leaves = inputs(batch, length, heads, keys, values, 16.0)
     # A capture of it fails, and no random numbers can be drawn in the process after that.
     found = both_ms(lambda *x: call(*x)[0], leaves, leaves[2].detach(), graph=False)
