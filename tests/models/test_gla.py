@@ -106,10 +106,11 @@ def test_a_model_survives_the_disk_bit_for_bit(shape: str, tmp_path: Path) -> No
     assert torch.equal(whole(again, TOKENS), whole(decoder, TOKENS))
 
 
-@pytest.mark.parametrize("name", ["plain", "convolution"])
+@pytest.mark.parametrize("name", ["plain", "convolution", "hybrid"])
 def test_logits_are_those_of_flash_linear_attention(name: str) -> None:
     """Its version 0.6.0 wrote folder and logits: GLAForCausalLM with random weights, float32, the
-    recurrence by its naive form and Triton's pointwise kernels by torch's operations."""
+    recurrence by its naive form, Triton's pointwise kernels and flash attention by torch's
+    operations. The hybrid's middle layer is attention with shared key heads and a window."""
     folder = Path(__file__).parent / "fla" / name
     decoder = Decoder(config_from_hf(read_json(folder / "config.json")))
     read_weights(decoder, folder)
