@@ -97,6 +97,19 @@ def test_float32_is_right_to_a_hundred_thousandth(tau: float) -> None:
         assert distance(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("tau", [16.0, 0.1])
+@pytest.mark.parametrize(
+    ("lengths", "d_k", "d_v"), [([8192], 32, 64), ([1, 15, 64, 0, 1000], 128, 64), ([90], 256, 512)]
+)
+def test_long_and_wide_spans_in_float32(lengths: list[int], d_k: int, d_v: int, tau: float) -> None:
+    """Beside float64 chunks, which equal the recurrence (above)."""
+    sizes = {"heads": 1, "d_k": d_k, "d_v": d_v, "tau": tau}
+    xs, state, start = inputs(lengths, **sizes, dtype=torch.float32)
+    exact = grads_of(gla, [x.double() for x in xs], state.double(), start)
+    for got, want in zip(grads_of(gla, xs, state, start), exact, strict=True):
+        assert distance(got, want) < 1e-5
+
+
 def test_bfloat16_is_computed_in_float32_and_rounded_once() -> None:
     xs, state, start = inputs([90], d_k=16, dtype=torch.bfloat16)
     exact, final = gla_reference(
