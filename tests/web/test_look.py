@@ -142,6 +142,8 @@ def test_phone_has_the_panel_as_a_view_of_its_own(open_page):
     assert page.locator("#live").is_hidden()
     assert page.locator("#lens tbody td").first.is_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    # Only the panel scrolls: nothing hangs out below the tabs.
+    assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")
 
 
 def test_without_the_scope_it_says_what_is_missing(open_page, lm, tmp_path):

@@ -117,7 +117,7 @@ export class Look {
     const token = Number($("heads-token").value);
     $("heads-empty").hidden = true;
     $("heads").hidden = false;
-    $("heads-sub").textContent = `logit ${this.shares.logit[token].toFixed(2)}: orange for it, blue against`;
+    $("heads-sub").textContent = `logit ${this.shares.logit[token].toFixed(2)} by head and MLP: orange for it, blue against`;
     drawHeads($("heads"), rows, token, (place) => this.edits.add(place));
   }
 
