@@ -87,7 +87,7 @@ def look(
             "--top",
             min=1,
             max=100,
-            help="Tokens of the lens, largest shares.",
+            help="Tokens of the lens; of the largest shares twice as many.",
             rich_help_panel=VIEW,
         ),
     ] = 5,
