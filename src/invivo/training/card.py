@@ -44,7 +44,7 @@ def model_card(
     about = config["export"]["about"] or f"A {shape.family} language model, trained from scratch."
     return (
         f"---\n{lines}\n---\n# {config['name']}\n{about}\n\n| | |\n| --- | --- |\n{table}\n\n"
-        f"    invivo serve {config['name']}\n\n"
+        "    invivo serve PATH_OF_THIS_FOLDER\n\n"
         "It knows its training text and nothing else: it continues texts, it does not answer.\n"
     )
 
