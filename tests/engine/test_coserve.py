@@ -21,25 +21,26 @@ from invivo.errors import InvalidRequest
 LAYERS = 8
 
 
-def seconds_of(work: Work) -> float:
-    """A machine: 4 ms flat to 130 rows, 0.5 ms for any training, 2 us a token-layer backward."""
+def seconds_of(work: Work, start: float = 5e-4) -> float:
+    """A machine: 4 ms flat to 130 rows, ``start`` for any training, 2 us a token-layer backward."""
     time = max(4e-3, 1e-3 + 2.3e-5 * work.rows) if work.rows else 0.0
     return (
         time
         + 1e-8 * work.context
-        + 5e-4 * (work.train_rows > 0)
-        + (5e-4 + 2e-6 * work.backward) * (work.backward > 0)
+        + start * (work.train_rows > 0)
+        + (start + 2e-6 * work.backward) * (work.backward > 0)
     )
 
 
-def machine() -> LatencyModel:
+def machine(start: float = 5e-4) -> LatencyModel:
     works = [Work(rows, context=keys) for rows in (1, 8, 64, 256, 512) for keys in (0, 100_000)]
     works += [Work(8).with_window(0, n) for n in (8, 64, 256, 512)]
     works += [Work(8).with_backward(256, n) for n in (1, 4, 8)]
-    return LatencyModel([Sample(work, seconds_of(work)) for work in works])
+    return LatencyModel([Sample(work, seconds_of(work, start)) for work in works])
 
 
 MACHINE = machine()
+DEAR = machine(4e-3)  # whose training takes as long to begin as a step of decodes
 
 
 def limits_of(**changes) -> Limits:
@@ -65,11 +66,12 @@ class Bench:
     sizes: Sizes = field(default_factory=Sizes)
     jobs: list[SimulatedJob] = field(default_factory=list)
     now: float = 0.0
+    machine: LatencyModel = MACHINE
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.limits)
         self.coserver = Coserver(
-            self.scheduler, MACHINE, self.slo, policy_of(self.policy), sizes=self.sizes
+            self.scheduler, self.machine, self.slo, policy_of(self.policy), sizes=self.sizes
         )
 
     def job(self, name: str = "j", *, share: float = 1.0, length: int = 1024, cuts: bool = True):
@@ -90,7 +92,7 @@ class Bench:
     def step(self) -> Plan | None:
         plan = self.coserver.plan(self.now, self.jobs)
         if plan is not None:
-            self.now += MACHINE.predict(work_of(plan))
+            self.now += self.machine.predict(work_of(plan))
             run(plan, self.scheduler, self.jobs)
             self.coserver.folded(plan, self.now)
         return plan
@@ -470,6 +472,7 @@ def test_a_burst_gathers_the_slack_of_large_pieces_and_keeps_the_mean_pace() -> 
             limits_of(max_batch_tokens=2048),
             slo=Slo(tpot_ms=12, burst=burst),
             sizes=Sizes(quantum_ms=12 * burst),
+            machine=DEAR,
         )
         bench.job(length=2048)
         seq = bench.ask(8, 200)
@@ -493,7 +496,11 @@ def test_a_burst_gathers_the_slack_of_large_pieces_and_keeps_the_mean_pace() -> 
 def test_a_burst_does_not_starve_training_beside_answers_that_never_gather_slack() -> None:
     tokens = {}
     for burst in (1.0, 4.0):
-        bench = Bench(slo=Slo(tpot_ms=12, burst=burst), sizes=Sizes(quantum_ms=12 * burst))
+        bench = Bench(
+            slo=Slo(tpot_ms=12, burst=burst),
+            sizes=Sizes(quantum_ms=12 * burst),
+            machine=machine(2e-3),
+        )
         job = bench.job(length=256)
         without = longest = 0
         for i in range(200):  # clients whose next short question follows each answer
@@ -535,6 +542,7 @@ def test_prompts_join_iterations_that_train_and_wait_no_longer_than_a_burst() ->
         limits_of(max_batch_tokens=2048, n_blocks=4000),
         slo=Slo(tpot_ms=12, burst=4.0),
         sizes=Sizes(quantum_ms=48),
+        machine=DEAR,
     )
     bench.job(length=2048)
     for i in range(4):
@@ -552,6 +560,62 @@ def test_prompts_join_iterations_that_train_and_wait_no_longer_than_a_burst() ->
             beside, alone = beside + trains, alone + (not trains)
     assert beside > 4 * alone
     assert beside > 50
+
+
+def test_nothing_is_gathered_where_training_is_cheap_to_begin() -> None:
+    """Every iteration trains there."""
+    trained: dict[bool, float] = {}
+    for is_cheap in (True, False):
+        bench = Bench(
+            limits_of(max_batch_tokens=2048, n_blocks=4000),
+            slo=Slo(tpot_ms=12, burst=4.0),
+            sizes=Sizes(quantum_ms=48),
+            machine=MACHINE if is_cheap else DEAR,
+        )
+        bench.job(length=2048)
+        bench.ask(8, 600, "long")
+        without = 0
+        for i in range(300):
+            if i % 3 == 0:
+                bench.ask(40, 2, f"short-{i}")
+            plan = bench.step()
+            assert plan is not None
+            without += not (trained_of(plan) or plan.backward)
+        trained[is_cheap] = 1 - without / 300
+    assert trained[True] > 0.95
+    assert trained[False] < 0.8
+
+
+def test_the_headroom_settles_where_few_requests_are_late() -> None:
+    """One iteration in twenty takes three times as long: one answer in fifteen is late at first."""
+
+    def late_of(follows: bool) -> tuple[float, float]:
+        rng = random.Random(1)
+        bench = Bench(slo=Slo(tpot_ms=12, burst=2.5), sizes=Sizes(quantum_ms=30))
+        bench.job(length=2048)
+        late: list[bool] = []
+        seq, first, last = bench.ask(8, 12), 0.0, 0.0
+        while len(late) < 400:
+            plan = bench.coserver.plan(bench.now, bench.jobs)
+            assert plan is not None
+            hiccup = 3 if rng.random() < 0.05 else 1
+            bench.now += MACHINE.predict(work_of(plan)) * rng.uniform(0.7, 1.3) * hiccup
+            run(plan, bench.scheduler, bench.jobs)
+            if not follows:
+                bench.coserver.headroom = bench.slo.headroom
+            bench.coserver.folded(plan, bench.now)
+            if any(span.seq is seq for span in plan.spans):
+                first, last = first or bench.now, bench.now
+                if seq.status is Status.FINISHED:
+                    late.append((last - first) / 11 > 12e-3)
+                    seq, first = bench.ask(8, 12), 0.0
+        return sum(late[100:]) / 300, bench.coserver.headroom
+
+    fixed, _ = late_of(follows=False)
+    followed, headroom = late_of(follows=True)
+    assert fixed > 0.05
+    assert followed < 0.03
+    assert 0.1 < headroom < 0.4
 
 
 def test_without_training_nobody_waits_for_it() -> None:

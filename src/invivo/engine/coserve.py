@@ -28,7 +28,11 @@ from invivo.engine.scheduler import Scheduler
 from invivo.engine.types import BackwardUnit, Plan, Purpose, Sequence, Span, Status
 from invivo.errors import InvalidRequest
 
-_GATHERED = 0.6  # of the slack that a burst allows, from which training joins
+_GATHERED = 0.45  # of the slack that a burst allows, from which training joins
+_DEAR = 1.5  # iterations of decodes that beginning to train must cost for slack to be gathered
+_LATE = 0.02  # of the promise is left free in addition for each request that was late
+_MAY_BE_LATE = 0.01  # share of requests, to which the headroom settles
+_MOST_HEADROOM = 0.4
 _PROBE = 64  # iterations that leave time and yet nothing fits, after which a piece is tried
 
 
@@ -111,6 +115,10 @@ class Coserver:
     Attributes:
         served: tokens by job: half for a row's forward, half for its backward through all layers.
         closings: how long ends of optimizer steps take.
+        headroom: share of the promised time per token that training leaves alone now. It begins
+            with the promise's own and follows what became of requests: each that was late adds to
+            it, each that was in time takes a hundredth of that away, so that it settles where one
+            in a hundred is late (a quantile found by stochastic approximation).
     """
 
     def __init__(
@@ -134,6 +142,7 @@ class Coserver:
         self.served: dict[str, float] = {}
         self.closings = ClosingTimes()
         self._paces: dict[Sequence, _Pace] = {}
+        self.headroom = slo.headroom
         self._gathered = 0  # iterations in a row that waited for more slack
         self._idle = 0  # iterations that left time in which no piece was thought to fit
         self._turn: Sequence | None = None  # the text of a whole training iteration under way
@@ -188,7 +197,7 @@ class Coserver:
         work = work_of(plan)
         budget = self.budget(plan, work, start)
         budget -= self._close(plan, work, closings, budget, start)
-        if plan.spans and self._gathers(work, budget):
+        if plan.spans and self._gathers(work, order, budget):
             return plan
         self._fill(plan, work, order, budget)
         if inference is not None and order:
@@ -213,8 +222,22 @@ class Coserver:
                 paces[span.seq] = _Pace(at, at, 1)
             else:
                 pace.last, pace.n = at, pace.n + 1
+                if span.seq.status is Status.FINISHED:
+                    self._judge(paces.pop(span.seq))
         if len(paces) > 64 + 2 * (self.scheduler.n_running + self.scheduler.n_waiting):
             self._paces = {s: p for s, p in paces.items() if s.status is not Status.FINISHED}
+
+    @property
+    def pace(self) -> float:
+        """Seconds per token that training aims at."""
+        return self.slo.tpot_ms * (1 - self.headroom) / 1e3
+
+    def _judge(self, pace: _Pace) -> None:
+        """Learn from a request that is over."""
+        late = pace.last - pace.first > (pace.n - 1) * self.slo.tpot_ms / 1e3
+        step = _LATE if late else -_LATE * _MAY_BE_LATE / (1 - _MAY_BE_LATE)
+        least = self.slo.headroom
+        self.headroom = min(max(self.headroom + step, least), max(_MOST_HEADROOM, least))
 
     def budget(self, plan: Plan, work: Work, start: float) -> float:
         """Seconds that the whole iteration may last, safety included, from ``start`` on.
@@ -257,8 +280,8 @@ class Coserver:
                 pace = _Pace(pace.first, start, pace.n + 1)
             rows = seq.n_tokens - seq.n_computed - (seq in planned)
             if pace is not None:
-                mean = pace.first + pace.n * slo.pace
-                deadline = min(mean, pace.last + slo.burst * slo.pace)
+                mean = pace.first + pace.n * self.pace
+                deadline = min(mean, pace.last + slo.burst * self.pace)
                 if seq not in planned:
                     deadline -= alone
             else:
@@ -301,7 +324,7 @@ class Coserver:
                 taken += seconds
         return taken
 
-    def _gathers(self, work: Work, budget: float) -> bool:
+    def _gathers(self, work: Work, order: Items[Trainee], budget: float) -> bool:
         """Whether an iteration with inference waits for more slack.
 
         Where requests may run ahead of their pace, a few iterations without training gather the
@@ -309,15 +332,31 @@ class Coserver:
         a request that has just begun is ahead of nothing, and where many come and go there is
         always one.
         """
-        waits = self._wants_more(work, budget)
+        waits = self._wants_more(work, order, budget)
         self._gathered = self._gathered + 1 if waits else 0
         return waits
 
-    def _wants_more(self, work: Work, budget: float) -> bool:
+    def _wants_more(self, work: Work, order: Items[Trainee], budget: float) -> bool:
+        """Whether more slack than ``budget`` would be of use to training beside ``work``.
+
+        Of the time of an iteration with training that lasts T, all is of use but a constant c: its
+        start and the decodes in it. Decodes alone take d, and bring p - d of slack at a pace of p.
+        Then (1 - d / p) (T - c) / (T - d) of all time is of use, which rises with T where c is
+        more than d: elsewhere there is nothing to gather for (and little where they are near).
+        """
         burst = self.slo.burst
+        if burst == 1 or not order:
+            return False
         alone = self.latency.predict(work)
-        enough = alone + _GATHERED * (burst * self.slo.pace - alone)
-        return burst > 1 and budget < enough and self._gathered < burst
+        enough = alone + _GATHERED * (burst * self.pace - alone)
+        if budget >= enough or self._gathered >= burst:
+            return False
+        size = min(len(order[0].seq.tokens), self.sizes.max_unit)
+        half, whole = (
+            self.latency.predict(work.with_window(0, n).with_backward(n, order[0].n_layers))
+            for n in (size // 2, size)
+        )
+        return 2 * half - whole > _DEAR * alone
 
     def _newcomers_wait(self, order: Items[Trainee], start: float) -> bool:
         """Whether prompts that have just come wait for the next iteration that trains.
@@ -329,14 +368,14 @@ class Coserver:
         scheduler, slo = self.scheduler, self.slo
         if slo.burst == 1 or not (order and scheduler.running and scheduler.waiting):
             return False
-        longest = slo.burst * slo.pace
+        longest = slo.burst * self.pace
         if any(start - seq.request.arrival > longest for seq in scheduler.waiting):
             return False
         if any(seq.n_tokens - seq.n_computed > 1 for seq in scheduler.running):
             return False  # a prompt is under way: the iteration is a slow one
         work = self._next_tokens()
         budget = min(self._due((), 0.0, start) - start, self.sizes.quantum_ms / 1e3)
-        return self._wants_more(work, budget)
+        return self._wants_more(work, order, budget)
 
     def _next_tokens(self) -> Work:
         """An iteration of one token for each running sequence."""
