@@ -49,6 +49,21 @@ def test_fine_tuning_gives_way_to_load() -> None:
     assert rates == sorted(rates, reverse=True)
 
 
+def test_an_empty_machine_is_not_counted() -> None:
+    """Long answers pile up: what is left for training falls until as many end as begin."""
+    arrivals = drawn(8, 24, [(200, 300)], seed=3)
+    found = [
+        simulate(arrivals, policy_of("co-serve"), h200_8b(), training=Training(1024), warm=warm)
+        for warm in (0.0, 12.0)
+    ]
+    assert found[1].finetune < 0.98 * found[0].finetune
+    assert found[1].inference > 1.05 * found[0].inference
+    assert found[1].in_slo == found[0].in_slo
+    for warm in (-1.0, 1000.0):
+        with pytest.raises(InvalidRequest, match="warm"):
+            simulate(arrivals, policy_of("co-serve"), h200_8b(), warm=warm)
+
+
 def test_the_promise_is_kept_though_iterations_scatter() -> None:
     # The model starts from the profile, then learns how far real times stray.
     assert small("co-serve", noise=0.15).in_slo >= 0.97

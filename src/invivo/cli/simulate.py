@@ -33,8 +33,14 @@ def simulate(
         str, typer.Option("--rates", "-r", help="Requests a second, with commas.")
     ] = "4,8,12,16,20",
     seconds: Annotated[
-        float, typer.Option("--seconds", min=1, help="How long requests come.")
+        float, typer.Option("--seconds", min=1, help="How long requests come, after the warm-up.")
     ] = 30.0,
+    warm: Annotated[
+        float,
+        typer.Option(
+            "--warm", min=0, help="Seconds of requests before tokens count: an empty machine lies."
+        ),
+    ] = 10.0,
     tpot_ms: Annotated[
         float, typer.Option("--tpot-ms", help="Promised time of each further token.")
     ] = 50.0,
@@ -93,7 +99,7 @@ def simulate(
     limits = simulator.simulated_limits(max_batch_tokens=max_batch_tokens, max_running=max_running)
     results = []
     for rate in positive_numbers(rates, "--rates"):
-        arrivals = _arrivals(rate, seconds, trace, trace_name, burstiness, seed)
+        arrivals = _arrivals(rate, warm + seconds, trace, trace_name, burstiness, seed)
         for policy in chosen:
             result = simulator.simulate(
                 arrivals,
@@ -103,6 +109,7 @@ def simulate(
                 limits=limits,
                 training=simulator.Training(length, layers),
                 sizes=Sizes(quantum_ms=tpot_ms * burst),
+                warm=warm,
             )
             results.append(result)
     if out is not None:

@@ -43,8 +43,9 @@ class Result:
     Attributes:
         rate: requests a second.
         in_slo: share of requests whose first token and mean time per further token are in time.
-        finetune: fine-tuning tokens a second (forward and backward done) while requests came.
-        inference: output tokens a second while requests came.
+        finetune: fine-tuning tokens a second (forward and backward done) while requests came,
+            after the warm-up.
+        inference: output tokens a second in that time.
         alone: fine-tuning tokens a second without inference.
         ttft, tpot: seconds at the 50th and 99th percentile.
         preempted: requests that lost their memory to others.
@@ -138,6 +139,7 @@ def simulate(
     sizes: Sizes | None = None,
     noise: float = 0.0,
     seed: int = 0,
+    warm: float = 0.0,
 ) -> Result:
     """Run a load through a policy to its last token.
 
@@ -146,32 +148,40 @@ def simulate(
         profile: iteration times; the policy's model starts from it too and learns.
         limits: of the engine; its cache and rows.
         noise: relative scatter of real iteration times (uniform, to either side).
+        warm: seconds at the beginning of which no tokens are counted: until as many requests leave
+            as come, an empty machine has more to spare than it will have.
 
     Raises:
-        InvalidRequest: no arrivals, or one that can never fit the limits.
+        InvalidRequest: no arrivals, none after the warm-up, or one that can never fit the limits.
     """
     if not arrivals:
         raise InvalidRequest("no request comes", field="trace")
+    if not 0 <= warm < max(arrivals[-1].at, 1e-9):
+        raise InvalidRequest(
+            "no request comes after the warm-up", field="warm", given=warm, remedy="Make it shorter"
+        )
     slo, training = slo or Slo(), training or Training()
     limits = limits or simulated_limits()
     rate = len(arrivals) / max(arrivals[-1].at - arrivals[0].at, 1e-9)
     machine = LatencyModel(profile)
     alone = _alone(machine, limits, training, sizes or Sizes())
     if isinstance(policy, Spatial):
-        run = _Run(arrivals, Nothing(), machine, profile, slo, limits, training, sizes)
+        run = _Run(arrivals, Nothing(), machine, profile, slo, limits, training, sizes, warm)
         run.slowdown = policy.slowdown
         result = run.result(policy.name, rate, alone, noise, seed)
-        busy = min(run.busy_until_last, run.horizon) / run.horizon
+        busy = min(run.busy / run.counted, 1.0)
         left = 1 - busy + busy * (1 - 1 / policy.slowdown)
         return replace(result, finetune=alone * left)
     if isinstance(policy, Separate):
         # Fewer devices serve, so each of them sees requests more often.
         denser = [replace(a, at=a.at * policy.inference) for a in arrivals]
-        run = _Run(denser, Nothing(), machine, profile, slo, limits, training, sizes)
+        run = _Run(
+            denser, Nothing(), machine, profile, slo, limits, training, sizes, warm * policy.inference
+        )
         result = run.result(policy.name, rate, alone, noise, seed)
         share = policy.inference
         return replace(result, finetune=alone * (1 - share), inference=result.inference * share)
-    run = _Run(arrivals, policy, machine, profile, slo, limits, training, sizes)
+    run = _Run(arrivals, policy, machine, profile, slo, limits, training, sizes, warm)
     return run.result(policy.name, rate, alone, noise, seed)
 
 
@@ -202,23 +212,30 @@ class _Run:
         limits: Limits,
         training: Training,
         sizes: Sizes | None,
+        warm: float,
     ) -> None:
         self.slo = slo
         self.machine = machine
         self.slowdown = 1.0
         self.now = 0.0
         self.horizon = arrivals[-1].at
-        self.busy_until_last = 0.0  # seconds of iterations that began before the last arrival
+        self.warm = warm
+        self.busy = 0.0  # seconds of iterations that began between warm-up and last arrival
         self.scheduler = Scheduler(limits)
         self.coserver = Coserver(self.scheduler, LatencyModel(profile), slo, policy, sizes=sizes)
         self.jobs = [
             SimulatedJob(f"job-{i}", share, training) for i, share in enumerate(training.shares)
         ]
-        self.trained = [0.0] * len(self.jobs)  # tokens, until the last arrival
-        self.drawn = 0  # tokens, until the last arrival
+        self.trained = [0.0] * len(self.jobs)  # tokens, in that time
+        self.drawn = 0  # tokens, in that time
         self._arrivals = list(arrivals)
         self._came = 0
         self._served: dict[Sequence, _Served] = {}
+
+    @property
+    def counted(self) -> float:
+        """Seconds."""
+        return max(self.horizon - self.warm, 1e-9)
 
     def result(self, name: str, rate: float, alone: float, noise: float, seed: int) -> Result:
         rng = random.Random(seed)
@@ -249,22 +266,21 @@ class _Run:
     def _iterate(self, plan: Plan, factor: float) -> None:
         work = work_of(plan)
         seconds = self.machine.predict(work) * factor * self.slowdown
-        before = self.now
+        counts = self.warm <= self.now < self.horizon
         self.now += seconds
-        if before < self.horizon:
-            self.busy_until_last += seconds
+        self.busy += seconds * counts
         self.coserver.latency.record(work, seconds)
         for span in plan.spans:
             if span.samples:
                 served = self._served[span.seq]
                 served.first = served.first or self.now
                 served.last = self.now
-                self.drawn += before < self.horizon
+                self.drawn += counts
                 self.scheduler.record(span.seq, 0)
                 if len(span.seq.tokens) == span.seq.limit:
                     self.scheduler.finish(span.seq)
         self.coserver.folded(plan, self.now)
-        self._train(plan, counts=before < self.horizon)
+        self._train(plan, counts=counts)
 
     def _train(self, plan: Plan, *, counts: bool) -> None:
         jobs = {job.name: (i, job) for i, job in enumerate(self.jobs)}
@@ -301,8 +317,8 @@ class _Run:
             rate=rate,
             requests=n,
             in_slo=good / n,
-            finetune=sum(self.trained) / max(self.horizon, 1e-9),
-            inference=self.drawn / max(self.horizon, 1e-9),
+            finetune=sum(self.trained) / self.counted,
+            inference=self.drawn / self.counted,
             alone=alone,
             ttft=(_percentile(ttft, 0.5), _percentile(ttft, 0.99)),
             tpot=(_percentile(tpot, 0.5), _percentile(tpot, 0.99)),
