@@ -176,7 +176,15 @@ def simulate(
         # Fewer devices serve, so each of them sees requests more often.
         denser = [replace(a, at=a.at * policy.inference) for a in arrivals]
         run = _Run(
-            denser, Nothing(), machine, profile, slo, limits, training, sizes, warm * policy.inference
+            denser,
+            Nothing(),
+            machine,
+            profile,
+            slo,
+            limits,
+            training,
+            sizes,
+            warm * policy.inference,
         )
         result = run.result(policy.name, rate, alone, noise, seed)
         share = policy.inference
