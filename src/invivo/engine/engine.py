@@ -492,6 +492,8 @@ class Engine:
                     return False
                 job.placed = True
                 version = job.adapter.version
+            if job.request.adapter is None:
+                slot = version = 0  # it is other runs of the program that use it
             for track in job.tracks:
                 track.seq.adapter_slot = slot
                 track.seq.adapter_version = version
@@ -747,6 +749,7 @@ class Engine:
     def _feed(self, job: Job, program: CarriedProgram) -> None:
         """Queue the runs that may begin, a window of them at most."""
         (track,) = job.tracks
+        slot, version = (0, 0) if job.adapter is None else (job.adapter.slot, job.adapter.version)
         window = max(1, min(_RUNS_AT_ONCE, self.scheduler.limits.max_running // 2))
         for run in program.next_runs(window):
             plan, request = run.plan, job.request
@@ -772,15 +775,15 @@ class Engine:
                     index=0,
                     tokens=ids,
                     n_prompt=len(ids),
-                    adapter_slot=track.seq.adapter_slot if uses else 0,
-                    adapter_version=track.seq.adapter_version if uses else 0,
+                    adapter_slot=slot if uses else 0,
+                    adapter_version=version if uses else 0,
                     position_offset=long_text_offset(self.model.config, len(ids)),
                 )
             for at, token in plan.input.tokens:
                 ids[at] = token
             seq.tokens[: len(ids)] = ids
             seq.numbers = plan.input.numbers
-            program.share(run, seq, track.seq.adapter_version)
+            program.share(run, seq, version)
             seq.recomputed_from = run.edits.first_kept
             seq.onset, seq.last_layer = run.onset, run.n_layers
             program.live[seq] = run
