@@ -479,7 +479,8 @@ def test_held_out_data_results_and_checkpoints_by_the_official_client(
 def test_a_checkpoint_is_its_owners_until_it_has_been_asked_for(lm, tmp_path):
     url = f"sqlite:///{tmp_path / 'keys.sqlite3'}"
     store = KeyStore(url)
-    keys = {name: store.add(name, ["finetune", "generate"])[0] for name in ("ann", "bob")}
+    scopes = ["finetune", "generate", "score", "edit"]
+    keys = {name: store.add(name, scopes)[0] for name in ("ann", "bob")}
     settings = Settings(port=0, require_keys=True, database=url, served_name="tiny")
     with ServerThread(lm, settings) as thread:
         people = {
@@ -498,6 +499,23 @@ def test_a_checkpoint_is_its_owners_until_it_has_been_asked_for(lm, tmp_path):
         ask = {"model": "tiny:secret:ckpt-step-2", "prompt": "the", "max_tokens": 1}
         with pytest.raises(openai.NotFoundError):
             bob.completions.create(**ask)
+        # Nor as the adapter of a run of his program.
+        program = {
+            "runs": {"x": {"same": "main", "adapter": "secret:ckpt-step-2"}},
+            "out": [{"measure": "logprob", "token": 5, "run": "x"}],
+        }
+        carrying = {"interventions": program}
+        bodies = {
+            "run": {"program": program, "prompt": "the cat"},
+            "score": {"items": [{"text": "the cat"}]} | carrying,
+            "completions": {"prompt": "the cat", "max_tokens": 1} | carrying,
+            "chat/completions": {"messages": [{"role": "user", "content": "cat"}]} | carrying,
+        }
+        for route, body in bodies.items():
+            key = {"Authorization": f"Bearer {keys['bob']}"}
+            refused = httpx.post(f"{thread.url}/v1/{route}", headers=key, json=body)
+            assert (route, refused.status_code) == (route, 404)
+            assert refused.json()["error"]["param"].endswith("runs.x.adapter")
         other = bob.files.create(file=("t.jsonl", lines(TALKS)), purpose="fine-tune")
         with pytest.raises(openai.NotFoundError) as caught:
             bob.fine_tuning.jobs.create(

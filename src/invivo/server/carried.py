@@ -8,14 +8,15 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from invivo.errors import Forbidden, InvalidRequest
+from invivo.edits.program import Program
+from invivo.errors import Forbidden, InvalidRequest, NotFound
 from invivo.marked_prompt import MarkedPrompt
 from invivo.program_result import Pools, ProgramResult
 from invivo.programs import OwnedProgram
 from invivo.server.admission import Ticket
 from invivo.server.answers import ProgramAnswer
 from invivo.server.auth import Principal
-from invivo.server.ownership import stored_as
+from invivo.server.ownership import seen_by, stored_as
 from invivo.server.services import Services
 
 _INLINE = 1 << 15  # numbers of all captures that are written out; more go into blobs
@@ -53,8 +54,29 @@ def check_editor(principal: Principal) -> None:
         )
 
 
+def check_adapters(services: Services, principal: Principal, program: Program) -> None:
+    """Whether the principal may have all adapters that the runs of a program name.
+
+    Raises:
+        NotFound: one is not loaded, or is a checkpoint of another's job.
+    """
+    for name, run in program.runs.items():
+        if run.adapter is None:
+            continue
+        try:
+            services.adapter_of(f"{services.model_name}:{run.adapter}", seen_by(principal))
+        except NotFound as error:
+            raise NotFound(
+                error.message,
+                field=f"runs.{name}.adapter",
+                given=run.adapter,
+                remedy=error.remedy,
+            ) from None
+
+
 async def reserve_passes(
     services: Services,
+    principal: Principal,
     ticket: Ticket,
     keywords: Mapping[str, Any],
     prompts: Sequence[MarkedPrompt],
@@ -63,6 +85,7 @@ async def reserve_passes(
 
     Raises:
         Forbidden: the budget does not cover them.
+        NotFound: an adapter that it names is not there, or not for this principal.
         InvivoError: whatever is wrong with the program.
     """
     if "interventions" not in keywords or services.ledger is None:
@@ -71,6 +94,7 @@ async def reserve_passes(
 
     def count() -> int:
         given = programs.given(keywords["interventions"], keywords.get("blobs"))
+        check_adapters(services, principal, given.program)
         longest = services.info.max_model_len
         new = keywords.get("max_tokens", 0)
         tokens = 0

@@ -130,7 +130,7 @@ async def _prompt(chat: _Chat, ticket: Ticket) -> tuple[MarkedPrompt, Sampling]:
         n=chat.body.n or 1,
         fit=chat.body.fit_max_tokens,
     )
-    await reserve_passes(chat.services, ticket, sampling, [prompt])
+    await reserve_passes(chat.services, chat.principal, ticket, sampling, [prompt])
     ticket.ran(len(prompt.ids))
     return prompt, sampling
 

@@ -104,7 +104,7 @@ async def _prompts(run: _Run, ticket: Ticket) -> tuple[Prompts, Sampling]:
     )
     sampling = run.sampling.copy()
     sampling["max_tokens"] = max_tokens
-    await reserve_passes(run.services, ticket, sampling, prompts.marked)
+    await reserve_passes(run.services, run.principal, ticket, sampling, prompts.marked)
     ticket.ran(sum(prompts.sizes))
     return prompts, sampling
 

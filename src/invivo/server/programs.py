@@ -23,7 +23,7 @@ from invivo.server.answers import (
     Usage,
 )
 from invivo.server.auth import Principal, needs
-from invivo.server.carried import written
+from invivo.server.carried import check_adapters, written
 from invivo.server.documents import failures
 from invivo.server.messages import template_messages
 from invivo.server.ownership import seen_by, stored_as
@@ -128,6 +128,7 @@ async def _run(body: RunRequest, services: Services, principal: Principal) -> Ru
         def count() -> int:
             """Tokens of all passes; what is resolved here is remembered for the run itself."""
             given = programs.given(owned, body.blobs, body.params)
+            check_adapters(services, principal, given.program)
             carried = [programs.intervention(given, one) for one in marked]
             return sum(programs.n_tokens(one) for one in carried if one is not None)
 

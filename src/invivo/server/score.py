@@ -51,7 +51,7 @@ async def _score(body: ScoreRequest, services: Services, principal: Principal) -
         items = [_item(item) for item in body.items]
         if "interventions" in carried:
             marked = await run_in_threadpool(_marked, services, items)
-            await reserve_passes(services, ticket, carried, marked)
+            await reserve_passes(services, principal, ticket, carried, marked)
         ticket.ran(sum(sizes))
         scores: list[Score] = await services.lm.ascore(
             items,
