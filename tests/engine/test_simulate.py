@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import random
 from itertools import pairwise
@@ -156,9 +157,24 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path: Path, text: str, message: 
 def test_a_file_that_is_no_profile_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.csv"
     path.write_text("a,b\n1,2\n")
-    for given in (path, tmp_path / "none.csv"):
-        with pytest.raises(InvalidRequest, match="no table of iteration times"):
+    binary = tmp_path / "binary.csv"
+    binary.write_bytes(bytes(range(256)) * 100)
+    for given in (path, tmp_path / "none.csv", binary):
+        with pytest.raises(InvalidRequest, match="no table of iteration times") as refused:
             read_profile(given)
+        assert len(str(refused.value)) < 500
+
+
+def test_a_profile_may_be_packed(tmp_path: Path) -> None:
+    table = (
+        "max_tokens_per_batch,ft_fwd_tokens,bwd_layers_of_1024_tokens,n_steps,median_ms\n"
+        "512,0,0,3,20\n512,256,0,2,31.5\n512,0,8,1,44\n"
+    )
+    plain, packed = tmp_path / "profile.csv", tmp_path / "profile.csv.gz"
+    plain.write_text(table)
+    packed.write_bytes(gzip.compress(table.encode()))
+    assert read_profile(packed) == read_profile(plain)
+    assert len(read_profile(plain)) == 3
 
 
 @staged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 from pathlib import Path
 
 from invivo.engine.h200_iterations import ITERATIONS
@@ -18,7 +19,7 @@ def h200_8b() -> list[Sample]:
 
 
 def read_profile(path: Path, *, budget: str | None = None) -> list[Sample]:
-    """Iterations with 8 decodes, from a table of FlexLLM's form.
+    """Iterations with 8 decodes, from a table of FlexLLM's form (CSV, plain or gzip).
 
     Columns: ``max_tokens_per_batch, ft_fwd_tokens, bwd_layers_of_1024_tokens, n_steps, median_ms``.
 
@@ -28,8 +29,9 @@ def read_profile(path: Path, *, budget: str | None = None) -> list[Sample]:
     Raises:
         InvalidRequest: the file is not there or not of that form.
     """
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with path.open(newline="") as file:
+        with opener(path, "rt", newline="") as file:
             rows = list(csv.DictReader(file))
         budget = budget or max((row["max_tokens_per_batch"] for row in rows), key=int)
         samples = []
@@ -42,9 +44,10 @@ def read_profile(path: Path, *, budget: str | None = None) -> list[Sample]:
             if layers := int(row["bwd_layers_of_1024_tokens"]):
                 work = work.with_backward(1024, layers)
             samples.append(Sample(work, float(row["median_ms"]) / 1e3, float(row["n_steps"])))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, EOFError) as error:
+        # The text of a UnicodeDecodeError is short; its repr holds the whole file.
         raise InvalidRequest(
-            f"is no table of iteration times: {error!r}",
+            f"is no table of iteration times: {type(error).__name__}: {error}",
             field="profile",
             given=str(path),
             remedy="Columns: max_tokens_per_batch, ft_fwd_tokens, bwd_layers_of_1024_tokens, "
