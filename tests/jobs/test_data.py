@@ -260,6 +260,17 @@ def test_conversations_need_a_chat_template(tiny: LoadedModel) -> None:
         reader(tiny, template="").records([{"messages": CHAT}])
 
 
+def test_what_is_wrong_with_many_lines_alike_is_told_once(tiny: LoadedModel) -> None:
+    lines = [{"messages": CHAT}, {"text": 1}, {"messages": CHAT}, {"messages": CHAT}]
+    with pytest.raises(InvalidData) as refused:
+        reader(tiny, template="").records(lines)
+    text = str(refused.value)
+    assert "4 problems" in text
+    assert text.count("no chat template") == 1
+    assert text.splitlines()[1].endswith("(lines 3, 4 too)")
+    assert text.splitlines()[2].startswith("line 2: ")
+
+
 # --- order -------------------------------------------------------------------------------------
 def examples_of(lengths: Sequence[int]) -> Examples:
     """Example i holds its own number everywhere."""

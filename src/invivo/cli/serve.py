@@ -225,9 +225,9 @@ def serve(
         runs=runs,
     )
     paths = options.adapter_paths(adapter)
-    # Both are asked before a large model is loaded; of the first the server asks again.
+    # Asked before a large model is loaded; the server asks again.
     refuse_exposure(settings)
-    address = bound(settings)
+    bound(settings).close()
     logging.basicConfig(
         level=logging.WARNING if quiet else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -259,7 +259,7 @@ def serve(
             note(f"without fine-tuning: {error}")
         where = f"http://{shown}:{port}"
         note(f"{info.name} ({info.dtype} on {info.device}) at {where}, Ctrl-C ends it")
-        run(lm, settings, address)
+        run(lm, settings)
 
 
 def refuse_exposure(settings: Settings) -> None:

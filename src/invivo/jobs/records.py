@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -46,8 +46,20 @@ class InvalidData(InvalidRequest):
         which = field.removesuffix("_file")
         more = " (and perhaps more)" if len(problems) >= MAX_PROBLEMS else ""
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        text = "\n".join(str(problem) for problem in problems)
+        text = "\n".join(_told(problems))
         super().__init__(f"{count} in the {which} data{more}:\n{text}", field=field)
+
+
+def _told(problems: list[Problem]) -> list[str]:
+    """A line for each problem; what is wrong with many lines alike is told once."""
+    alike: dict[str, list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault(str(replace(problem, line=0)), []).append(problem)
+    told = []
+    for same in alike.values():
+        others = ", ".join(str(problem.line) for problem in same[1:])
+        told.append(f"{same[0]}" + (f" (lines {others} too)" if others else ""))
+    return told
 
 
 class BadLine(Exception):

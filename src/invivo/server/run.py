@@ -22,11 +22,8 @@ _START_SECONDS = 30.0
 _log = logging.getLogger("invivo.server")
 
 
-def run(lm: LM, settings: Settings | None = None, address: socket.socket | None = None) -> None:
+def run(lm: LM, settings: Settings | None = None) -> None:
     """Serves until a stop signal; running requests get ``shutdown_seconds`` to finish.
-
-    Args:
-        address: what :func:`bound` gave, if it was asked for beforehand.
 
     Raises:
         InvalidRequest: the settings would expose the server without any key, or the address
@@ -39,7 +36,7 @@ def run(lm: LM, settings: Settings | None = None, address: socket.socket | None 
     # What stands now stays: to look through it again would stop every stream for 0.1 s at times.
     gc.collect()
     gc.freeze()
-    server.run([address or bound(settings)])
+    server.run([bound(settings)])
 
 
 class ServerThread:
