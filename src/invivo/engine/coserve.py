@@ -30,7 +30,9 @@ from invivo.errors import InvalidRequest
 
 _GATHERED = 0.45  # of the slack that a burst allows, from which training joins
 _DEAR = 1.5  # iterations of decodes that beginning to train must cost for slack to be gathered
-_LATE = 0.02  # of the promise is left free in addition for each request that was late
+_LATE = 0.02  # of the promise is left free in addition for each request that was late,
+_FIRST_LATE = 0.1  # or more while few requests are over: this for the first,
+_FEW = 4.0  # half of it for the fourth, and so on
 _MAY_BE_LATE = 0.01  # share of requests, to which the headroom settles
 _MOST_HEADROOM = 0.4
 _PROBE = 64  # iterations that leave time and yet nothing fits, after which a piece is tried
@@ -143,6 +145,7 @@ class Coserver:
         self.closings = ClosingTimes()
         self._paces: dict[Sequence, _Pace] = {}
         self.headroom = slo.headroom
+        self._judged = 0
         self._gathered = 0  # iterations in a row that waited for more slack
         self._idle = 0  # iterations that left time in which no piece was thought to fit
         self._turn: Sequence | None = None  # the text of a whole training iteration under way
@@ -235,9 +238,11 @@ class Coserver:
     def _judge(self, pace: _Pace) -> None:
         """Learn from a request that is over."""
         late = pace.last - pace.first > (pace.n - 1) * self.slo.tpot_ms / 1e3
-        step = _LATE if late else -_LATE * _MAY_BE_LATE / (1 - _MAY_BE_LATE)
+        gain = max(_LATE, _FIRST_LATE / (1 + self._judged / _FEW))
+        step = gain if late else -gain * _MAY_BE_LATE / (1 - _MAY_BE_LATE)
         least = self.slo.headroom
         self.headroom = min(max(self.headroom + step, least), max(_MOST_HEADROOM, least))
+        self._judged += 1
 
     def budget(self, plan: Plan, work: Work, start: float) -> float:
         """Seconds that the whole iteration may last, safety included, from ``start`` on.
