@@ -72,6 +72,8 @@ def _argument(argument: Argument) -> st.SearchStrategy[Any]:
             return st.lists(st.integers(0, 9), min_size=1, max_size=3)
         case "int":
             return st.integers(1, 9)
+        case "text":
+            return st.just("poet")
         case "bool":
             return st.booleans()
         case "choice":

@@ -206,12 +206,13 @@ def test_methods_write_what_they_are_called() -> None:
         builder.at("layers.0.moe.router").router_add(1),
         builder.at("layers.0").skip(),
         builder.at("layers.2").stop(),
+        builder.at("weights.delta").use("poet"),
         builder.at("input.mask").parallel(slice(1, 2), slice(2, 4)),
         builder.at("input.tokens", 0).do("set_tokens", ids=[3]),
     ):
         assert made is builder
     printed = builder.build().to_dict()
-    assert len(printed["steps"]) == 22
+    assert len(printed["steps"]) == 23
     assert printed["sweep"] == [["L", [0, 1, 2]], ["a", [1, 2]]]
     assert printed["runs"]["again"] == {"same": "cf", "adapter": "poet"}
 

@@ -115,6 +115,8 @@ HEADS = "layers.*.attn.head.*.z"
         ),
         ({"out": [{"capture": "layers.1"}]}, "out[0]", "not a quantity"),
         ({"out": [{"capture": RESID, "reduce": "dot", "v": "blob:v"}]}, "out[0].v", "must fit"),
+        ({"out": [{"capture": RESID, "reduce": "dot", "v": [1]}]}, "out[0].v", "must fit"),
+        ({"out": [{"capture": RESID, "reduce": "cos", "v": [1]}]}, "out[0].v", "must fit"),
         (
             {"out": [{"capture": HEADS, "reduce": "lens", "top": 1}]},
             "out[0].capture",

@@ -15,6 +15,7 @@ from invivo.edits.oracle import run_program
 from invivo.engine.bypasses import TrainBypass
 from invivo.engine.engine import Engine
 from invivo.engine.types import Intervention
+from invivo.errors import InvalidRequest
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 5, "ignore_eos": True, "logprobs": 0}
 TWO_RUNS: dict[str, Any] = {"cf": {"prompt": "other"}, "tuned": {"same": "main", "adapter": "poet"}}
@@ -47,6 +48,47 @@ def written(engine: Engine, ids: list[int], **more: Any) -> tuple[list[int], lis
     inquiry = ask(engine, None, words(ids), "generate", **GREEDY, **more)
     run(engine, inquiry)
     return inquiry.tokens(), inquiry.logprobs()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_step_says_which_weights_a_run_has(family: str) -> None:
+    """Any run's, in any row: the answers are those of runs that name the adapter themselves."""
+    engine = engine_with_adapter(family)
+    use = {"at": "weights.delta", "do": "use", "adapter": "poet"}
+    out = [{"measure": "kl", "to": "tuned"}, {"measure": "kl", "to": "plain"}]
+    runs: dict[str, Any] = {"cf": {"prompt": "other"}, "tuned": {"same": "main"}}
+    sweep = {"r": ["main", "tuned"]}
+    carry = carried(
+        engine, {"runs": runs, "sweep": sweep, "steps": [use | {"run": "$r"}], "out": out}
+    )
+    got = ask(engine, carry)
+    run(engine, got)
+    same(result(got), expected(engine, carry))
+    named = carried(engine, {"runs": TWO_RUNS, "out": out})
+    (wanted,) = expected(engine, named)
+    rows = result(got).rows
+    assert rows[0].measures[0].values > 1e-4  # main has the adapter, "tuned" and "plain" have not
+    torch.testing.assert_close(rows[0].measures[0].values, rows[0].measures[1].values)
+    assert rows[1].measures[1].values.abs() < 1e-12
+    torch.testing.assert_close(rows[1].measures[0].values, wanted.measures[0].values)
+    no_runs_left(engine)
+
+
+def test_what_a_step_cannot_do_to_weights_is_refused() -> None:
+    engine = engine_with_adapter()
+    use = {"at": "weights.delta", "do": "use", "adapter": "poet"}
+    for steps, runs, field in (
+        ([use, use], {}, "steps[1].adapter"),
+        ([use | {"run": "tuned"}], TWO_RUNS, "steps[0].adapter"),
+        ([use | {"at": "layers.0.resid.post"}], {}, "steps[0].at"),
+        ([{"at": "weights.delta", "do": "zero"}], {}, "steps[0].at"),
+        ([use | {"run": "nobody"}], {}, "steps[0].run"),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            carried(engine, {"steps": steps, "runs": {"cf": {"prompt": "other"}} | runs})
+        assert refused.value.field == field
+    with pytest.raises(InvalidRequest, match="request's own"):
+        ask(engine, carried(engine, {"steps": [use]}), kind="generate")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -82,6 +82,8 @@ def _read(argument: Argument, value: Any, path: str) -> Any:
         case "ints":
             listed = read_list(value, path, least=1, most=_MOST_INTS)
             return tuple(read_int(v, path, least=0, most=2**31) for v in listed)
+        case "text":
+            return read_string(value, path, longest=200)
         case "bool":
             return read_bool(value, path)
         case "choice":

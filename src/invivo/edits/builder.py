@@ -329,6 +329,10 @@ class Place:
         """The tokens find the memory that the source's tokens found."""
         return self.do("state_replace", from_=_source(source, how))
 
+    def use(self, adapter: str) -> Builder:
+        """The run's weights are those with an adapter; the site is "weights.delta"."""
+        return self.do("use", adapter=adapter)
+
     def skip(self) -> Builder:
         return self.do("skip")
 

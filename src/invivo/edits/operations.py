@@ -22,7 +22,7 @@ class Argument:
     Attributes:
         kind: "value" (one of ``takes``), "source", "selector", "selectors", "sites", "run",
             "other" (a run, or one of another row), "pool" (runs, or a named tensor), "int",
-            "ints", "bool", "choice".
+            "ints", "bool", "choice", "text".
         takes: for values: "number", "vector", "matrix", "param"; for choices: the words.
         default: used where the argument is left out and not required.
     """
@@ -267,6 +267,14 @@ _TABLE = (
         frozenset({"input.mask"}),
         (Argument("blocks", "selectors", "adjacent blocks of tokens, at least two"),),
         "blocks start at the same position and do not see each other (set-based prompting)",
+        positions=False,
+    ),
+    Operation(
+        "use",
+        "input",
+        frozenset({"weights.delta"}),
+        (Argument("adapter", "text", "name of a loaded adapter"),),
+        "the run's weights are those with this adapter",
         positions=False,
     ),
     Operation("state_reset", "affine", _STATE, (), "the token finds an empty memory"),

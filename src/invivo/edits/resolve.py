@@ -231,9 +231,13 @@ class _Resolution:
             }
         touches: list[Touch] = []
         stops: dict[str, int] = {}
+        adapters = {n: run.adapter for n, run in program.runs.items() if run.adapter is not None}
         for i, step in enumerate(program.steps):
             assert isinstance(step, Step)
-            touches += self._touches_of(i, step, stops)
+            if step.do == "use":
+                self._use(i, step, adapters)
+            else:
+                touches += self._touches_of(i, step, stops)
         self.n_touches += len(touches)
         if self.n_touches > self.bounds.touches:
             raise TooLarge(
@@ -272,7 +276,7 @@ class _Resolution:
                     self.config,
                 ),
                 stops.get(name),
-                self.program.runs[name].adapter if name in self.program.runs else None,
+                adapters.get(name),
             )
         everything = [t.ref for t in inside] + [c.ref for c in captures]
         expanded = any(r.expanded for r in everything)
@@ -361,6 +365,20 @@ class _Resolution:
         return self.resolvers[run]
 
     # Steps.
+
+    def _use(self, number: int, step: Step, adapters: dict[str, str]) -> None:
+        """Note the adapter that a run uses."""
+        path = f"steps[{number}]"
+        self._check_sites(step, self._refs(step.at, f"{path}.at", False), path)
+        self._resolver(step.run, f"{path}.run")
+        if step.run in adapters:
+            raise InvalidRequest(
+                f'the run "{step.run}" uses an adapter already',
+                field=f"{path}.adapter",
+                given=adapters[step.run],
+                remedy="A run uses one",
+            )
+        adapters[step.run] = step.args["adapter"]
 
     def _touches_of(self, number: int, step: Step, stops: dict[str, int]) -> list[Touch]:
         path = f"steps[{number}]"
@@ -676,7 +694,16 @@ class _Resolution:
             case "norm":
                 return shape[:-1]
             case "dot" | "cos":
-                check_value(args["v"], shape[-1:], f"{path}.v", self.blobs, self.program.params)
+                v = args["v"]
+                given = tuple(
+                    self.blobs.get(v.name, f"{path}.v").shape if isinstance(v, Blob) else (len(v),)
+                )
+                if given != shape[-1:]:
+                    raise InvalidRequest(
+                        f"the shape must fit {list(shape[-1:])}",
+                        field=f"{path}.v",
+                        given=list(given),
+                    )
                 return shape[:-1]
             case "direct":
                 self._check_width(site, path, "a direct share")

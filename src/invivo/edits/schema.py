@@ -59,6 +59,7 @@ _BY_KIND: dict[str, Schema] = {
     "int": _any({"type": "integer", "minimum": 0}),
     "ints": {"type": "array", "items": _any({"type": "integer", "minimum": 0}), "minItems": 1},
     "bool": _any({"type": "boolean"}),
+    "text": {"type": "string", "minLength": 1, "maxLength": 200},
     "token": {"type": ["string", "integer"]},
     "tokens": {"type": "array", "items": {"type": ["string", "integer"]}, "minItems": 1},
     "token_sets": {

@@ -25,7 +25,7 @@ _OUTSIDE = frozenset(site.name for site in SITES if not site.in_layer)
 # The word before which a site is cut into heads or experts, by the letter of its first dimension.
 _INDEXED = ("head", "kvhead", "expert")
 # Names that only some operations take; see operations.py. The model has no tensor of that name.
-INPUTS = frozenset({"input.tokens", "input.position", "input.mask"})
+INPUTS = frozenset({"input.tokens", "input.position", "input.mask", "weights.delta"})
 BLOCKS = frozenset({"block", "attn", "mlp"})
 _HEAD_KV = frozenset({"attn.head.k", "attn.head.v", "attn.head.k.rot"})
 # Edges of all heads, by those of one.
@@ -431,6 +431,7 @@ _RANK |= {
     "attn.edge": _RANK["attn.head.score"],
     "gla.edge": _RANK["gla.head.state"],
     "moe.expert.on": _RANK["moe.router"],
+    "weights.delta": -4,
     "input.tokens": -3,
     "input.position": -2,
     "input.mask": -1,

@@ -58,6 +58,13 @@ def check_carried(request: Request) -> None:
             remedy="Use run for sweeps",
         )
     (row,) = rows
+    if row.runs[MAIN].adapter is not None:
+        raise InvalidRequest(
+            'the weights of the run "main" are the request\'s own where it gives text or numbers',
+            field="interventions.steps",
+            given=row.runs[MAIN].adapter,
+            remedy='Ask for "model:adapter", or use run',
+        )
     if row.runs[MAIN].stop is not None:
         raise InvalidRequest(
             'the run "main" stops before its end, but its text is wanted',

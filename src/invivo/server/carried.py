@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from invivo.edits.program import Program
+from invivo.engine.types import Intervention
 from invivo.errors import Forbidden, InvalidRequest, NotFound
 from invivo.marked_prompt import MarkedPrompt
 from invivo.program_result import Pools, ProgramResult
@@ -54,22 +54,22 @@ def check_editor(principal: Principal) -> None:
         )
 
 
-def check_adapters(services: Services, principal: Principal, program: Program) -> None:
-    """Whether the principal may have all adapters that the runs of a program name.
+def check_adapters(services: Services, principal: Principal, carried: Intervention) -> None:
+    """Whether the principal may have all adapters that the runs of a program use.
 
     Raises:
         NotFound: one is not loaded, or is a checkpoint of another's job.
     """
-    for name, run in program.runs.items():
-        if run.adapter is None:
-            continue
+    plans = (plan for row in carried.resolved.rows for plan in row.runs.values())
+    used = {plan.adapter: plan.name for plan in plans if plan.adapter is not None}
+    for adapter, run in used.items():
         try:
-            services.adapter_of(f"{services.model_name}:{run.adapter}", seen_by(principal))
+            services.adapter_of(f"{services.model_name}:{adapter}", seen_by(principal))
         except NotFound as error:
             raise NotFound(
                 error.message,
-                field=f"runs.{name}.adapter",
-                given=run.adapter,
+                field=f"runs.{run}.adapter",
+                given=adapter,
                 remedy=error.remedy,
             ) from None
 
@@ -94,7 +94,6 @@ async def reserve_passes(
 
     def count() -> int:
         given = programs.given(keywords["interventions"], keywords.get("blobs"))
-        check_adapters(services, principal, given.program)
         longest = services.info.max_model_len
         new = keywords.get("max_tokens", 0)
         tokens = 0
@@ -105,6 +104,7 @@ async def reserve_passes(
                 prompt = replace(prompt, n_past=0)
             carried = programs.intervention(given, prompt, n_new=n_new)
             assert carried is not None
+            check_adapters(services, principal, carried)
             tokens += max(programs.n_tokens(carried) - len(prompt.ids), 0)
         return tokens
 

@@ -128,9 +128,13 @@ async def _run(body: RunRequest, services: Services, principal: Principal) -> Ru
         def count() -> int:
             """Tokens of all passes; what is resolved here is remembered for the run itself."""
             given = programs.given(owned, body.blobs, body.params)
-            check_adapters(services, principal, given.program)
-            carried = [programs.intervention(given, one) for one in marked]
-            return sum(programs.n_tokens(one) for one in carried if one is not None)
+            total = 0
+            for one in marked:
+                carried = programs.intervention(given, one)
+                assert carried is not None
+                check_adapters(services, principal, carried)
+                total += programs.n_tokens(carried)
+            return total
 
         total = await run_in_threadpool(count)
         await ticket.more(max(total - sum(sizes), 0))
