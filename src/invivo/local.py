@@ -31,7 +31,7 @@ from invivo.batches import (
 from invivo.chat_template import has_chat_template, render_chat
 from invivo.engine.adapter_file import write_adapter
 from invivo.engine.adapters import Source
-from invivo.engine.carrying import why_not_carried
+from invivo.engine.carrying import adapter_of, why_not_carried
 from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
 from invivo.engine.engine import Engine
@@ -821,12 +821,13 @@ class LocalLM(LM):
     def _interpreted(self, request: Request) -> ProgramResult:
         """A program that the engine does not carry yet; one at a time, for this is not sparing."""
         assert request.intervention is not None
-        if request.adapter is not None:
-            self._check_adapter(request.adapter)
+        adapter = adapter_of(request)
+        if adapter is not None:
+            self._check_adapter(adapter)
             raise InvalidRequest(
                 "the interpreter knows the base model alone",
                 field="adapter",
-                given=request.adapter,
+                given=adapter,
             )
         with self._interpreting:
             output = self.programs.interpret(request.intervention)

@@ -12,7 +12,7 @@ from tests.oracle_lm import oracle_run
 
 import invivo
 from invivo.edits.builder import last, program
-from invivo.errors import Forbidden, NotFound
+from invivo.errors import Forbidden, InvalidRequest, NotFound
 from invivo.lm import LM
 from invivo.program_result import ProgramResult
 from invivo.server.keys import KeyStore
@@ -298,8 +298,15 @@ def test_adapters_are_looked_into_like_the_base(either, lm, adapter_folder):
         program = {"out": [STREAM]}
         with_it = either.run(program, PROMPT, adapter="poet").array("stream")
         assert not np.allclose(with_it, either.run(program, PROMPT).array("stream"), atol=1e-3)
+        use = {"at": "weights.delta", "do": "use", "adapter": "poet"}
+        by_step = either.run({"steps": [use], **program}, PROMPT).array("stream")
+        np.testing.assert_allclose(by_step, with_it, atol=1e-5)
         with pytest.raises(NotFound):
             either.run(program, PROMPT, adapter="nobody")
+        with pytest.raises(NotFound):
+            either.run({"steps": [use | {"adapter": "nobody"}], **program}, PROMPT)
+        with pytest.raises(InvalidRequest, match="base model alone"):
+            either.run({"numerics": "exact", "steps": [use], **program}, PROMPT)
     finally:
         lm.unload_adapter("poet")
 
