@@ -107,7 +107,7 @@ SETTINGS = {
         texts=(1024, 1024),
         residence=0.0,
         drain=True,
-        engine={"max_model_len": 2048, "burst": 4.0},
+        engine={"max_model_len": 2048},
     ),
     "llama-8b": Setting(
         tpot_ms=50.0,

@@ -236,7 +236,10 @@ class Coserver:
         return self.slo.tpot_ms * (1 - self.headroom) / 1e3
 
     def _judge(self, pace: _Pace) -> None:
-        """Learn from a request that is over."""
+        """Learn from a request that is over; not beside whole iterations, which no headroom
+        shortens."""
+        if self.policy.sharing != "fill":
+            return
         late = pace.last - pace.first > (pace.n - 1) * self.slo.tpot_ms / 1e3
         gain = max(_LATE, _FIRST_LATE / (1 + self._judged / _FEW))
         step = gain if late else -gain * _MAY_BE_LATE / (1 - _MAY_BE_LATE)
