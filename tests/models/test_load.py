@@ -48,7 +48,7 @@ def test_dtype_is_converted_on_the_way(tmp_path: Path) -> None:
     loaded = load_model(str(folder), dtype="bfloat16")
     assert {p.dtype for p in loaded.decoder.parameters()} == {torch.bfloat16}
     assert loaded.fingerprint == load_model(str(folder)).fingerprint
-    with pytest.raises(UnsupportedModel, match="float8"):
+    with pytest.raises(InvalidRequest, match="float8"):
         load_model(str(folder), dtype="float8")
 
 

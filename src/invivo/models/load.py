@@ -78,7 +78,7 @@ def load_model(
 
     Raises:
         NotFound: there is no such model.
-        InvalidRequest: there is no such device.
+        InvalidRequest: there is no such device or dtype.
         UnsupportedModel: the folder's architecture or tensors cannot be read.
     """
     device = checked_device(device)
@@ -100,7 +100,7 @@ def load_model(
 def checked_device(device: torch.device | str) -> torch.device:
     """
     Raises:
-        InvalidRequest: there is no such device.
+        InvalidRequest: there is no such device or dtype.
     """
     try:
         found = torch.device(device)
