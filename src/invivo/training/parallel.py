@@ -11,6 +11,8 @@ the same rows (:mod:`invivo.training.tensor_parallel`); their parts are sharded 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -193,6 +195,10 @@ def joined(replicas: int, kind: str, tensor: int = 1) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=STALLED)
+    # A thread of gloo that lets go of a tensor while Python shuts down ends the process by SIGABRT;
+    # the threads end with their group, and groups that are left then hang in cycles.
+    atexit.register(gc.collect)
+    whole: DeviceMesh | None = None
     try:
         sizes = {"replicate": replicas, "shard": world // replicas // tensor, "tensor": tensor}
         named = {name: n for name, n in sizes.items() if n > 1 or name == "shard"}
@@ -203,6 +209,8 @@ def joined(replicas: int, kind: str, tensor: int = 1) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), world, here, mesh, host, abreast)
     finally:
         dist.destroy_process_group()
+        # DTensor's caches keep the mesh, and the mesh its groups (in a field of newer torch).
+        getattr(whole, "_pg_registry", {}).clear()
 
 
 def _sharded(model: LossModel) -> list[FSDPModule]:
