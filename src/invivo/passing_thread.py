@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from invivo.errors import Unavailable
+
 T = TypeVar("T")
 
 
@@ -16,6 +18,13 @@ def in_passing_thread(work: Callable[[], T]) -> T:
     that thread lives. With a team of the caller's beside the engine's there are more workers than
     processors; then all of them sleep between parallel regions, and waking them costs the engine
     a quarter of its speed on a CPU.
+
+    Raises:
+        Unavailable: the program is ending, no thread can be started any more.
     """
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
+        try:
+            done = pool.submit(work)
+        except RuntimeError as error:
+            raise Unavailable("the program is ending") from error
+        return done.result()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from invivo.engine import checkpoint
 from invivo.engine.job_spec import Text
 from invivo.errors import Conflict, InvalidRequest, NotFound
 from invivo.jobs.data import TrainingData
+from invivo.jobs.examples import ExampleReader
 from invivo.jobs.service import JobService
 from invivo.lm_jobs import ENDED, Hyperparameters, Job, JobInfo, JobRequest, start_job
 from invivo.models.load import LoadedModel
@@ -133,6 +135,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tests.engine.drive import small_engine
 from invivo.jobs.data import TrainingData
+from invivo.jobs.examples import ExampleReader
 from invivo.jobs.service import JobService
 from invivo.models.load import load_model
 
@@ -251,6 +254,97 @@ def test_a_paused_job_lets_the_next_one_run_and_waits_for_its_turn(opened: Open)
     before = first.info().step
     wait_for(lambda: first.info().step > before)
     assert first.cancel().status == "cancelled"
+
+
+class HeldReader:
+    """The preparer stops before it reads a job's data, until ``go_on``."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.reading, self.go_on = threading.Event(), threading.Event()
+        read = ExampleReader.read
+
+        def held(reader: ExampleReader, *arguments: Any) -> Any:
+            self.reading.set()
+            assert self.go_on.wait(PATIENCE)
+            return read(reader, *arguments)
+
+        patch.setattr(ExampleReader, "read", held)
+
+    def created(self, running: Running) -> Job:
+        """A job whose data is about to be read."""
+        file = running.jobs.add_file("d.jsonl", io.BytesIO(lines(DATA)))
+        asked = Hyperparameters.of(SETTINGS | {"steps": 2})
+        job = running.jobs.create(JobRequest(file.id, asked, "poet"))
+        assert self.reading.wait(PATIENCE)
+        return Job(job.id, running.jobs)
+
+    def pass_by(self, running: Running) -> None:
+        """Wait until the preparer has done what it was at."""
+        self.go_on.set()
+        running.jobs._preparer.submit(lambda: None).result(PATIENCE)
+
+
+def test_a_job_that_is_called_off_while_it_is_prepared_never_runs(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, reader = opened(), HeldReader(monkeypatch)
+    job = reader.created(running)
+    set_job = running.jobs.store.set_job
+
+    def at_the_last_moment(job_id: str, **fields: Any) -> bool:
+        if fields.get("status") == "cancelled" and not reader.go_on.is_set():
+            locked = running.jobs._lock.locked()
+            reader.go_on.set()
+            if not locked:
+                wait_for(lambda: job_id in running.jobs._live)
+        return set_job(job_id, **fields)
+
+    monkeypatch.setattr(running.jobs.store, "set_job", at_the_last_moment)
+    assert job.cancel().status == "cancelled"
+    reader.pass_by(running)
+    assert job.id not in running.jobs._live
+    assert running.engine.stats().jobs == []
+    assert job.status == "cancelled"
+
+
+def test_a_job_that_was_prepared_too_late_is_left_to_the_next_service(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, reader = opened(), HeldReader(monkeypatch)
+    job = reader.created(first)
+    first.engine.close()
+    reader.pass_by(first)
+    assert job.status == "queued"
+    first.close()
+    assert Job(job.id, opened().jobs).wait(timeout=PATIENCE).status == "succeeded"
+
+
+def test_whoever_sees_how_a_job_stands_finds_it_told(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = opened()
+    store, seen = running.jobs.store, []
+    set_job = store.set_job
+
+    def looked_at(job_id: str, **fields: Any) -> bool:
+        changed = set_job(job_id, **fields)
+        if "status" in fields:
+            seen.append((fields["status"], store.events(job_id, 1, None)[0].message))
+        return changed
+
+    monkeypatch.setattr(store, "set_job", looked_at)
+    job = begun(running, steps=10**6)
+    wait_for(lambda: job.status == "running")
+    job.pause()
+    job.resume()
+    job.cancel()
+    wait_for(lambda: job.id not in running.jobs._live)
+    assert [(status, said) for status, said in seen if status != "queued"] == [
+        ("running", "Started"),
+        ("paused", "Paused: asked for"),
+        ("running", "Resumed"),
+        ("cancelled", "Cancelled"),
+    ]
 
 
 def test_bad_data_fails_the_job_with_an_event_for_every_line(opened: Open) -> None:

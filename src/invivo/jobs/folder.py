@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, Self
 
 from invivo.errors import Conflict, InvalidRequest, Unavailable
-from invivo.jobs.store import JobStore
+from invivo.jobs.store import JobStore, NewEvent
 from invivo.lm_jobs import (
     ENDED,
     CheckpointInfo,
@@ -221,15 +221,14 @@ class JobFolder:
             shutil.rmtree(self.adapter_folder(info.name), ignore_errors=True)
 
     def _marked(self, job_id: str, status: JobStatus, message: str) -> JobInfo:
-        info = self.job(job_id)
+        info = self.store.job(job_id)
         if info.status in ENDED:
             raise already_ended(info)
         if info.status == status:
             return info
         more = {"finished": time.time()} if status in ENDED else {}
-        if self.store.set_job(job_id, unless=ENDED, status=status, **more):
-            self.store.add_event(job_id, message)
-        return self.job(job_id)
+        self.store.set_job(job_id, unless=ENDED, told=NewEvent(message), status=status, **more)
+        return self.store.job(job_id)
 
     # --- places -----------------------------------------------------------------------------
     def checkpoint_folder(self, job_id: str) -> Path:

@@ -51,6 +51,7 @@ from invivo.jobs.program_jobs import (
 )
 from invivo.jobs.records import InvalidData
 from invivo.jobs.start import Start, keep_start, kept_start, start_of
+from invivo.jobs.store import NewEvent
 from invivo.lm_jobs import (
     BAD_FILE,
     BAD_VALIDATION,
@@ -159,8 +160,8 @@ class JobService(JobFolder):
         engine.adapters.finder = self.checkpoint_folder_of
         for info in self.store.unfinished():
             if info.status == "running":
-                self.store.set_job(info.id, status="queued")
-                self.store.add_event(info.id, "The process that ran it has ended: queued again")
+                told = NewEvent("The process that ran it has ended: queued again")
+                self.store.set_job(info.id, told=told, status="queued")
             if info.status != "paused":
                 self._prepare_later(info.id)
 
@@ -333,8 +334,8 @@ class JobService(JobFolder):
         if handle is not None:
             handle.resume()
             return self._awaited(job_id, lambda status: status != "paused")
-        if self.store.set_job(job_id, unless=ENDED, status="queued", error=None):
-            self.store.add_event(job_id, "Queued again")
+        told = NewEvent("Queued again")
+        if self.store.set_job(job_id, unless=ENDED, told=told, status="queued", error=None):
             self._prepare_later(job_id)
         return self.job(job_id)
 
@@ -348,8 +349,8 @@ class JobService(JobFolder):
             if live is not None and handle is None:
                 del self._live[job_id]
                 self._waiting.remove(live)
-        if handle is None:
-            return self._marked(job_id, status, status.capitalize())
+            if handle is None:  # under the lock, or the preparer might take it up meanwhile
+                return self._marked(job_id, status, status.capitalize())
         info = self.job(job_id)
         if info.status in ENDED:
             raise already_ended(info)
@@ -509,6 +510,9 @@ class JobService(JobFolder):
                     live.handle = in_passing_thread(partial(self._handed_over, live))
                 except Overloaded:
                     return
+                except Unavailable as error:  # no engine any more: the next service takes it up
+                    log.debug("job %s is left to the next service: %s", live.job_id, error)
+                    return
                 except Exception as error:
                     problem = error
                     self._live.pop(live.job_id, None)
@@ -583,10 +587,10 @@ class JobService(JobFolder):
 
     def _fail(self, job_id: str, code: str, message: str, param: str | None) -> None:
         error = {"code": code, "message": message, "param": param}
-        if self.store.set_job(
-            job_id, unless=ENDED, status="failed", error=error, finished=time.time()
-        ):
-            self.store.add_event(job_id, f"Failed: {message}", level="error", data=error)
+        told = NewEvent(f"Failed: {message}", level="error", data=error)
+        self.store.set_job(
+            job_id, unless=ENDED, told=told, status="failed", error=error, finished=time.time()
+        )
         with self._changed:
             self._changed.notify_all()
 
@@ -638,11 +642,11 @@ class JobService(JobFolder):
         job_id, kind, step = live.job_id, event["event"], event.get("step", 0)
         if kind == "started":
             self.store.back_to(job_id, step, live.tokens_after(step))
-            self.store.set_job(job_id, unless=ENDED, status="running", error=None)
             came = event["from"]
             live.checkpoint = None if came is None else Path(came)
             begun = "Started" if came is None else f"Goes on from the checkpoint of step {step}"
-            self._tell(live, event, begun)
+            told = _event(event, begun)
+            self.store.set_job(job_id, unless=ENDED, told=told, status="running", error=None)
         elif kind in ("step", "skipped"):
             self._step(live, event)
         elif kind == "validation":
@@ -665,23 +669,26 @@ class JobService(JobFolder):
         elif kind == "checkpoint_failed":
             message = f"No checkpoint could be written: {event['error']}"
             error = {"code": "checkpoint_failed", "message": message, "param": None}
-            self.store.set_job(job_id, error=error)
-            self._tell(live, event, message, "error")
+            self.store.set_job(job_id, told=_event(event, message, "error"), error=error)
         elif kind in ("paused", "resumed"):
             with self._lock:
                 live.done.clear()
             if kind == "paused":
-                self.store.set_job(job_id, unless=ENDED, status="paused")
-                self._tell(live, event, f"Paused: {event['reason']}")
+                told = _event(event, f"Paused: {event['reason']}")
+                self.store.set_job(job_id, unless=ENDED, told=told, status="paused")
                 self._later(self._start_waiting)
             else:
-                self.store.set_job(job_id, unless=ENDED, status="running", error=None)
-                self._tell(live, event, "Resumed")
+                told = _event(event, "Resumed")
+                self.store.set_job(job_id, unless=ENDED, told=told, status="running", error=None)
         elif kind == "queued":
-            self.store.set_job(job_id, unless=ENDED, status="queued", error=None)
-            self._tell(live, event, "Queued again: as many jobs run as may")
+            told = _event(event, "Queued again: as many jobs run as may")
+            self.store.set_job(job_id, unless=ENDED, told=told, status="queued", error=None)
         else:
-            self._ended(live, event)
+            try:
+                self._ended(live, event)
+            finally:  # not before: who finds it gone takes what the store says
+                with self._lock:
+                    self._live.pop(job_id, None)
 
     def _step(self, live: Live, event: dict[str, Any]) -> None:
         step, loss, accuracy = event["step"], event["loss"], event["accuracy"]
@@ -735,8 +742,6 @@ class JobService(JobFolder):
 
     def _ended(self, live: Live, event: dict[str, Any]) -> None:
         job_id, kind = live.job_id, event["event"]
-        with self._lock:
-            self._live.pop(job_id, None)
         if kind == "stopped" or (kind == "failed" and self._engine.failure is not None):
             # Not the job's doing: it stays as it is for the next service.
             why = "The engine was closed" if kind == "stopped" else "The engine has failed"
@@ -754,15 +759,15 @@ class JobService(JobFolder):
                 self._export(live)
             self.store.set_job(
                 job_id,
+                told=_event(event, f"Succeeded: served as {result}"),
                 status="succeeded",
                 finished=event["time"],
                 fine_tuned_model=result,
                 error=None,
             )
-            self._tell(live, event, f"Succeeded: served as {result}")
         elif kind == "cancelled":
-            self.store.set_job(job_id, status="cancelled", finished=event["time"])
-            self._tell(live, event, "Cancelled")
+            told = _event(event, "Cancelled")
+            self.store.set_job(job_id, told=told, status="cancelled", finished=event["time"])
         else:
             self._fail(job_id, "training_failed", str(event.get("error", kind)), None)
         self._later(self._start_waiting)
@@ -802,10 +807,12 @@ class JobService(JobFolder):
         except RuntimeError:
             log.debug("closing: nothing is started any more")
 
-    def _tell(self, live: Live, event: dict[str, Any], message: str, level: str = "info") -> None:
-        self.store.add_event(
-            live.job_id, message, level=level, created=event["time"], data=_told(event)
-        )
+    def _tell(self, live: Live, event: dict[str, Any], message: str) -> None:
+        self.store.add_event(live.job_id, message, created=event["time"], data=_told(event))
+
+
+def _event(event: dict[str, Any], message: str, level: str = "info") -> NewEvent:
+    return NewEvent(message, level, created=event["time"], data=_told(event))
 
 
 def _told(event: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import math
 import secrets
 import sqlite3
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,27 @@ _checkpoints = sql.Table(
 )
 _PATIENCE = 30.0  # seconds for others who write
 UNFINISHED: tuple[JobStatus, ...] = ("validating_files", "queued", "running", "paused")
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """What happened to a job; ``created`` in Unix seconds, None = now."""
+
+    message: str
+    level: str = "info"
+    type: str = "message"
+    created: float | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def row(self, job_id: str) -> dict[str, Any]:
+        return {
+            "job": job_id,
+            "created": time.time() if self.created is None else self.created,
+            "level": self.level,
+            "type": self.type,
+            "message": self.message,
+            "data": _finite(dict(self.data)),
+        }
 
 
 class JobStore:
@@ -296,13 +317,26 @@ class JobStore:
         with self._engine.connect() as connection:
             return [_job(row) for row in connection.execute(query)]
 
-    def set_job(self, job_id: str, *, unless: Sequence[JobStatus] = (), **fields: Any) -> bool:
-        """Change columns; False if its status is one of ``unless``."""
+    def set_job(
+        self,
+        job_id: str,
+        *,
+        unless: Sequence[JobStatus] = (),
+        told: NewEvent | None = None,
+        **fields: Any,
+    ) -> bool:
+        """Change columns and add the event ``told``, so that whoever sees the one sees the other.
+
+        False, and nothing is done, if the job's status is one of ``unless``.
+        """
         change = _jobs.update().where(_jobs.c.id == job_id).values(**fields)
         if unless:
             change = change.where(_jobs.c.status.not_in(unless))
         with self._engine.begin() as connection:
-            return connection.execute(change).rowcount > 0
+            changed = connection.execute(change).rowcount > 0
+            if changed and told is not None:
+                connection.execute(_events.insert().values(**told.row(job_id)))
+        return changed
 
     def step_done(
         self,
@@ -353,25 +387,10 @@ class JobStore:
         return row
 
     # --- events -----------------------------------------------------------------------------
-    def add_event(
-        self,
-        job_id: str,
-        message: str,
-        *,
-        level: str = "info",
-        type: str = "message",
-        created: float | None = None,
-        data: dict[str, Any] | None = None,
-    ) -> None:
-        row = {
-            "job": job_id,
-            "created": time.time() if created is None else created,
-            "level": level,
-            "type": type,
-            "message": message,
-            "data": _finite(data or {}),
-        }
+    def add_event(self, job_id: str, message: str, **more: Any) -> None:
+        """``more``: the other fields of :class:`NewEvent`."""
         with self._engine.begin() as connection:
+            row = NewEvent(message, **more).row(job_id)
             connection.execute(_events.insert().values(**row))
 
     def events(self, job_id: str, limit: int, after: str | None) -> list[JobEvent]:
