@@ -9,7 +9,7 @@ from pathlib import Path
 
 from invivo.errors import InvivoError
 
-_LOOKS, _A_LOOK = 4, 0.05  # who asks whether a lock is held holds it himself for a moment
+_A_LOOK = 0.05  # seconds
 
 
 @contextmanager
@@ -28,18 +28,21 @@ def locked(path: Path, *, otherwise: InvivoError | None = None) -> Iterator[None
         except ImportError:
             yield
             return
-        looks = 0
-        while otherwise is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                looks += 1
-                if looks == _LOOKS:
-                    raise otherwise from error
-                time.sleep(_A_LOOK)
-        else:
+        if otherwise is None:
             fcntl.flock(handle, fcntl.LOCK_EX)
+        else:
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    # Who only asks whether it is held shares it for a moment, however long that is.
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    except OSError:
+                        raise otherwise from error
+                    fcntl.flock(handle, fcntl.LOCK_UN)
+                    time.sleep(_A_LOOK)
         yield
 
 

@@ -77,3 +77,13 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
             RunFolder(tmp_path / "run").held().__enter__()
     assert asked() == "free"
     assert (folder.status("running"), folder.status("done")) == ("killed", "done")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_a_run_that_ends_while_it_is_looked_at_was_not_killed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.held():
+        folder.write_manifest({"status": "running"})
+        read = folder.manifest()["status"]
+        folder.write_manifest({"status": "done"})
+    assert folder.status(read) == "done"

@@ -107,7 +107,13 @@ class RunFolder:
 
     def status(self, written: str) -> str:
         """The manifest's status, or ``killed`` where the process that wrote ``running`` is gone."""
-        return "killed" if written == "running" and abandoned(self._lock) else written
+        if written != "running" or not abandoned(self._lock):
+            return written
+        try:
+            now = str(self.manifest()["status"])  # it may have ended since ``written`` was read
+        except (InvalidRequest, KeyError):
+            return "killed"
+        return "killed" if now == "running" else now
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

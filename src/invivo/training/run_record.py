@@ -69,7 +69,10 @@ def read_run(folder: Path) -> RunRecord:
             field="run",
             given=str(folder),
         )
-    manifest["status"] = run.status(manifest["status"])
+    status = run.status(manifest["status"])
+    if status not in ("killed", manifest["status"]):  # it has ended between two looks
+        manifest = run.manifest()
+    manifest["status"] = status
     kinds: dict[str, list[Line]] = {"step": [], "evaluation": [], "event": [], "positions": []}
     for line in run.metrics.read():
         kinds.setdefault(line["kind"], []).append(line)
