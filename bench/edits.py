@@ -1,13 +1,17 @@
 """What looking into a model and changing it costs on a CPU, beside TransformerLens.
 
     python bench/edits.py --peer-python PATH [--rounds 3] [--peer-heads 6] [--passive]
+    python bench/edits.py --peer-python PATH --parts peers --jobs capture --threads 1 --out FILE
 
 PATH is the interpreter of an environment that has transformer-lens. SmolLM2-135M, float32, each
 engine in a process of its own (``edits_worker.py``), rounds interleaved, so that both see the same
 machine; ratios are medians over rounds of the ratio within a round.
 
-- capture: every residual stream of 32 prompts of 24 tokens of real text. "lean" asks neither side
-  for anything behind the last layer.
+- capture: every residual stream of 32 prompts of 24 tokens of real text, as a user of either side
+  asks for them. TransformerLens computes the logits of all tokens whether they are wanted or not
+  (27 % more multiplications); invivo computes what is asked for, and here no logits are.
+- capture lean: the same with TransformerLens told to unembed no more than it must, one token a
+  prompt. capture both: the same with the logits of all tokens given out by both sides.
 - patch last, patch all: activation patching of every head (30 layers of 9) on 32 pairs of prompts,
   at the last token or at all tokens, to a difference of two logits. The peer is a plain loop: one
   batch of the 32 prompts for each head, with a hook. It is timed on a few heads, whose time is
@@ -17,6 +21,9 @@ machine; ratios are medians over rounds of the ratio within a round.
   layers touched) or all (a vector added) carry a program. Engines of one process take steps in
   turn, another one first each time; the ratio is that of the lower quartiles.
 - resolve: a program of 20 steps, resolved anew and found again.
+
+Beside seconds stand those of the CPU. With one thread their ratio hardly depends on who else uses
+the machine; with more, threads that spin while they wait count as well.
 
 The floor of a pass is its multiplications at the measured speed of a matrix product. For a sweep
 that shares everything before its changes it is half of the layers of a row for each head, and the
@@ -44,9 +51,11 @@ import torch
 from engine import HERE, count_weights, measure_matmul, processor
 
 TOKENS, PAIRS, FEWER = 24, 32, 2
+UNEMBED = {"capture": "default", "capture lean": "none", "capture both": "all"}
 BARS = {"capture": 1.5, "patch last": 5.0}
 TOUCHED = {"one": 1.05, "one, 4 layers": 1.05, "all": 1.03}
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
+Seconds = dict[str, dict[str, list[float]]]  # by job and side, a number a round
 
 
 def main() -> None:
@@ -54,6 +63,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--peer-python")
     parser.add_argument("--parts", default="peers,touched,resolve", help="others stay as they are")
+    parser.add_argument("--jobs", default="capture,patch", help="of the peers: what is timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-heads", type=int, default=6)
     parser.add_argument("--steps", type=int, default=24, help="of 64 decoding rows, each kind")
@@ -104,36 +114,37 @@ def beside_peer(
     ours, about = worker("invivo", sys.executable, start)
     peer, peer_about = worker("transformer_lens", args.peer_python, start)
     for ask in (ours, peer):  # touch every path once before anything is timed
-        ask({"job": "capture", "prompts": prompts, "lean": False})
+        ask({"job": "capture", "prompts": prompts, "unembed": "all"})
     flops = measure_matmul()
     layers, head = count_weights(folder)
-    seconds: dict[str, dict[str, list[float]]] = {}
+    seconds: Seconds = {}
+    cpu_seconds: Seconds = {}
     agreement: dict[str, float] = {}
     for number in range(args.rounds):
         for what, mine, other, scale in jobs(prompts, pairs, shape, args.peer_heads, number):
+            if what.split()[0] not in args.jobs.split(","):
+                continue
             a, b = ours(mine), peer(other)
-            entry = seconds.setdefault(what, {"invivo": [], "transformer_lens": []})
-            entry["invivo"].append(a["seconds"])
-            entry["transformer_lens"].append(b["seconds"] * scale)
+            for kind, found in (("seconds", seconds), ("cpu_seconds", cpu_seconds)):
+                entry = found.setdefault(what, {"invivo": [], "transformer_lens": []})
+                entry["invivo"].append(a[kind])
+                entry["transformer_lens"].append(b[kind] * scale)
             far = differ(what, a["numbers"], b["numbers"], mine, other)
             agreement[what] = max(far, agreement.get(what, 0.0))
-            told = f"{entry['invivo'][-1]:.2f} s, {entry['transformer_lens'][-1]:.2f} s"
-            print(f"round {number + 1}, {what}: {told}", flush=True)
+            told = f"{a['seconds']:.2f} s, {b['seconds'] * scale:.2f} s"
+            cpu = f"of the CPU {a['cpu_seconds']:.2f} s, {b['cpu_seconds'] * scale:.2f} s"
+            print(f"round {number + 1}, {what}: {told}; {cpu}", flush=True)
     for ask in (ours, peer):
         ask({})
     floors = floors_of(layers, head, shape, flops)
-    ratios = {
-        what: statistics.median(
-            b / a for a, b in zip(s["invivo"], s["transformer_lens"], strict=True)
-        )
-        for what, s in seconds.items()
-    }
-    print(f"\n{'seconds':14}{'floor':>9}{'invivo':>9}{'peer':>9}{'ratio':>8}  largest difference")
+    ratios, cpu_ratios = ratios_of(seconds), ratios_of(cpu_seconds)
+    heads = f"{'seconds':14}{'floor':>9}{'invivo':>9}{'peer':>9}{'ratio':>8}{'of CPU s':>10}"
+    print(f"\n{heads}  largest difference")
     for what, s in seconds.items():
         own, theirs = (statistics.median(s[name]) for name in ("invivo", "transformer_lens"))
         print(
             f"{what:14}{floors[what]:9.2f}{own:9.2f}{theirs:9.2f}{ratios[what]:7.2f}x"
-            f"  {agreement[what]:.1e}"
+            f"{cpu_ratios[what]:9.2f}x  {agreement[what]:.1e}"
             + (f"   at least {BARS[what]}x: {ratios[what] >= BARS[what]}" if what in BARS else "")
         )
     return {
@@ -145,9 +156,21 @@ def beside_peer(
         "peer_heads": args.peer_heads,
         "pairs_at_all_tokens": FEWER,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "ratios": ratios,
+        "cpu_ratios": cpu_ratios,
         "floors_s": floors,
         "largest_differences": agreement,
+    }
+
+
+def ratios_of(seconds: Seconds) -> dict[str, float]:
+    """The peer's over ours: medians over rounds of the ratio within a round."""
+    return {
+        what: statistics.median(
+            b / a for a, b in zip(s["invivo"], s["transformer_lens"], strict=True)
+        )
+        for what, s in seconds.items()
     }
 
 
@@ -223,10 +246,10 @@ def jobs(
     every = [[layer, head] for layer in range(shape[0]) for head in range(shape[1])]
     few = [every[i * len(every) // peer_heads] for i in range(peer_heads)]
     scale = len(every) / peer_heads
-    capture = {"job": "capture", "prompts": prompts, "lean": False}
-    found = [("capture", capture, capture, 1.0)]
-    lean = capture | {"lean": True}
-    found.append(("capture lean", lean, lean, 1.0))
+    found = []
+    for what, unembed in UNEMBED.items():
+        capture = {"job": "capture", "prompts": prompts, "unembed": unembed}
+        found.append((what, capture, capture, 1.0))
     for where, some in (("last", pairs), ("all", pairs[:FEWER])):
         job = {
             "job": "patch",
@@ -260,6 +283,7 @@ def floors_of(layers: int, head: int, shape: tuple[int, int], flops: float) -> d
     return {
         "capture": whole,
         "capture lean": whole,
+        "capture both": whole + 2 * head * TOKENS * PAIRS / flops,
         "patch last": PAIRS * (both + heads * row),
         "patch all": FEWER * (both + heads * (layers * TOKENS + 2 * head) / flops),
     }

@@ -4,10 +4,15 @@
 
 A process each, because OpenMP workers of two engines in one process put each other to sleep, and
 because TransformerLens needs an environment of its own. First line in: {"model": folder,
-"threads": n}; answered by versions. Then jobs, each answered by {"seconds": s, "numbers": [...]}:
+"threads": n}; answered by versions. Then jobs, each answered by {"seconds": s, "cpu_seconds": s,
+"numbers": [...]}; the CPU's seconds are of the whole process, threads that spin included:
 
-- {"job": "capture", "prompts": [[ids]], "lean": bool}: every residual stream (after each layer, and
-  before the first) of all tokens. ``lean``: nothing beyond the last layer is computed.
+- {"job": "capture", "prompts": [[ids]], "unembed": "none" | "all" | "default"}: every residual
+  stream (after each layer, and before the first) of all tokens. "all": the logits of all tokens are
+  given out too. "none": no logits; TransformerLens cannot leave them out (it takes no notice of
+  ``stop_at_layer`` here), and computes those of one token a prompt. "default": what a user gets who
+  asks for the streams and says nothing of logits; TransformerLens computes those of all tokens,
+  invivo none.
 - {"job": "patch", "pairs": [[ids, ids]], "heads": [[layer, head]], "positions": "last"|"all",
   "tokens": [a, b], "salt": text}: the head's z of the first prompt is replaced by that of the
   second; numbers are the difference of two logits at the last token, by head and pair.
@@ -44,10 +49,14 @@ def main() -> None:
     print(json.dumps(about), file=answers)
     for line in sys.stdin:
         job = json.loads(line)
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         numbers = jobs[job["job"]](job)
-        seconds = time.perf_counter() - begin
-        print(json.dumps({"seconds": seconds, "numbers": numbers}), file=answers)
+        answer = {
+            "seconds": time.perf_counter() - begin,
+            "cpu_seconds": time.process_time() - cpu_begin,
+            "numbers": numbers,
+        }
+        print(json.dumps(answer), file=answers)
 
 
 def build_invivo(start: dict[str, Any]) -> tuple[str, dict[str, Work]]:
@@ -58,14 +67,14 @@ def build_invivo(start: dict[str, Any]) -> tuple[str, dict[str, Work]]:
 
     torch.set_num_threads(start["threads"])
     lm = invivo.load(start["model"])
-    streams = {"out": [{"capture": "layers.0.resid.pre"}, {"capture": "layers.*.resid.post"}]}
+    streams = [{"capture": "layers.0.resid.pre"}, {"capture": "layers.*.resid.post"}]
+    last_stream = start["layers"]  # among the captures of a prompt
 
     def capture(job: dict[str, Any]) -> list[float]:
-        program = {**streams}
-        if job["lean"]:
-            program["steps"] = [{"at": f"layers.{start['layers'] - 1}", "do": "stop"}]
-        results = lm.run(program, job["prompts"])
-        return [float(np.abs(r.captures[-1].values).mean()) for r in results]
+        logits = [{"capture": "logits"}] if job["unembed"] == "all" else []
+        results = lm.run({"out": streams + logits}, job["prompts"])
+        assert all(len(r.captures) == last_stream + 1 + len(logits) for r in results)
+        return [float(np.abs(r.captures[last_stream].values).mean()) for r in results]
 
     async def patch_all(job: dict[str, Any]) -> list[list[float]]:
         a, b = job["tokens"]
@@ -117,11 +126,13 @@ def build_transformer_lens(start: dict[str, Any]) -> tuple[str, dict[str, Work]]
 
     @torch.inference_mode()
     def capture(job: dict[str, Any]) -> list[float]:
-        options = {"stop_at_layer": last + 1} if job["lean"] else {}
-        _, cache = bridge.run_with_cache(
-            torch.tensor(job["prompts"]), names_filter=lambda name: name in streams, **options
+        options = {"logits_to_keep": 1} if job["unembed"] == "none" else {}
+        tokens = torch.tensor(job["prompts"])
+        logits, cache = bridge.run_with_cache(
+            tokens, names_filter=lambda name: name in streams, **options
         )
-        assert len(cache) >= len(streams)
+        assert len(cache) == len(streams)
+        assert logits.shape[1] == (1 if options else tokens.shape[1])
         return [float(x) for x in cache[f"blocks.{last}.hook_resid_post"].abs().mean((1, 2))]
 
     @torch.inference_mode()
