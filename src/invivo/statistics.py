@@ -28,10 +28,6 @@ class Interval:
     high: float
     confidence: float = 0.95
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927, "Probable Inference").

@@ -46,3 +46,12 @@ def test_a_size_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         EngineConfig(**{name: value})
     assert caught.value.field == name
+
+
+@pytest.mark.parametrize(
+    ("given", "on_gpu", "expected"), [(None, True, 50), (None, False, 200), (30.0, False, 30)]
+)
+def test_a_promise_left_open_suits_the_device(
+    given: float | None, on_gpu: bool, expected: float
+) -> None:
+    assert EngineConfig(tpot_ms=given).promised_tpot_ms(on_gpu=on_gpu) == expected

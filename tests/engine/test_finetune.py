@@ -17,7 +17,7 @@ from tests.engine.drive import Inquiry, ask, small_engine
 from tests.tiny import tiny_loaded
 from tests.waiting import PATIENCE, wait_for
 
-from invivo.engine import checkpoint
+from invivo.engine import checkpoint, finetune
 from invivo.engine.bypasses import BypassSpec, TrainBypass, checked_specs, init_parameters
 from invivo.engine.checkpoint import checkpoints
 from invivo.engine.coserve import Sizes
@@ -721,3 +721,41 @@ def test_steps_closed_at_once_leave_later_plans_their_time(exact: LoadedModel) -
     finetuning = engine._finetuning
     assert finetuning._just_closed == finetuning._before_plan == 0.0  # a CPU is done with them
     engine.close()
+
+
+def test_a_job_that_requests_leave_nothing_says_why_until_they_are_gone(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "_LONG", 0.0)
+    engine = small_engine(tiny, tpot_ms=1e-3, ttft_ms=1e9)  # no machine keeps that
+    asked = ask(engine, [1, 2, 3], max_tokens=40)
+    job = start(engine, JobSpec("j", LORA, 1), texts())
+    drive(engine, until=lambda: asked.done)
+    (told,) = job.of("waiting")
+    assert "requests alone take" in told["reason"]
+    assert "0.001 promised, tpot_ms" in told["reason"]
+    (shown,) = engine.stats().jobs
+    assert "tpot_ms" in shown["waits_for"]
+    assert shown["forward_tokens"] == 0
+    drive(engine, job)
+    (shown,) = engine.stats().jobs
+    assert shown["waits_for"] is None
+    assert job.kinds() == ["started", "waiting", "step", "published", "succeeded"]
+
+
+def test_a_job_that_lacks_memory_says_so(
+    exact: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "_LONG", 0.0)
+    per_block = 2 * 3 * 2 * 8 * 16 * 8
+    engine = small_engine(
+        exact, kv_bytes=20 * per_block, max_batch_tokens=256, max_running=8, **UNHURRIED
+    )
+    asked = ask(engine, list(range(180)), max_tokens=70, ignore_eos=True)
+    job = start(engine, JobSpec("j", LORA, 1), texts(1, longest=120))
+    drive(engine, until=lambda: asked.done)
+    (told,) = job.of("waiting")
+    assert "memory" in told["reason"]
+    drive(engine, job)
+    assert job.handle is not None
+    assert job.handle.state == "succeeded"

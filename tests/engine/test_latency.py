@@ -58,6 +58,21 @@ def planted_profile(n: int, *, noise: float = 0.0, seed: int = 0) -> list[Sample
     return [Sample(w, seconds(w) * (1 + noise * rng.uniform(-1, 1))) for w in works]
 
 
+def longest_window(
+    model: LatencyModel,
+    work: Work,
+    limit: int,
+    budget: float,
+    start: int = 0,
+    minimum: int = 1,
+) -> int:
+    return model.largest(lambda n: work.with_window(start, n), limit, budget, minimum=minimum)
+
+
+def most_layers(model: LatencyModel, work: Work, tokens: int, limit: int, budget: float) -> int:
+    return model.largest(lambda n: work.with_backward(tokens, n), limit, budget)
+
+
 def errors(model: LatencyModel, samples: list[Sample]) -> list[float]:
     """Relative errors of the predictions, the largest last."""
     return sorted(abs(model.predict(s.work) / s.seconds - 1) for s in samples)
@@ -78,8 +93,8 @@ def test_staged_profile_gives_the_known_window_and_backward_at_75_ms() -> None:
                 work = work.with_backward(1024, layers)
             profile.append(Sample(work, float(row["median_ms"]) / 1e3, float(row["n_steps"])))
         model = LatencyModel(profile)
-        assert 56 <= model.largest_window(Work(8), 0, 4096, 0.075) <= 120
-        assert model.largest_backward(Work(8), 1024, 80, 0.075) == 4
+        assert 56 <= longest_window(model, Work(8), 4096, 0.075) <= 120
+        assert most_layers(model, Work(8), 1024, 80, 0.075) == 4
         # 53 + 5.24 n ms for n layers, and about 13 ms for having any training row.
         assert model.predict(Work(8).with_backward(1024, 64)) == pytest.approx(0.388, rel=0.03)
         found = model.coefficients()
@@ -147,13 +162,13 @@ def test_a_steady_load_does_not_make_the_rest_forgotten() -> None:
 def test_the_safety_factor_is_a_quantile_of_what_groups_of_steps_really_took() -> None:
     model = LatencyModel(planted_profile(300))
     assert model.safety == pytest.approx(1.0, abs=1e-4)
-    window = model.largest_window(Work(8), 0, 4096, 0.02)
+    window = longest_window(model, Work(8), 4096, 0.02)
     rng = random.Random(0)
     for _ in range(256):  # all of them take longer, more or less
         work = some_work(rng)
         model.record(work, seconds(work) * rng.uniform(1.0, 1.4))
     assert 1.02 < model.safety < 1.3
-    assert model.largest_window(Work(8), 0, 4096, 0.02) < window
+    assert longest_window(model, Work(8), 4096, 0.02) < window
 
 
 def test_what_scatters_among_short_steps_makes_long_ones_no_shorter() -> None:
@@ -230,9 +245,9 @@ def test_the_inverse_equals_brute_force(
         return model.predict(grown) * model.safety <= budget
 
     windows = [s for s in range(1, 201) if fits(work.with_window(start, s))]
-    assert model.largest_window(work, start, 200, budget) == max(windows, default=0)
+    assert longest_window(model, work, 200, budget, start) == max(windows, default=0)
     layers = [n for n in range(1, 33) if fits(work.with_backward(256, n))]
-    assert model.largest_backward(work, 256, 32, budget) == max(layers, default=0)
+    assert most_layers(model, work, 256, 32, budget) == max(layers, default=0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -249,8 +264,8 @@ def test_more_inference_never_leaves_more_room_for_training(
         work.layers + more.layers,
     )
     assert model.predict(larger) >= model.predict(work) * (1 - 1e-12)
-    size = model.largest_window(work, 0, 500, budget, minimum=minimum)
-    assert model.largest_window(larger, 0, 500, budget, minimum=minimum) <= size
+    size = longest_window(model, work, 500, budget, minimum=minimum)
+    assert longest_window(model, larger, 500, budget, minimum=minimum) <= size
     assert size == 0 or size >= minimum
     if size:
         assert model.predict(work.with_window(0, size)) * model.safety <= budget * (1 + 1e-12)

@@ -347,6 +347,18 @@ def test_whoever_sees_how_a_job_stands_finds_it_told(
     ]
 
 
+def test_a_job_that_gets_nothing_beside_requests_has_an_event_that_says_why(opened: Open) -> None:
+    running = opened()
+    job = begun(running, steps=10**6)
+    wait_for(lambda: job.info().step >= 1)
+    live = running.jobs._live[job.id]
+    event = {"event": "waiting", "step": 1, "reason": "requests take it all", "time": time.time()}
+    running.jobs._hear(live, event)
+    wait_for(lambda: "Waits: requests take it all" in messages(job))
+    assert job.info().status == "running"
+    assert job.cancel().status == "cancelled"
+
+
 def test_bad_data_fails_the_job_with_an_event_for_every_line(opened: Open) -> None:
     running = opened()
     bad = [DATA[0], {"text": 3}, {"messages": [{"role": "user", "content": "a"}]}]

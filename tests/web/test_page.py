@@ -374,7 +374,7 @@ def test_job_is_paused_resumed_and_cancelled_after_a_question(page, long_job):
 
 def test_objective_is_named_beside_the_latency_it_limits(page, lm):
     page.wait_for_selector("#state[data-state=ready]")
-    wait_for(lambda: page.locator("#itl-legend .promise b").text_content() == "50 ms")
+    wait_for(lambda: page.locator("#itl-legend .promise b").text_content() == "200 ms")
     assert page.locator("#ttft-legend .promise b").text_content() == "5.00 s"
 
 

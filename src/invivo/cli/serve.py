@@ -160,14 +160,16 @@ def serve(
         ),
     ] = None,
     tpot_ms: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--tpot-ms",
             min=0.1,
-            help="Milliseconds per output token that training leaves to requests.",
+            help="Milliseconds per output token that training leaves to requests. "
+            "[dim]\\[default: 50 on a GPU, 200 on a CPU][/dim]",
+            show_default=False,
             rich_help_panel=TUNING,
         ),
-    ] = 50.0,
+    ] = None,
     ttft_ms: Annotated[
         float,
         typer.Option(

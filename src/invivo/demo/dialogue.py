@@ -6,7 +6,6 @@ another person, is the answer. Only answers are learned. The last ones are held 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -61,9 +60,3 @@ def exchanges() -> tuple[list[Exchange], list[Exchange]]:
     learned, held_out = found[:-HELD_OUT], found[-HELD_OUT:]
     shared = {held_out[0].asked}
     return [each for each in learned if each.answered not in shared], held_out
-
-
-def training_lines(learned: list[Exchange]) -> str:
-    """As JSON lines, the way ``POST /v1/files`` takes them."""
-    lines = (json.dumps({"messages": each.messages()}, ensure_ascii=False) for each in learned)
-    return "\n".join(lines) + "\n"

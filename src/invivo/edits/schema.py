@@ -7,7 +7,6 @@ from typing import Any
 
 from invivo.edits.operations import MEASURES, OPERATIONS, REDUCTIONS, Argument
 from invivo.edits.program import VERSION
-from invivo.edits.reading import canonical_json
 from invivo.edits.selectors import TAKES
 from invivo.edits.values import MAPS
 
@@ -161,11 +160,6 @@ def json_schema() -> Schema:
         "additionalProperties": False,
         "$defs": _definitions(),
     }
-
-
-def schema_text() -> str:
-    """The schema as canonical JSON."""
-    return canonical_json(json_schema())
 
 
 def _map(values: Schema) -> Schema:

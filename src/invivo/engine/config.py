@@ -31,7 +31,8 @@ class EngineConfig:
         overlap: prepare the next step while one runs; None = on a GPU.
         cuda_graphs: replay decode steps as CUDA graphs; None = on a GPU.
         tpot_ms, ttft_ms: what fine-tuning leaves to requests: milliseconds per output token, and
-            to the first one (see :class:`invivo.engine.policies.Slo`).
+            to the first one (see :class:`invivo.engine.policies.Slo`). None = 50 ms a token on a
+            GPU, 200 on a CPU, where a few requests alone take longer than 50.
         burst: how many ``tpot_ms`` may pass between two tokens of a request that is early. Above 1,
             a few quick iterations gather the slack of one large piece of training, since starting
             one is dear; answers come less evenly, at the same mean pace. 1 keeps every token within
@@ -58,7 +59,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     overlap: bool | None = None
     cuda_graphs: bool | None = None
-    tpot_ms: float = 50.0
+    tpot_ms: float | None = None
     ttft_ms: float = 5000.0
     burst: float = 2.5
     policy: str = "co-serve"
@@ -103,6 +104,11 @@ class EngineConfig:
         elif self.max_batch_tokens is not None:
             running = min(running, max(1, self.max_batch_tokens // 2))
         return running, self.max_batch_tokens or rows
+
+    def promised_tpot_ms(self, *, on_gpu: bool) -> float:
+        if self.tpot_ms is not None:
+            return self.tpot_ms
+        return 50.0 if on_gpu else 200.0
 
     def model_length(self, trained: int) -> int:
         """Longest prompt + output for a model whose positions reach to ``trained``."""

@@ -151,6 +151,7 @@ class Coserver:
         self._turn: Sequence | None = None  # the text of a whole training iteration under way
         self._since = 0  # iterations of inference since the last one
         self._iteration = 0.0  # running mean of their predicted seconds
+        self._lacks_memory = False  # for the text that was last to begin
 
     def plan(
         self,
@@ -246,6 +247,22 @@ class Coserver:
         least = self.slo.headroom
         self.headroom = min(max(self.headroom + step, least), max(_MOST_HEADROOM, least))
         self._judged += 1
+
+    def obstacle(self, start: float) -> str:
+        """What keeps training out of the iterations of the requests that are there now, in words
+        for whoever waits for it."""
+        slo = self.slo
+        if self._impatient(start):
+            return f"requests wait for their first token ({slo.ttft_ms:g} ms promised, ttft_ms)"
+        alone = self.latency.predict(self._next_tokens())
+        if alone * self.latency.safety >= self.pace:
+            return (
+                f"requests alone take about {1e3 * alone:.3g} ms a token "
+                f"({slo.tpot_ms:g} promised, tpot_ms); it trains when they pause"
+            )
+        if self._lacks_memory:
+            return "requests hold the memory that its text needs"
+        return f"requests leave too little of their time ({slo.tpot_ms:g} ms a token, tpot_ms)"
 
     def budget(self, plan: Plan, work: Work, start: float) -> float:
         """Seconds that the whole iteration may last, safety included, from ``start`` on.
@@ -504,8 +521,12 @@ class Coserver:
         size = self.latency.largest(
             lambda n: _with_window(work, seq, start, n), rows, budget, minimum=least
         )
-        if not size or (not seq.blocks and not self.scheduler.hold(seq, plan)):
+        if not size:
             return work
+        if not seq.blocks:
+            self._lacks_memory = not self.scheduler.hold(seq, plan)
+            if self._lacks_memory:
+                return work
         for part in parts(seq.packing, start, start + size):
             window = Span(seq, part.start, part.stop, Purpose.TRAIN, False)
             if seq.packing is not None:

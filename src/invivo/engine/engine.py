@@ -165,13 +165,14 @@ class Engine:
         self._parked: deque[Job] = deque()  # their adapter waits for a slot
         self._in_flight: Launched | None = None
         self._inbox = _Inbox()
+        self._slo = Slo(c.promised_tpot_ms(on_gpu=on_gpu), c.ttft_ms, burst=c.burst)
         self._finetuning = FineTuning(
             model.decoder,
             cache,
             self.scheduler,
             self.adapters,
             base_name=model.name,
-            slo=Slo(c.tpot_ms, c.ttft_ms, burst=c.burst),
+            slo=self._slo,
             policy=policy_of(c.policy),
             max_rows=max_batch_tokens,
             max_jobs=c.max_jobs,
@@ -368,7 +369,7 @@ class Engine:
             totals=c.totals(),
             tokens=c.history(now),
             latency=c.latency(now),
-            slo={"tpot_ms": self.config.tpot_ms, "ttft_ms": self.config.ttft_ms},
+            slo={"tpot_ms": self._slo.tpot_ms, "ttft_ms": self._slo.ttft_ms},
             step=step,
             recent=[_listed(record) for record in reversed(list(c.recent))],
             histograms=c.histograms(),

@@ -46,6 +46,8 @@ from invivo.models.sites import Taps
 log = logging.getLogger(__name__)
 
 Command = Literal["start", "pause", "resume", "cancel", "stop"]
+_LONG = 10.0  # seconds without a piece of training after which a job says what it waits for
+_AGAIN = 600.0  # and between two such events
 PAUSED = 4  # jobs in memory, as a multiple of those that may run
 ENDED = ("succeeded", "failed", "cancelled", "stopped")
 
@@ -437,7 +439,30 @@ class FineTuning:
             riders.windows.append((job, at, span))
         by_name = {job.name: job for job in self._jobs}
         riders.units = [(by_name[unit.job], unit) for unit in plan.backward]
+        moving = {job.name for job, _, _ in riders.windows} | {unit.job for unit in plan.backward}
+        self._note_waits(moving.union(plan.closing))
         return riders if riders.windows or riders.units or riders.failed else None
+
+    def _note_waits(self, moving: set[str]) -> None:
+        """Have jobs that get nothing for long say why: a promise may leave training nothing."""
+        now = time.monotonic()
+        for job in self._jobs:
+            if job.name in moving or job.state != "running":
+                job.idle_since = job.waits_for = None
+            elif job.idle_since is None:
+                job.idle_since = now
+            elif now - job.idle_since >= _LONG:
+                job.waits_for = self._obstacle(job, now)
+                if job.told_waiting is None or now - job.told_waiting >= _AGAIN:
+                    job.told_waiting = now
+                    event = {"event": "waiting", "step": job.step, "reason": job.waits_for}
+                    self._tell(job, event)
+
+    def _obstacle(self, job: TuningJob, now: float) -> str:
+        if job.closing is not None and job.writer is not None and job.writer.busy:
+            return "its last checkpoint is still being written"
+        assert self._coserver is not None
+        return self._coserver.obstacle(now)
 
     # --- after an iteration -----------------------------------------------------------------
     def folded(self, plan: Plan, seconds: float, at: float) -> None:

@@ -285,16 +285,6 @@ class LatencyModel:
                 high = middle
         return low - 1 if low - 1 >= minimum else 0
 
-    def largest_window(
-        self, work: Work, start: int, limit: int, budget: float, *, minimum: int = 1
-    ) -> int:
-        """Tokens of the longest training window from ``start`` that fits beside ``work``."""
-        return self.largest(lambda n: work.with_window(start, n), limit, budget, minimum=minimum)
-
-    def largest_backward(self, work: Work, tokens: int, limit: int, budget: float) -> int:
-        """Layers of backward of ``tokens`` that fit beside ``work``."""
-        return self.largest(lambda n: work.with_backward(tokens, n), limit, budget)
-
     def coefficients(self, rows: int = 0) -> Coefficients:
         """Of the range that a batch of ``rows`` belongs to."""
         weights = self._fits[self._range(Work(rows))].weights

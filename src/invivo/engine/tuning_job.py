@@ -98,6 +98,8 @@ class TuningJob:
         losses: of every step, per labelled token.
         complete: no step is left.
         error: why it failed, or what the last checkpoint met.
+        idle_since: when it last had a piece of training, if it did not have one just now.
+        waits_for: what has kept it from training for long.
         forward_tokens, backward_tokens: rows run so far, repeated ones included.
     """
 
@@ -181,6 +183,9 @@ class TuningJob:
         self.forward_tokens = 0
         self.backward_tokens = 0.0
         self.n_restarts = 0
+        self.idle_since: float | None = None
+        self.waits_for: str | None = None
+        self.told_waiting: float | None = None
         self.seq = Sequence(Request(spec.name, ()), 0, [], 0)
         self.sequence: TrainSequence | None = None
         self._runs: deque[TrainingRun] = deque()  # of the text at hand, that are yet to come
@@ -668,6 +673,7 @@ class TuningJob:
             "forward_tokens": self.forward_tokens,
             "backward_tokens": round(self.backward_tokens),
             "restarts": self.n_restarts,
+            "waits_for": self.waits_for,
         }
 
 

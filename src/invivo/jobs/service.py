@@ -683,6 +683,8 @@ class JobService(JobFolder):
         elif kind == "queued":
             told = _event(event, "Queued again: as many jobs run as may")
             self.store.set_job(job_id, unless=ENDED, told=told, status="queued", error=None)
+        elif kind == "waiting":
+            self._tell(live, event, f"Waits: {event['reason']}", "warn")
         else:
             try:
                 self._ended(live, event)
@@ -807,8 +809,10 @@ class JobService(JobFolder):
         except RuntimeError:
             log.debug("closing: nothing is started any more")
 
-    def _tell(self, live: Live, event: dict[str, Any], message: str) -> None:
-        self.store.add_event(live.job_id, message, created=event["time"], data=_told(event))
+    def _tell(self, live: Live, event: dict[str, Any], message: str, level: str = "info") -> None:
+        self.store.add_event(
+            live.job_id, message, level=level, created=event["time"], data=_told(event)
+        )
 
 
 def _event(event: dict[str, Any], message: str, level: str = "info") -> NewEvent:

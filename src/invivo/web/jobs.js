@@ -223,7 +223,9 @@ class Row {
     this.bar.firstElementChild.style.width = `${job.steps ? (100 * job.step) / job.steps : 0}%`;
     const parts = job.steps ? [`step ${format.count(job.step)} of ${format.count(job.steps)}`] : [];
     if (job.loss != null) parts.push(`loss ${job.loss.toFixed(3)}`);
-    if (state === "running") {
+    if (state === "running" && job.waits_for) {
+      parts.push(`waits: ${job.waits_for}`);
+    } else if (state === "running") {
       if (job.tokens_per_second != null) parts.push(`${format.rate(job.tokens_per_second)} tok/s`);
       if (job.estimated_finish) parts.push(format.left(job.estimated_finish - now));
     }
