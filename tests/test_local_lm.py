@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny import tiny_hf_model, tiny_model_folder
-from tests.waiting import PATIENCE, await_for, wait_for
+from tests.waiting import PATIENCE, await_for, held_after, held_until_cancelled, wait_for
 
 import invivo
 from invivo.engine.bypasses import BypassSpec, init_parameters
@@ -138,15 +138,17 @@ def test_async_twins_answer_alike(lm: LocalLM) -> None:
 
 def test_cancelled_tasks_and_closed_iterators_abort_their_requests(lm: LocalLM) -> None:
     async def cancel() -> None:
-        asked = lm.stats()["totals"]["requests"]
-        task = asyncio.create_task(lm.agenerate(["the"] * 3, max_tokens=900, ignore_eos=True))
-        await await_for(lambda: lm.stats()["totals"]["requests"] == asked + 3)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        stream = lm.astream("the", max_tokens=900, ignore_eos=True)
-        await anext(stream)
-        await stream.aclose()
+        inbox = lm.engine._inbox
+        with held_after(lm.engine, 0, until=lambda: len(set(inbox.aborted)) == 3):
+            task = asyncio.create_task(lm.agenerate(["the"] * 3, max_tokens=900, ignore_eos=True))
+            await await_for(lambda: len(inbox.live) == 3)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        with held_until_cancelled(lm.engine):
+            stream = lm.astream("the", max_tokens=900, ignore_eos=True)
+            await anext(stream)
+            await stream.aclose()
 
     before = lm.stats()["totals"]["cancelled"]
     asyncio.run(cancel())
@@ -189,7 +191,8 @@ def test_a_request_cancelled_while_it_is_submitted_does_not_run_on(
             go_on.set()
             await await_for(lambda n=before: lm.stats()["totals"]["cancelled"] > n)
 
-    asyncio.run(cancel_at_once())
+    with held_until_cancelled(lm.engine):
+        asyncio.run(cancel_at_once())
 
 
 def test_a_failure_while_a_batch_is_fed_reaches_the_one_who_waits(

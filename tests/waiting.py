@@ -7,8 +7,10 @@ slower and shared with others.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -33,6 +35,35 @@ async def await_for(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
         await asyncio.sleep(0.005)
+
+
+@contextmanager
+def held_after(engine: Engine, tokens: int, until: Callable[[], object]) -> Iterator[None]:
+    """Requests of ``engine``, which runs in its thread, stop after ``tokens`` tokens (of them all)
+    from now, until ``until()`` or the end of the block.
+
+    So none of them can end before the test has done what it does meanwhile, however late that is.
+    """
+    step, written, over = engine.step, engine._counters.generated + tokens, threading.Event()
+
+    def held() -> bool:
+        inbox = engine._inbox
+        if inbox.live and engine._counters.generated >= written:
+            wait_for(lambda: until() or inbox.closed or over.is_set())
+        return step()
+
+    engine.step = held  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        over.set()
+        del engine.step  # type: ignore[method-assign]
+
+
+def held_until_cancelled(engine: Engine) -> AbstractContextManager[None]:
+    """Requests of ``engine`` go on after some tokens, enough for a first event of a stream, only to
+    be cancelled."""
+    return held_after(engine, 20, lambda: engine._inbox.aborted)
 
 
 def hold_at_texts(patch: pytest.MonkeyPatch, engine: Engine, *numbers: int) -> None:

@@ -260,6 +260,7 @@ def test_a_job_of_a_server_is_followed_paused_and_called_off(
 
     with library.connect(url) as lm:
         endless = lm.finetune(data, name="endless", steps=10**6)
+        wait_for(lambda: endless.status == "running")
     assert "endless is paused" in invivo("jobs", "pause", "endless", "--url", url).err
     assert "endless is running" in invivo("jobs", "resume", "endless", "--url", url).err
     assert "endless is cancelled" in invivo("jobs", "cancel", endless.id, "--url", url).err

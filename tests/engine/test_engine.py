@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import pytest
 import torch
 from tests.engine.drive import Inquiry, ask, run, settle, small_engine
 from tests.tiny import tiny_hf_model, tiny_model_folder
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, held_until_cancelled
 
 from invivo.engine.engine import Engine, EngineConfig
+from invivo.engine.stats import EngineStats
 from invivo.engine.types import Output, Purpose, Request, SamplingParams
 from invivo.errors import (
     Conflict,
@@ -530,8 +531,9 @@ def test_closing_cancels_or_drains(tiny: LoadedModel) -> None:
     for drain in (False, True):
         engine = small_engine(tiny)
         engine.start()
-        inquiry = ask(engine, [1], max_tokens=100, ignore_eos=True)
-        engine.close(drain=drain)
+        with nullcontext() if drain else held_until_cancelled(engine):
+            inquiry = ask(engine, [1], max_tokens=100, ignore_eos=True)
+            engine.close(drain=drain)
         assert inquiry.done
         assert inquiry.reason() == ("length" if drain else "cancelled")
 
@@ -552,7 +554,6 @@ def test_statistics_add_up(tiny: LoadedModel) -> None:
     some = [ask(engine, [1, 2, 3, 4], max_tokens=6, ignore_eos=True) for _ in range(3)]
     scored = ask(engine, list(range(20)), kind="score")
     run(engine, *some, scored)
-    time.sleep(0.01)
     stats = engine.stats()
     assert stats.totals["prefill"] == 3 * 4
     assert stats.totals["decode"] == 3 * 5
@@ -571,6 +572,25 @@ def test_statistics_add_up(tiny: LoadedModel) -> None:
     purposes = {"decode", "prefill", "score", "train", "backward"}
     assert set(stats.tokens) == {"seconds"} | purposes
     assert {p.name.lower() for p in Purpose} <= set(stats.totals)
+
+
+def test_an_answer_is_counted_before_it_is_told(tiny: LoadedModel) -> None:
+    engine = small_engine(tiny)
+    told: list[EngineStats] = []
+
+    def receive(output: Output) -> None:
+        if output.final:
+            told.append(engine.stats())
+
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    engine.submit(Request(id="a", tokens=(1, 2, 3, 4), params=params), receive)
+    while not told:
+        engine.step()
+    (stats,) = told
+    assert (stats.totals["prefill"], stats.totals["decode"]) == (4, 5)
+    assert (stats.totals["generated"], stats.totals["length"]) == (6, 1)
+    assert sum(stats.histograms["itl"]["counts"]) == 5
+    assert stats.running == stats.waiting == stats.kv["used"] == 0
 
 
 def test_an_engine_whose_scheduler_breaks_tells_everyone(

@@ -7,7 +7,7 @@ import socket
 
 import httpx
 import pytest
-from tests.waiting import PATIENCE, wait_for
+from tests.waiting import PATIENCE, held_after, held_until_cancelled, wait_for
 
 LONG = {"max_tokens": 900, "ignore_eos": True, "temperature": 0}
 ROUTES = {
@@ -32,10 +32,11 @@ def send(server, path: str, body: dict) -> socket.socket:
 @pytest.mark.parametrize("path", ROUTES)
 def test_a_closed_connection_cancels(server, lm, idle, path, stream):
     before = idle()["totals"]
-    connection = send(server, path, ROUTES[path] | {"stream": stream})
-    wait_for(lambda: lm.stats()["running"] > 0)
-    connection.close()
-    after = idle()["totals"]
+    with held_until_cancelled(lm.engine):
+        connection = send(server, path, ROUTES[path] | {"stream": stream})
+        wait_for(lambda: lm.stats()["running"] > 0)
+        connection.close()
+        after = idle()["totals"]
     assert after["cancelled"] == before["cancelled"] + 1
     assert after["decode"] - before["decode"] < 4 * 900
     wait_for(lambda: server.app.state.services.gate.taken == 0)
@@ -43,14 +44,19 @@ def test_a_closed_connection_cancels(server, lm, idle, path, stream):
 
 def test_a_request_that_only_waits_is_cancelled_too(server, lm, idle):
     before = idle()["totals"]["cancelled"]
-    connections = [
-        send(server, path, body | {"stream": True}) for path, body in ROUTES.items() for _ in "ab"
-    ]
-    for connection in connections:
-        connection.close()
+    inbox = lm.engine._inbox
+    with held_after(lm.engine, 0, until=lambda: len(set(inbox.aborted)) == 4):
+        connections = [
+            send(server, path, body | {"stream": True})
+            for path, body in ROUTES.items()
+            for _ in "ab"
+        ]
+        wait_for(lambda: len(inbox.live) == 4)
+        for connection in connections:
+            connection.close()
+        after = idle()["totals"]
+    assert after["cancelled"] - before == 4
     wait_for(lambda: server.app.state.services.gate.taken == 0)
-    after = idle()["totals"]
-    assert after["cancelled"] - before <= len(connections)
 
 
 def test_a_watcher_of_the_live_stream_leaves_nothing_behind(server):
@@ -63,7 +69,7 @@ def test_a_stopping_server_ends_its_streams(lm):
     from invivo.server.run import ServerThread
     from invivo.server.settings import Settings
 
-    server = ServerThread(lm, Settings(port=0, shutdown_seconds=1)).start()
+    server = ServerThread(lm, Settings(port=0, shutdown_seconds=PATIENCE)).start()
     with httpx.stream("GET", f"{server.url}/v1/live/stream", timeout=PATIENCE) as stream:
         lines = stream.iter_lines()
         next(lines)

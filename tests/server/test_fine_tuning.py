@@ -366,7 +366,9 @@ def test_a_key_sees_its_own_jobs_and_an_administrator_all(lm, tmp_path):
         own = people["bob"].files.create(file=data, purpose="fine-tune")
         for who, status in (("ann", 200), ("root", 200), ("bob", 403), ("reader", 403)):
             key = {"Authorization": f"Bearer {secrets[who]}"}
-            files = httpx.get(f"{keyed.url}/v1/adapters/anns/content", headers=key)
+            files = httpx.get(
+                f"{keyed.url}/v1/adapters/anns/content", headers=key, timeout=PATIENCE
+            )
             assert (who, files.status_code) == (who, status)
         with pytest.raises(openai.PermissionDeniedError) as kept:
             bob.create(model="tiny:anns", training_file=own.id)
@@ -513,7 +515,9 @@ def test_a_checkpoint_is_its_owners_until_it_has_been_asked_for(lm, tmp_path):
         }
         for route, body in bodies.items():
             key = {"Authorization": f"Bearer {keys['bob']}"}
-            refused = httpx.post(f"{thread.url}/v1/{route}", headers=key, json=body)
+            refused = httpx.post(
+                f"{thread.url}/v1/{route}", headers=key, json=body, timeout=PATIENCE
+            )
             assert (route, refused.status_code) == (route, 404)
             assert refused.json()["error"]["param"].endswith("runs.x.adapter")
         other = bob.files.create(file=("t.jsonl", lines(TALKS)), purpose="fine-tune")
@@ -525,7 +529,10 @@ def test_a_checkpoint_is_its_owners_until_it_has_been_asked_for(lm, tmp_path):
         files = f"{thread.url}/v1/adapters/secret:ckpt-step-2/content"
         for who, status in (("bob", 404), ("ann", 200)):
             key = {"Authorization": f"Bearer {keys[who]}"}
-            assert (who, httpx.get(files, headers=key).status_code) == (who, status)
+            assert (who, httpx.get(files, headers=key, timeout=PATIENCE).status_code) == (
+                who,
+                status,
+            )
         assert ann.completions.create(**ask).choices
         for one in people.values():
             one.close()

@@ -7,7 +7,7 @@ from functools import partial
 
 import httpx
 import pytest
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, held_until_cancelled
 
 from invivo.server.run import ServerThread
 from invivo.server.settings import Settings
@@ -84,7 +84,10 @@ def test_one_request_too_many_is_told_to_wait(lm, idle):
         httpx.Client(base_url=server.url, timeout=PATIENCE) as client,
     ):
         assert client.get("/health").status_code == 200
-        with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as running:
+        with (
+            held_until_cancelled(lm.engine),
+            client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as running,
+        ):
             lines = running.iter_lines()  # kept: the stream closes with its iterator
             next(lines)
             refused = client.post("/v1/completions", json=LONG)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.oracle_lm import oracle_run
+from tests.waiting import PATIENCE
 
 import invivo
 from invivo.edits.builder import last, program
@@ -333,7 +334,7 @@ def test_all_passes_of_a_program_are_on_the_account(lm, tmp_path):
     settings = Settings(port=0, require_keys=True, database=database)
     with ServerThread(lm, settings) as running:
         headers = {"Authorization": f"Bearer {secret}"}
-        with httpx.Client(base_url=running.url, headers=headers, timeout=60) as ann:
+        with httpx.Client(base_url=running.url, headers=headers, timeout=PATIENCE) as ann:
             answer = ann.post("/v1/run", json={"program": SWEEP, "prompt": PROMPT})
             assert answer.json()["usage"]["prompt_tokens"] == 6 * n
             again = ann.post("/v1/run", json={"program": SWEEP, "prompt": PROMPT})

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load, save
+from tests.waiting import PATIENCE
 
 import invivo
 from invivo.edits.builder import last, program
@@ -212,7 +213,9 @@ def keyed(lm, tmp_path_factory):
 
 def asking(keyed, name) -> httpx.Client:
     url, keys = keyed
-    return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {keys[name]}"}, timeout=60)
+    return httpx.Client(
+        base_url=url, headers={"Authorization": f"Bearer {keys[name]}"}, timeout=PATIENCE
+    )
 
 
 def test_a_key_sees_its_own_programs_and_tensors_alone(keyed):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from tests.waiting import PATIENCE, await_for, wait_for
+from tests.waiting import PATIENCE, await_for, held_after, held_until_cancelled, wait_for
 
 import invivo
 from invivo.errors import (
@@ -273,18 +273,21 @@ async def test_async_calls_work_from_any_loop(either):
 
 
 def idle(lm) -> bool:
-    return not any(lm.stats()[name] for name in ("running", "waiting"))
+    stats = lm.stats()
+    return not (stats["running"] or stats["waiting"])
 
 
 LONG = {"temperature": 0, "max_tokens": 900, "ignore_eos": True}
 
 
 def test_a_closed_stream_cancels(lm, either):
-    before = lm.stats()["totals"]["cancelled"]
-    stream = either.stream("the cat", **LONG)
-    next(stream)
-    stream.close()
     wait_for(lambda: idle(lm))
+    before = lm.stats()["totals"]["cancelled"]
+    with held_until_cancelled(lm.engine):
+        stream = either.stream("the cat", **LONG)
+        next(stream)
+        stream.close()
+        wait_for(lambda: idle(lm))
     assert lm.stats()["totals"]["cancelled"] == before + 1
 
 
@@ -294,18 +297,23 @@ async def read_all(stream):
 
 
 async def test_a_closed_async_stream_and_a_cancelled_task_cancel(lm, either):
-    before = lm.stats()["totals"]["cancelled"]
-    stream = either.astream("the cat", **LONG)
-    await anext(stream)
-    await stream.aclose()
-    asked = lm.stats()["totals"]["requests"]
-    task = asyncio.ensure_future(either.agenerate("the cat", **LONG))
-    reader = asyncio.ensure_future(read_all(either.astream("hello", **LONG)))
-    await await_for(lambda: lm.stats()["totals"]["requests"] == asked + 2)
-    task.cancel()
-    reader.cancel()
-    await asyncio.gather(task, reader, return_exceptions=True)
     await await_for(lambda: idle(lm))
+    before = lm.stats()["totals"]["cancelled"]
+    with held_until_cancelled(lm.engine):
+        stream = either.astream("the cat", **LONG)
+        await anext(stream)
+        await stream.aclose()
+        await await_for(lambda: idle(lm))
+    # Nothing is written before both have come.
+    inbox = lm.engine._inbox
+    with held_after(lm.engine, 0, until=lambda: len(set(inbox.aborted)) == 2):
+        task = asyncio.ensure_future(either.agenerate("the cat", **LONG))
+        reader = asyncio.ensure_future(read_all(either.astream("hello", **LONG)))
+        await await_for(lambda: len(inbox.live) == 2)
+        task.cancel()
+        reader.cancel()
+        await asyncio.gather(task, reader, return_exceptions=True)
+        await await_for(lambda: idle(lm))
     assert lm.stats()["totals"]["cancelled"] == before + 3
 
 
@@ -335,13 +343,14 @@ def test_keys_are_sent(lm, tmp_path):
     store.close()
 
 
-def test_a_closed_connection_says_so(server):
+def test_a_closed_connection_says_so(server, lm):
     made = invivo.connect(server.url)
-    stream = made.stream("the cat", **LONG)
-    next(stream)
-    made.close()
-    made.close()
-    stream.close()
+    with held_until_cancelled(lm.engine):
+        stream = made.stream("the cat", **LONG)
+        next(stream)
+        made.close()
+        made.close()
+        stream.close()
     with pytest.raises(Unavailable) as caught:
         made.generate("the cat")
     assert "closed" in str(caught.value)
@@ -372,7 +381,7 @@ def test_closing_tells_those_who_wait(server, lm, way):
         "agenerate": lambda: asyncio.run(gathered()),
         "astream": lambda: asyncio.run(iterated()),
     }
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, held_until_cancelled(lm.engine):
         waiting = pool.submit(works[way])
         wait_for(lambda: lm.stats()["totals"]["requests"] > before)
         made.close()

@@ -7,7 +7,7 @@ import threading
 
 import httpx
 import pytest
-from tests.waiting import PATIENCE, wait_for
+from tests.waiting import PATIENCE, held_after, wait_for
 
 from invivo.errors import InvalidRequest
 from invivo.server.run import ServerThread, run
@@ -59,9 +59,10 @@ def test_running_requests_may_finish_when_it_stops(lm):
         answers.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE))
 
     client = threading.Thread(target=ask)
-    client.start()
-    wait_for(lambda: server.app.state.services.gate.taken)
-    server.stop()
+    with held_after(lm.engine, 1, until=lambda: server.app.state.services.draining):
+        client.start()
+        wait_for(lambda: server.app.state.services.gate.taken)
+        server.stop()
     client.join()
     assert answers[0].json()["usage"]["completion_tokens"] == 150
 

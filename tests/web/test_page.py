@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.training.small_run import pretended
-from tests.waiting import PATIENCE, wait_for
+from tests.waiting import PATIENCE, held_until_cancelled, wait_for
 
 from invivo.adapter_archive import unpacked
 from invivo.lm_jobs import ENDED, Job
@@ -100,10 +100,11 @@ def test_next_message_carries_the_conversation(page):
 def test_stop_cancels_the_request_in_the_engine(page, lm):
     page.wait_for_selector("#state[data-state=ready]")
     before = lm.stats()["totals"]["cancelled"]
-    ask(page, "hello", max_tokens=7000)
-    wait_for(lambda: answer_length(page) > 0)
-    page.click("#stop")
-    wait_for(lambda: lm.stats()["totals"]["cancelled"] == before + 1)
+    with held_until_cancelled(lm.engine):
+        ask(page, "hello", max_tokens=7000)
+        wait_for(lambda: answer_length(page) > 0)
+        page.click("#stop")
+        wait_for(lambda: lm.stats()["totals"]["cancelled"] == before + 1)
     wait_for(lambda: lm.stats()["running"] == 0)
     meta = page.locator(".message.assistant .meta").text_content()
     assert meta.endswith("stopped")

@@ -401,10 +401,11 @@ class Engine:
                 inbox.wake.wait_for(lambda: not inbox.live, timeout)
             inbox.aborted.extend(inbox.live)
             inbox.wake.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        thread = self._thread  # another thread may close it too
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
             self._thread = None
-        elif self._thread is None:
+        elif thread is None:
             self._finetuning.stop()
             while self.step():
                 pass
@@ -662,10 +663,13 @@ class Engine:
             # The step in flight has begun by now: what was predicted too long must not add up.
             self._busy_until = min(self._busy_until, now + self._predicted)
         second = int(time.time())
+        counters = self._counters
         by_purpose = [0, 0, 0, 0]
+        for span in plan.spans:
+            by_purpose[span.purpose] += span.stop - span.start
+        counters.count_tokens(by_purpose, second)  # first: who has an answer finds it counted
         gaps: list[float] = []
         for i, span in enumerate(plan.spans):
-            by_purpose[span.purpose] += span.stop - span.start
             if span.purpose is Purpose.TRAIN:
                 continue
             job = self._job_of(span.seq)
@@ -676,8 +680,6 @@ class Engine:
                     log.exception("an output could not be handled")
                 if job is not None:
                     self._end_job(job, _as_typed(error))
-        counters = self._counters
-        counters.count_tokens(by_purpose, second)
         ended = time.perf_counter()
         took = result.device_seconds
         if took is None:
@@ -742,6 +744,9 @@ class Engine:
             output.prompt_logprobs = [r for r in track.scored if r is not None]
         reason = track.advance(token, output, self._eos)
         if reason is not None:
+            if gaps:
+                self._counters.itl.add(gaps, int(time.time()))
+                gaps.clear()
             self._finish(track, output, reason)
         else:
             self._send(track.job, output)
