@@ -31,7 +31,7 @@ from invivo.batches import (
 from invivo.chat_template import has_chat_template, render_chat
 from invivo.engine.adapter_file import write_adapter
 from invivo.engine.adapters import Source
-from invivo.engine.carrying import adapter_of, why_not_carried
+from invivo.engine.carrying import adapters_of, why_not_carried
 from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
 from invivo.engine.engine import Engine
@@ -821,13 +821,15 @@ class LocalLM(LM):
     def _interpreted(self, request: Request) -> ProgramResult:
         """A program that the engine does not carry yet; one at a time, for this is not sparing."""
         assert request.intervention is not None
-        adapter = adapter_of(request)
-        if adapter is not None:
-            self._check_adapter(adapter)
+        adapters = adapters_of(request)
+        if adapters:
+            for adapter in adapters:
+                self._check_adapter(adapter)
             raise InvalidRequest(
-                "the interpreter knows the base model alone",
+                "this program goes through the interpreter, which knows the base model alone: "
+                f"{why_not_carried(request)}",
                 field="adapter",
-                given=adapter,
+                given=adapters,
             )
         with self._interpreting:
             output = self.programs.interpret(request.intervention)

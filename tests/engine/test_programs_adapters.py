@@ -25,23 +25,37 @@ LOOKING = {
 }
 
 
+KIND_OF = {"poet": "lora", "judge": "ia3", "clerk": "adapter"}
+
+
+def publish(engine: Engine, name: str) -> None:
+    specs = KINDS[KIND_OF[name]]
+    parameters = random_parameters(engine.model.config, specs, dtype=torch.float64)
+    engine.adapters.publish(name, specs, parameters)
+
+
 def engine_with_adapter(family: str = "llama", **options: Any) -> Engine:
     engine = engine_of(family, **options)
-    specs = KINDS["lora"]
-    parameters = random_parameters(engine.model.config, specs, dtype=torch.float64)
-    engine.adapters.publish("poet", specs, parameters)
+    publish(engine, "poet")
+    return engine
+
+
+def engine_with_three(family: str = "llama", **options: Any) -> Engine:
+    engine = engine_of(family, **options)
+    for name in KIND_OF:
+        publish(engine, name)
     return engine
 
 
 def expected(engine: Engine, program: Intervention) -> list[Any]:
-    config, specs = engine.model.config, KINDS["lora"]
-    bypass = TrainBypass(config, specs, random_parameters(config, specs, dtype=torch.float64))
+    config = engine.model.config
+    adapters = {}
+    for name, kind in KIND_OF.items():
+        parameters = random_parameters(config, KINDS[kind], dtype=torch.float64)
+        bypass = TrainBypass(config, KINDS[kind], parameters)
+        adapters[name] = bypass.window(0, len(MAIN.ids))
     with torch.no_grad():
-        return run_program(
-            engine.model.decoder,
-            program.resolved,
-            adapters={"poet": bypass.window(0, len(MAIN.ids))},
-        )
+        return run_program(engine.model.decoder, program.resolved, adapters=adapters)
 
 
 def written(engine: Engine, ids: list[int], **more: Any) -> tuple[list[int], list[float]]:
@@ -148,4 +162,99 @@ def test_an_adapter_that_a_program_waited_for_is_given_back() -> None:
         run(engine, *asked)
         assert all(one.outputs[-1].error is None for one in asked)
         engine.adapters.unload(name)
+    no_runs_left(engine)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_runs_of_one_program_have_different_adapters(family: str) -> None:
+    """One is patched with what another's weights make of the same prompt, a third changes by row:
+    the answers are the interpreter's, cold and with what the first has left in the cache."""
+    runs: dict[str, Any] = {
+        "cf": {"prompt": "other"},
+        "tuned": {"same": "main", "adapter": "poet"},
+        "ruled": {"same": "main", "adapter": "judge"},
+    }
+    program = {
+        "runs": runs,
+        "sweep": {"A": ["poet", "judge", "clerk"]},
+        "steps": [
+            {"at": "weights.delta", "do": "use", "adapter": "$A"},
+            {"run": "tuned", "at": "layers.1.attn.out", "do": "replace", "from": "ruled"},
+            {"at": "layers.1.resid.post", "pos": "@last", "do": "replace", "from": "tuned"},
+        ],
+        "out": [
+            {"measure": "kl", "to": "ruled"},
+            {"measure": "kl", "to": "plain"},
+            {"capture": "layers.2.resid.post", "pos": "@last"},
+        ],
+    }
+    engine = engine_with_three(family)
+    carry = carried(engine, program)
+    for _ in range(2):
+        mates = [ask(engine, None, OTHER, "score", adapter=name) for name in KIND_OF]
+        got = ask(engine, carry)
+        run(engine, got, *mates)
+        same(result(got), expected(engine, carry))
+    no_runs_left(engine)
+
+
+def test_a_text_of_one_adapter_reads_a_run_of_another() -> None:
+    """And a new version of that adapter is another run: nothing of the old one is found."""
+    ids = random_ids(31, 11)
+    text = words(ids, n_prompt=len(ids), n_new=5)
+    program = {
+        "runs": {"cf": {"prompt": "other"}, "ruled": {"same": "main", "adapter": "judge"}},
+        "steps": [
+            {"at": "layers.1.resid.post", "pos": "@prompt", "do": "replace", "from": "ruled"}
+        ],
+    }
+
+    def patched(engine: Engine) -> tuple[list[int], list[float]]:
+        inquiry = ask(
+            engine, carried(engine, program, text), words(ids), "generate", adapter="poet", **GREEDY
+        )
+        run(engine, inquiry)
+        return inquiry.tokens(), inquiry.logprobs()
+
+    engine = engine_with_three()
+    first = patched(engine)
+    assert patched(engine)[1] == pytest.approx(first[1], abs=1e-12)
+    assert first[1] != pytest.approx(written(engine, ids, adapter="poet")[1], abs=1e-6)
+    specs = KINDS["ia3"]
+    newer = random_parameters(engine.model.config, specs, dtype=torch.float64, seed=7)
+    engine.adapters.publish("judge", specs, newer)
+    fresh = engine_with_three()
+    fresh.adapters.publish("judge", specs, newer)
+    again, wanted = patched(engine), patched(fresh)
+    assert again[0] == wanted[0]
+    assert again[1] == pytest.approx(wanted[1], abs=1e-12)
+    assert again[1] != pytest.approx(first[1], abs=1e-6)
+    no_runs_left(engine)
+
+
+def test_a_program_takes_all_its_slots_or_none() -> None:
+    """Two programs that want two of two slots each, in the other order, with others between."""
+    looks = [
+        {
+            "runs": {
+                "cf": {"prompt": "other"},
+                "a": {"same": "main", "adapter": a},
+                "b": {"same": "main", "adapter": b},
+            },
+            "out": [{"measure": "kl", "to": "a"}, {"measure": "kl", "to": "b"}],
+        }
+        for a, b in (("poet", "judge"), ("judge", "clerk"), ("clerk", "poet"))
+    ]
+    engine = engine_with_three(max_adapters=2)
+    carries = [carried(engine, look) for look in looks]
+    mates = [ask(engine, None, OTHER, "score", adapter=name) for name in KIND_OF]
+    asked = [ask(engine, carry) for carry in carries]
+    run(engine, *mates, *asked)
+    for got, carry in zip(asked, carries, strict=True):
+        same(result(got), expected(engine, carry))
+    with pytest.raises(InvalidRequest, match="at most 2 adapters"):
+        ask(engine, carries[0], adapter="clerk")
+    for name in KIND_OF:
+        engine.adapters.unload(name)
+    assert all(adapter.users == 0 for adapter in engine.adapters._in_slot if adapter is not None)
     no_runs_left(engine)

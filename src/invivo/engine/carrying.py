@@ -81,24 +81,12 @@ def check_carried(request: Request) -> None:
                 )
 
 
-def adapter_of(request: Request) -> str | None:
-    """The one adapter that the runs of a request use, if any.
-
-    Raises:
-        InvalidRequest: they use several.
-    """
-    if request.intervention is None:
-        return request.adapter
-    names = {request.adapter} if request.adapter is not None else set()
-    for row in request.intervention.resolved.rows:
-        names |= {plan.adapter for plan in row.runs.values() if plan.adapter is not None}
-    if len(names) > 1:
-        raise InvalidRequest(
-            "the runs of a program use one adapter for now (and the base model)",
-            field="interventions.runs",
-            given=sorted(name for name in names if name is not None),
-        )
-    return names.pop() if names else None
+def adapters_of(request: Request) -> list[str]:
+    """The adapters that the request and the runs of its program use, its own first."""
+    own = [] if request.adapter is None else [request.adapter]
+    rows = [] if request.intervention is None else request.intervention.resolved.rows
+    plans = (plan for row in rows for plan in row.runs.values())
+    return list(dict.fromkeys([*own, *(p.adapter for p in plans if p.adapter is not None)]))
 
 
 def _sources(plan: RunPlan) -> Iterator[tuple[Touch, SourceRef]]:

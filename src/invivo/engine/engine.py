@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from invivo.edits.program import MAIN
-from invivo.engine.adapters import AdapterStore
+from invivo.engine.adapters import Adapter, AdapterStore
 from invivo.engine.batch import BatchBuilder, FlatBatch
-from invivo.engine.carrying import adapter_of, check_carried
+from invivo.engine.carrying import adapters_of, check_carried
 from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
 from invivo.engine.finetune import FineTuning, JobHandle, Riders
@@ -199,10 +199,19 @@ class Engine:
         self._check_open()
         if request.arrival == 0:
             request = replace(request, arrival=time.monotonic())
-        wanted = adapter_of(request)
-        adapter = self.adapters.hold(wanted) if wanted is not None else None
+        wanted, most = adapters_of(request), self.config.max_adapters
+        if len(wanted) > most:
+            raise InvalidRequest(
+                f"the runs of one program use at most {most} adapters here",
+                field="interventions",
+                given=len(wanted),
+                remedy="Ask for fewer at a time, or raise max_adapters",
+            )
+        adapters: dict[str, Adapter] = {}
         try:
-            n_virtual = 0 if adapter is None else adapter.n_virtual
+            for name in wanted:
+                adapters[name] = self.adapters.hold(name)
+            n_virtual = 0 if request.adapter is None else adapters[request.adapter].n_virtual
             validate_request(
                 request,
                 vocab_size=self.model.config.vocab_size,
@@ -216,7 +225,7 @@ class Engine:
             job = make_job(
                 request,
                 on_output,
-                adapter=adapter,
+                adapters=adapters,
                 matchers=matchers,
                 tokenizer=self._tokenizer,
                 eos_ids=self._eos,
@@ -244,19 +253,20 @@ class Engine:
                 inbox.submitted.append(job)
                 inbox.wake.notify()
         except BaseException:
-            if adapter is not None:
+            for adapter in adapters.values():
                 self.adapters.drop(adapter)
             raise
 
     def _carry(self, request: Request, given: Intervention, job: Job) -> CarriedProgram:
         """The program of a request, checked as far as that goes before anything runs."""
         check_carried(request)
-        if job.adapter is not None and job.adapter.n_virtual:
-            raise InvalidRequest(
-                "an adapter with tokens of its own does not go with a program yet",
-                field="adapter",
-                given=job.adapter.name,
-            )
+        for adapter in job.adapters.values():
+            if adapter.n_virtual:
+                raise InvalidRequest(
+                    "an adapter with tokens of its own does not go with a program yet",
+                    field="adapter",
+                    given=adapter.name,
+                )
         writes = request.kind != "run"
         program = CarriedProgram(
             given,
@@ -265,6 +275,7 @@ class Engine:
             max_bytes=self.config.max_capture_bytes,
             block_size=self.config.block_size,
             adapter=request.adapter,
+            versions={name: adapter.version for name, adapter in job.adapters.items()},
             fan_out=self.config.fan_out,
         )
         held = self.scheduler.blocks_total * self.config.block_size
@@ -473,8 +484,8 @@ class Engine:
             self._counters.requests += 1
             self._counters.prompt_tokens += job.record.prompt_tokens
             self._counters.recent.append(job.record)
-            # First come, first served: nobody overtakes those who wait for an adapter slot.
-            if (self._parked and job.adapter is not None) or not self._enter(job):
+            # First come, first served: nobody overtakes those who wait for adapter slots.
+            if (self._parked and job.adapters) or not self._enter(job):
                 self._parked.append(job)
         for request_id in aborted:
             self._abort(request_id)
@@ -485,17 +496,11 @@ class Engine:
             self._parked.popleft()
 
     def _enter(self, job: Job) -> bool:
-        """Give a request to the scheduler; False when its adapter has to wait for a slot."""
-        slot = version = 0
+        """Give a request to the scheduler; False when its adapters have to wait for slots."""
         try:
-            if job.adapter is not None:
-                slot = self.adapters.place(job.adapter)
-                if slot == 0:
-                    return False
-                job.placed = True
-                version = job.adapter.version
-            if job.request.adapter is None:
-                slot = version = 0  # it is other runs of the program that use it
+            if not self._place(job):
+                return False
+            slot, version = job.slot_of(job.request.adapter)
             for track in job.tracks:
                 track.seq.adapter_slot = slot
                 track.seq.adapter_version = version
@@ -511,6 +516,21 @@ class Engine:
                 log.exception("request %s could not begin", job.request.id)
             self._end_job(job, _as_typed(error))
         return True
+
+    def _place(self, job: Job) -> bool:
+        """Pin all adapters of a job to slots, or none."""
+        placed: list[Adapter] = []
+        try:
+            for adapter in job.adapters.values():
+                if not self.adapters.place(adapter):
+                    break
+                placed.append(adapter)
+            job.placed = len(placed) == len(job.adapters)
+        finally:
+            if not job.placed:
+                for adapter in placed:
+                    self.adapters.release(adapter)
+        return job.placed
 
     def _abort(self, request_id: str) -> None:
         for job in self._parked:
@@ -755,7 +775,6 @@ class Engine:
     def _feed(self, job: Job, program: CarriedProgram) -> None:
         """Queue the runs that may begin, a window of them at most."""
         (track,) = job.tracks
-        slot, version = (0, 0) if job.adapter is None else (job.adapter.slot, job.adapter.version)
         window = max(1, min(_RUNS_AT_ONCE, self.scheduler.limits.max_running // 2))
         for run in program.next_runs(window):
             plan, request = run.plan, job.request
@@ -765,12 +784,13 @@ class Engine:
                 ids = list(request.tokens)
             else:
                 ids = list(plan.prompt.ids)
-                uses = plan.adapter is not None or request.adapter is not None
+                adapter = plan.adapter or request.adapter
+                slot, version = job.slot_of(adapter)
                 own = Request(
                     id=request.id,
                     tokens=tuple(ids),
                     kind="run",
-                    adapter=(plan.adapter or request.adapter) if uses else None,
+                    adapter=adapter,
                     salt=request.salt,
                     priority=request.priority,
                     # A long sweep queues like requests that come one after the other.
@@ -781,15 +801,15 @@ class Engine:
                     index=0,
                     tokens=ids,
                     n_prompt=len(ids),
-                    adapter_slot=slot if uses else 0,
-                    adapter_version=version if uses else 0,
+                    adapter_slot=slot,
+                    adapter_version=version,
                     position_offset=long_text_offset(self.model.config, len(ids)),
                 )
             for at, token in plan.input.tokens:
                 ids[at] = token
             seq.tokens[: len(ids)] = ids
             seq.numbers = plan.input.numbers
-            program.share(run, seq, version)
+            program.share(run, seq)
             seq.recomputed_from = run.edits.first_kept
             seq.onset, seq.last_layer = run.onset, run.n_layers
             program.live[seq] = run
@@ -888,10 +908,10 @@ class Engine:
         self._send(job, output)
 
     def _job_ended(self, job: Job, reason: FinishReason) -> None:
-        if job.adapter is not None:
+        for adapter in job.adapters.values():
             if job.placed:
-                self.adapters.release(job.adapter)
-            self.adapters.drop(job.adapter)
+                self.adapters.release(adapter)
+            self.adapters.drop(adapter)
         now = time.time()
         record = job.record
         record.state = reason

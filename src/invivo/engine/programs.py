@@ -7,9 +7,8 @@ are the same in all rows of a sweep are done once. A sweep is fed to the schedul
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -73,6 +72,7 @@ class CarriedProgram:
         writes: the run "main" is the request's own text, and comes last.
         block_size: of the cache.
         adapter: the request's own.
+        versions: of the adapters that its runs use, by name.
         fan_out: rows of a sweep share what lies before their first change.
 
     Raises:
@@ -88,6 +88,7 @@ class CarriedProgram:
         max_bytes: int,
         block_size: int,
         adapter: str | None = None,
+        versions: Mapping[str, int],
         fan_out: bool = True,
     ) -> None:
         resolved = intervention.resolved
@@ -97,6 +98,7 @@ class CarriedProgram:
         self._varying = resolved.varying
         self._rows = resolved.rows
         self._adapter = adapter
+        self._versions = versions
         self._block_size = block_size
         self._common = {name: self._common_steps(name) for name in resolved.varying}
         self._read: dict[str, Changes] = {}  # what is changed in runs that others read
@@ -145,17 +147,14 @@ class CarriedProgram:
         for row in self._rows:
             yield from (plan for name, plan in row.runs.items() if name in self._varying)
 
-    def share(self, run: ProgramRun, seq: Sequence, version: int) -> None:
+    def share(self, run: ProgramRun, seq: Sequence) -> None:
         """Say which of the keys of ``seq``, which carries ``run``, others may find, and as what.
 
         Of rows of a sweep, what they alone change is found by nobody: it would fill the cache.
-
-        Args:
-            version: of the adapter that the request's runs use, if they use one.
         """
         plan, config = run.plan, self._decoder.config
         touches = [t for t in plan.touches if reaches_cache(t.ref, config)]
-        changes = self._changes(plan, touches, version)
+        changes = self._changes(plan, touches)
         seq.shareable = changes.first
         seq.changes = None if changes.first is None else changes
         number, name = run.key
@@ -165,23 +164,22 @@ class CarriedProgram:
             firsts = [t.positions.first for t in own if t.positions.ranges]
             seq.private_from = changes.first if common is None else min(firsts, default=None)
 
-    def _changes(self, plan: RunPlan, touches: Iterable[Touch], version: int) -> Changes:
-        prefix_of = partial(self._prefix_of, version)
-        return Changes(plan, touches, self._context, prefix_of, self._block_size)
+    def _changes(self, plan: RunPlan, touches: Iterable[Touch]) -> Changes:
+        return Changes(plan, touches, self._context, self._prefix_of, self._block_size)
 
-    def _prefix_of(self, version: int, name: str, stop: int) -> str:
+    def _prefix_of(self, name: str, stop: int) -> str:
         """A key of what the values of a run that does not vary are made from, before ``stop``."""
         found = self._prefixes.get((name, stop))
         if found is None:
             plan = self._plans[name]
             if name not in self._read:
-                self._read[name] = self._changes(plan, plan.touches, version)
+                self._read[name] = self._changes(plan, plan.touches)
             adapter = plan.adapter or self._adapter
             ids = list(plan.prompt.ids)
             for at, token in plan.input.tokens:
                 ids[at] = token
             made_from = (
-                None if adapter is None else (adapter, version),
+                None if adapter is None else (adapter, self._versions[adapter]),
                 long_text_offset(self._decoder.config, len(ids)),
                 ids[:stop],
                 self._read[name].between(0, stop),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -31,7 +31,8 @@ class Job:
     """One request on its way through the engine.
 
     Attributes:
-        adapter: the version it holds; ``placed``: whether it also has a slot of the tables.
+        adapters: the versions it holds, by name; ``placed``: whether they also have slots of the
+            tables. All but one are those of other runs of its program.
         unfinished: sequences that have not ended.
         first_token: time.monotonic() of its first output, 0 before.
         program: what it carries; its runs are sequences beside the tracks' (of a request that
@@ -40,13 +41,20 @@ class Job:
 
     request: Request
     on_output: OnOutput
-    adapter: Adapter | None
+    adapters: Mapping[str, Adapter]
     record: RequestRecord
     tracks: list[Track]
     unfinished: int
     first_token: float = 0.0
     placed: bool = False
     program: CarriedProgram | None = None
+
+    def slot_of(self, adapter: str | None) -> tuple[int, int]:
+        """Slot and version of an adapter that it holds and that is placed; 0, 0 of none."""
+        if adapter is None:
+            return 0, 0
+        held = self.adapters[adapter]
+        return held.slot, held.version
 
 
 @dataclass(slots=True, eq=False)
@@ -111,7 +119,7 @@ def make_job(
     request: Request,
     on_output: OnOutput,
     *,
-    adapter: Adapter | None,
+    adapters: Mapping[str, Adapter],
     matchers: Sequence[Matcher | None],
     tokenizer: Tokenizer | None,
     eos_ids: frozenset[int],
@@ -119,7 +127,7 @@ def make_job(
 ) -> Job:
     """The job of a request with one track for each of ``matchers``."""
     params = request.params
-    n_virtual = 0 if adapter is None else adapter.n_virtual
+    n_virtual = 0 if request.adapter is None else adapters[request.adapter].n_virtual
     record = RequestRecord(
         id=request.id,
         kind=request.kind,
@@ -127,7 +135,7 @@ def make_job(
         started=time.time(),
         prompt_tokens=len(request.tokens),
     )
-    job = Job(request, on_output, adapter, record, [], request.n)
+    job = Job(request, on_output, adapters, record, [], request.n)
     seed = random.SystemRandom().getrandbits(63) if params.seed is None else params.seed
     for index, matcher in enumerate(matchers):
         scored_from, n_scored = _scoring(request, index)
