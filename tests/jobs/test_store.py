@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -173,24 +172,3 @@ def test_the_default_folder_is_one_for_every_model(
     monkeypatch.delenv("INVIVO_HOME")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert default_state("a/b", "0123456789abcdef").parent == tmp_path / "invivo" / "jobs"
-
-
-def test_many_open_a_new_store_at_once(tmp_path: Path) -> None:
-    problems: list[Exception] = []
-
-    def opens(path: Path, together: threading.Barrier) -> None:
-        together.wait()
-        try:
-            JobStore(path).close()
-        except Exception as error:
-            problems.append(error)
-
-    for number in range(5):  # before it was one transaction, each of them failed
-        together = threading.Barrier(6)
-        path = tmp_path / str(number) / "jobs.sqlite3"
-        threads = [threading.Thread(target=opens, args=(path, together)) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not problems

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.ports import kept_port
 from tests.tiny import tiny_model_folder
 from tests.waiting import PATIENCE
 
@@ -42,8 +42,8 @@ JOBS = "/v1/fine_tuning/jobs"
 @contextmanager
 def serving(model: Path, state: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """`invivo serve` in a process of its own; killed at the end, if it still lives."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    kept = kept_port()
+    port = kept.getsockname()[1]
     command = [sys.executable, "-m", "invivo.cli", "serve", str(model), "--name", "tiny"]
     command += ["--port", str(port), "--state", str(state), "--cache", "8MiB", "--quiet"]
     command += ["--dtype", "float32", "--device", "cpu"]
@@ -57,6 +57,7 @@ def serving(model: Path, state: Path) -> Iterator[tuple[subprocess.Popen[bytes],
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+        kept.close()
 
 
 def ask(http: httpx.Client, path: str) -> Any:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.ports import kept_port
 from tests.training.small_run import pretended
-from tests.waiting import PATIENCE, held_until_cancelled, wait_for
+from tests.waiting import PATIENCE, held_after, held_until_cancelled, wait_for
 
 from invivo.adapter_archive import unpacked
 from invivo.lm_jobs import ENDED, Job
@@ -57,9 +58,9 @@ def test_page_shows_the_model_and_its_state(page, lm):
     assert page.title() == "tiny · invivo"
 
 
-def test_answer_grows_while_it_streams_and_the_counters_move(page):
+def test_answer_grows_while_it_streams_and_the_counters_move(page, lm):
     page.wait_for_selector("#state[data-state=ready]")
-    before = number(page, "#decode-total")
+    before, counters = number(page, "#decode-total"), lm.engine._counters
     page.evaluate(
         """window.lengths = new Set();
            new MutationObserver(() => {
@@ -67,7 +68,15 @@ def test_answer_grows_while_it_streams_and_the_counters_move(page):
              if (answer) window.lengths.add(answer.textContent.length);
            }).observe(document.body, {subtree: true, childList: true, characterData: true})"""
     )
-    ask(page, "hello world", max_tokens=600)
+    most, seen = counters.generated + 100, 0
+    with held_after(lm.engine, 0, until=lambda: counters.generated < most):
+        ask(page, "hello world", max_tokens=600)
+        for _ in range(4):  # more is written when the page has shown some of what there is
+            page.wait_for_function(
+                "n => document.querySelector('.assistant .content')?.textContent.length > n",
+                arg=seen,
+            )
+            seen, most = answer_length(page), most + 100
     meta = page.locator(".message.assistant .meta")
     wait_for(lambda: "600 tokens" in meta.text_content())
     assert page.evaluate("window.lengths.size") > 3, "the answer came in one piece"
@@ -208,16 +217,17 @@ def test_every_control_has_a_name(page):
 
 
 def test_page_finds_the_server_again(browser, lm):
-    settings = Settings(port=0, served_name="tiny")
     context = browser.new_context()
     page = context.new_page()
-    with ServerThread(lm, settings) as first:
-        page.goto(first.url)
-        page.wait_for_selector("#state[data-state=ready]")
-        port = first.port
-    page.wait_for_selector("#state[data-state=lost]", timeout=1000 * PATIENCE)
-    with ServerThread(lm, Settings(port=port, served_name="tiny")):
-        page.wait_for_selector("#state[data-state=ready]", timeout=1000 * PATIENCE)
+    page.set_default_timeout(1000 * PATIENCE)
+    with kept_port() as kept:
+        settings = Settings(port=kept.getsockname()[1], served_name="tiny")
+        with ServerThread(lm, settings) as first:
+            page.goto(first.url)
+            page.wait_for_selector("#state[data-state=ready]")
+        page.wait_for_selector("#state[data-state=lost]")
+        with ServerThread(lm, settings):
+            page.wait_for_selector("#state[data-state=ready]")
     context.close()
 
 

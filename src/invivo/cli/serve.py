@@ -39,7 +39,15 @@ def serve(
         ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", "-p", min=1, max=65535, rich_help_panel=SERVER)
+        int,
+        typer.Option(
+            "--port",
+            "-p",
+            min=0,
+            max=65535,
+            help="0 takes a free one, which is said when it serves.",
+            rich_help_panel=SERVER,
+        ),
     ] = 8000,
     name: Annotated[
         str | None,
@@ -259,9 +267,12 @@ def serve(
             if state is not None:
                 raise
             note(f"without fine-tuning: {error}")
-        where = f"http://{shown}:{port}"
-        note(f"{info.name} ({info.dtype} on {info.device}) at {where}, Ctrl-C ends it")
-        run(lm, settings)
+
+        def told(taken: int) -> None:
+            where = f"http://{shown}:{taken}"
+            note(f"{info.name} ({info.dtype} on {info.device}) at {where}, Ctrl-C ends it")
+
+        run(lm, settings, told)
 
 
 def refuse_exposure(settings: Settings) -> None:

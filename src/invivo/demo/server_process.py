@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import re
 import subprocess
 import sys
 import time
@@ -13,12 +13,8 @@ from pathlib import Path
 
 from invivo.errors import Unavailable
 
-
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+_ADDRESS = re.compile(r" at (http://\S+:\d+), Ctrl-C")  # what `invivo serve` says of itself
+_START_SECONDS = 300.0
 
 
 @contextmanager
@@ -36,10 +32,8 @@ def serving(
         The server's address, once it is ready.
 
     Raises:
-        Unavailable: it ended or was not ready within two minutes.
+        Unavailable: it ended or was not ready within five minutes.
     """
-    port = port or free_port()
-    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "invivo.cli", "serve", model, "--port", str(port), *options]
     for name, folder in adapters.items():
         command += ["--adapter", f"{name}={folder}"]
@@ -53,32 +47,36 @@ def serving(
             start_new_session=True,  # Ctrl-C is the demo's to answer
         )
     try:
-        _wait_until_ready(process, url, log)
-        yield url
+        yield _address_when_ready(process, log)
     finally:
         process.terminate()
         try:
-            process.wait(timeout=15)
+            process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def _address_when_ready(process: subprocess.Popen[bytes], log: Path) -> str:
     import httpx
 
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
+        ended = process.poll() is not None
+        said = log.read_text(encoding="utf-8", errors="replace")
+        if ended:
+            last = said.strip().splitlines()[-5:]
             raise Unavailable(
                 "the server ended before it was ready: " + " | ".join(last),
                 remedy=f"Its whole log is {log}",
             )
-        try:
-            if httpx.get(url + "/ready", timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
+        if found := _ADDRESS.search(said):
+            try:
+                if httpx.get(found[1] + "/ready", timeout=10).status_code == 200:
+                    return found[1]
+            except httpx.TransportError:
+                pass
         time.sleep(0.2)
-    raise Unavailable("the server was not ready within 120 s", remedy=f"Its log is {log}")
+    raise Unavailable(
+        f"the server was not ready within {_START_SECONDS:.0f} s", remedy=f"Its log is {log}"
+    )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from invivo.lm_jobs import (
     Validation,
     checkpoint_name,
 )
+from invivo.sqlite_file import opened
 
 _metadata = sql.MetaData()
 _about = sql.Table(
@@ -114,7 +114,6 @@ _checkpoints = sql.Table(
     sql.Column("loss", sql.Float),
     sql.Column("path", sql.String, nullable=False),
 )
-_PATIENCE = 30.0  # seconds for others who write
 UNFINISHED: tuple[JobStatus, ...] = ("validating_files", "queued", "running", "paused")
 
 
@@ -149,16 +148,7 @@ class JobStore:
     def __init__(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._engine = sql.create_engine(
-                sql.URL.create("sqlite", database=str(path)), connect_args={"timeout": _PATIENCE}
-            )
-            sql.event.listen(self._engine, "connect", _settings)
-            with self._engine.connect() as connection:
-                # Whoever opens a new folder beside us waits, and then finds the tables.
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-                _metadata.create_all(connection)
-                _add_columns(connection)
-                connection.commit()
+            self._engine = opened(sql.URL.create("sqlite", database=str(path)), _make)
         except (OSError, SQLAlchemyError) as error:
             reason = str(error).splitlines()[0]
             raise InvalidRequest(
@@ -565,6 +555,11 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def _make(connection: sql.Connection) -> None:
+    _metadata.create_all(connection)
+    _add_columns(connection)
+
+
 def _add_columns(connection: sql.Connection) -> None:
     """Those that a file of an earlier version lacks; all of them may be empty."""
     there = sql.inspect(connection)
@@ -575,18 +570,3 @@ def _add_columns(connection: sql.Connection) -> None:
                 kind = column.type.compile(connection.dialect)
                 change = f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"
                 connection.execute(sql.text(change))
-
-
-def _settings(connection: Any, _record: object) -> None:
-    cursor = connection.cursor()
-    deadline = time.monotonic() + _PATIENCE
-    while True:  # SQLite itself does not wait for whoever changes a new file's mode beside us
-        try:
-            cursor.execute("PRAGMA journal_mode=WAL")  # readers beside a writer
-            break
-        except sqlite3.OperationalError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()

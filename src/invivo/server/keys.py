@@ -19,6 +19,7 @@ import sqlalchemy as sql
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from invivo.errors import Conflict, InvalidRequest, NotFound
+from invivo.sqlite_file import opened
 
 SCOPES = ("generate", "score", "edit", "adapters", "finetune", "metrics", "admin")
 DEFAULT_SCOPES = ("generate", "score")
@@ -200,9 +201,9 @@ def _opened(url: sql.URL) -> sql.Engine:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    engine = sql.create_engine(url)
     if is_sqlite:
-        sql.event.listen(engine, "connect", _quick_sqlite)
+        return opened(url, _metadata.create_all)
+    engine = sql.create_engine(url)
     _metadata.create_all(engine)
     return engine
 
@@ -226,10 +227,3 @@ def _record(row: sql.Row) -> Key:
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _quick_sqlite(connection: object, _record: object) -> None:
-    cursor = connection.cursor()  # type: ignore[attr-defined]
-    cursor.execute("PRAGMA journal_mode=WAL")  # readers (the command line) beside a writer
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()

@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -18,12 +19,18 @@ from invivo.lm import LM
 from invivo.server.app import create_app
 from invivo.server.settings import Settings
 
-_START_SECONDS = 30.0
+_START_SECONDS = 120.0  # only ends a hang
 _log = logging.getLogger("invivo.server")
 
 
-def run(lm: LM, settings: Settings | None = None) -> None:
+def run(
+    lm: LM, settings: Settings | None = None, told: Callable[[int], None] = lambda port: None
+) -> None:
     """Serves until a stop signal; running requests get ``shutdown_seconds`` to finish.
+
+    Args:
+        settings: ``port = 0`` takes a free one.
+        told: hears the port as soon as it is taken.
 
     Raises:
         InvalidRequest: the settings would expose the server without any key, or the address
@@ -36,7 +43,9 @@ def run(lm: LM, settings: Settings | None = None) -> None:
     # What stands now stays: to look through it again would stop every stream for 0.1 s at times.
     gc.collect()
     gc.freeze()
-    server.run([bound(settings)])
+    address = bound(settings)
+    told(address.getsockname()[1])
+    server.run([address])
 
 
 class ServerThread:
@@ -122,15 +131,20 @@ def _server(app: FastAPI, settings: Settings) -> _Server:
 
 
 def bound(settings: Settings) -> socket.socket:
-    """A socket at the address to serve. Raises InvalidRequest when it cannot be had."""
+    """A socket that listens where to serve. Raises InvalidRequest when that cannot be had."""
     host, port = settings.host, settings.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # "localhost" has two addresses; clients try both, IPv4 is there everywhere.
         family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
         made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+            made.listen()  # before that, another server may have bound the same address
+        except OSError:
+            made.close()
+            raise
     except OSError as error:
         raise InvalidRequest(
             f"cannot serve at {host}:{port}: {error.strerror or error}",
