@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -88,19 +89,13 @@ class Ticket:
         room = max(self._services.info.max_model_len - max(sizes), 1)
         if fit and max_tokens is not None:
             max_tokens = min(max_tokens, room)
-        ledger, budget = self._services.ledger, self._principal.budget
-        if ledger is None or budget is None:
+        budget = self._principal.budget
+        if self._services.ledger is None or budget is None:
             return max_tokens
         prompt = sum(sizes)
         each = room if max_tokens is None else min(max_tokens, room)
-        assert self._principal.key_id is not None
-        self._reserved = await run_in_threadpool(
-            ledger.reserve,
-            self._principal.key_id,
-            budget,
-            prompt + min(each, 1) * sequences,
-            prompt + each * sequences,
-        )
+        least = prompt + min(each, 1) * sequences
+        await self._reserve(budget, least, prompt + each * sequences)
         return (self._reserved - prompt) // sequences
 
     async def more(self, tokens: int) -> None:
@@ -109,13 +104,30 @@ class Ticket:
         Raises:
             Forbidden: the budget does not cover them.
         """
-        ledger, budget = self._services.ledger, self._principal.budget
-        if ledger is not None and budget is not None and tokens:
-            assert self._principal.key_id is not None
-            self._reserved += await run_in_threadpool(
-                ledger.reserve, self._principal.key_id, budget, tokens, tokens
-            )
+        budget = self._principal.budget
+        if self._services.ledger is not None and budget is not None and tokens:
+            await self._reserve(budget, tokens, tokens)
         self._prompt_tokens += tokens
+
+    async def _reserve(self, budget: int, least: int, wanted: int) -> None:
+        """Raises Forbidden. What is granted to a request that was cancelled meanwhile goes back."""
+        ledger, key_id = self._services.ledger, self._principal.key_id
+        assert ledger is not None
+        assert key_id is not None
+        asked = asyncio.ensure_future(
+            run_in_threadpool(ledger.reserve, key_id, budget, least, wanted)
+        )
+
+        def give_back(done: asyncio.Future[int]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                ledger.settle(key_id, done.result(), 0)
+
+        try:
+            granted = await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            asked.add_done_callback(give_back)
+            raise
+        self._reserved += granted
 
     def ran(self, prompt_tokens: int) -> None:
         """The prompts were taken into the engine."""

@@ -43,7 +43,10 @@ class Ledger:
 
     def settle(self, key_id: str, reserved: int, spent: int) -> None:
         """Ends a reservation and charges what was really spent; returns at once."""
-        self._writer.submit(self._settle, key_id, reserved, spent)
+        try:
+            self._writer.submit(self._settle, key_id, reserved, spent)
+        except RuntimeError:  # closed: of a request that the stopping server has cut off
+            self._settle(key_id, reserved, spent)
 
     def _settle(self, key_id: str, reserved: int, spent: int) -> None:
         with self._lock:
