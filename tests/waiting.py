@@ -18,7 +18,7 @@ import pytest
 from invivo.engine.engine import Engine
 from invivo.jobs.data import TrainingData
 
-PATIENCE = 200.0  # seconds
+PATIENCE = 300.0  # seconds
 
 
 def wait_for(holds: Callable[[], object], told: Callable[[], object] = lambda: "") -> None:

@@ -93,7 +93,6 @@ def life(
 
 # --- kill -9 -----------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("policy", "dtype"), [("temporal:1", "float32"), ("co-serve", "float64")])
 def test_a_job_killed_ten_times_ends_as_if_undisturbed(
     processes: ForkServerContext, folder: str, tmp_path: Path, policy: str, dtype: str

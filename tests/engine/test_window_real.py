@@ -18,7 +18,7 @@ from invivo.models.load import load_model
 from invivo.models.packaged import PACKAGED, installed_files
 from invivo.models.resolve import resolve
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 TEXT = "The hare was once boasting of her speed before the other animals. " * 3
 

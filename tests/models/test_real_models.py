@@ -22,7 +22,7 @@ from invivo.models.convert import convert_gguf
 from invivo.models.load import LoadedModel, load_model
 from invivo.models.packaged import PACKAGED, assembled, installed_files
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a model is converted first
 
 PROMPTS = [
     "The capital of France is",

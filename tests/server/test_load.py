@@ -6,12 +6,13 @@ import asyncio
 import json
 import logging
 import random
+import threading
 import time
 
 import httpx
 import pytest
 from tests.tiny import tiny_model_folder
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, held_after
 
 import invivo
 from invivo.server.run import ServerThread
@@ -108,7 +109,15 @@ def test_two_hundred_streams_with_leavers_and_nonsense(small, caplog):
         return right, valid
 
     with caplog.at_level(logging.INFO), ServerThread(small, Settings(port=0)) as server:
-        right, valid = asyncio.run(run(server.url))
+        inbox, crowded = small.engine._inbox, threading.Event()
+
+        def many_have_come() -> bool:
+            if len(inbox.live) >= 60:  # then they do not all fit, and some are preempted
+                crowded.set()
+            return crowded.is_set()
+
+        with held_after(small.engine, 0, until=many_have_come):
+            right, valid = asyncio.run(run(server.url))
         assert valid == N_REQUESTS - CANCELLED - MALFORMED
         assert right == N_REQUESTS
         deadline = time.monotonic() + PATIENCE
