@@ -34,19 +34,25 @@ def test_every_command_helps_with_examples(invivo: Invivo, command: list[str]) -
     assert f"invivo {command[0]}" in ran.out
 
 
-def test_help_answers_within_a_second_and_without_torch() -> None:
+def spent(code: str) -> float:
+    """Seconds of the processor for a Python process, which a busy machine hardly stretches."""
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr.decode()
+    return ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
+
+
+def test_help_costs_a_few_times_its_libraries_and_no_torch() -> None:
+    """0.3 s against 0.1 s where this was written; importing torch alone costs twenty times."""
     code = (
         "import sys\nfrom invivo.cli.main import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'fastapi', 'sqlalchemy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    began = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stderr.decode()
-    # Processor time, which a busy machine does not stretch as it does the clock.
-    assert ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 1.0
+    spent(code)  # whatever is compiled or read from the disk for the first time
+    assert spent(code) < 8 * spent("import typer, rich.console, rich.panel")
 
 
 def test_unknown_command_is_a_usage_error(invivo: Invivo) -> None:

@@ -395,8 +395,10 @@ def test_training_runs_appear_with_their_curve(open_page, lm, tmp_path):
         page = open_page(server.url)
         page.wait_for_selector("#state[data-state=ready]")
         assert page.locator("#training-card").is_hidden()
-        pretended(home, "gla-small", 150, "running")
-        pretended(home, "transformer", 200, "done")
+        made = tmp_path / "made"
+        pretended(made, "gla-small", 150, "running")
+        pretended(made, "transformer", 200, "done")
+        made.rename(home)  # all at once: the page may look at any moment
         page.wait_for_selector("#training-card:not([hidden])")
         page.click("#training-list button[data-run=gla-small]")
         line = page.locator("#training-list button[aria-current=true]")

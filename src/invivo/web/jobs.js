@@ -105,10 +105,9 @@ export class Jobs {
     const path = `${PATH}/${encodeURIComponent(job.id)}`;
     try {
       const limit = this.events.size ? 100 : EVENTS;
-      const [detail, events] = await Promise.all([
-        call("GET", path),
-        call("GET", `${path}/events?limit=${limit}`),
-      ]);
+      // One after the other: of a job that has ended, the events that follow are all there are.
+      const detail = await call("GET", path);
+      const events = await call("GET", `${path}/events?limit=${limit}`);
       if (this.shown !== job.id) return;
       this.detail = detail;
       this.take(events.data);
