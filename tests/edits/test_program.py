@@ -142,6 +142,8 @@ def test_variables_stand_for_values_or_for_text() -> None:
         ({"steps": [{"at": "embed.out", "do": "scale", "a": "x"}]}, "steps[0].a"),
         ({"steps": [{"at": "embed.out", "do": "scale", "a": float("nan")}]}, "steps[0].a"),
         ({"steps": [{"at": "embed.out", "do": "scale", "a": 10**400}]}, "steps[0].a"),
+        ({"steps": [{"at": "embed.out", "do": "scale", "a": -1e39}]}, "steps[0].a"),
+        ({"steps": [{"at": "layers.\u0663.mlp.in", "do": "zero"}]}, "steps[0].at"),
         ({"steps": [{"at": "embed.out", "do": "add", "v": [[1, 2], [3]]}]}, "steps[0].v"),
         ({"steps": [{"at": "embed.out", "do": "clamp"}]}, "steps[0]"),
         ({"steps": [{"at": "embed.out", "do": "clamp", "min": 2, "max": 1}]}, "steps[0].min"),
@@ -189,6 +191,7 @@ def deep(n: int) -> Any:
     [
         {"steps": [{"at": "embed.out", "do": "zero"}] * 5000},
         {"sweep": {"L": "0..999999"}},
+        {"sweep": {"L": "0..999999999"}},
         {"sweep": {"L": "0..99", "M": "0..99", "N": "0..99"}},
         {"sweep": [["L", [1]]] * 100_000},
         {"sel": {"a": deep(500)}},
@@ -202,7 +205,7 @@ def deep(n: int) -> Any:
         7,
         [],
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_hostile_programs_are_refused_at_once(data: Any) -> None:
     with Calls() as calls, pytest.raises(InvivoError) as caught:

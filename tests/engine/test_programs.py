@@ -271,6 +271,10 @@ def test_an_abort_leaves_nothing() -> None:
         {"steps": [{"at": "layers.0.resid.post", "pos": {"index": 2}, "do": "replace",
                     "from": {"run": "main", "at": "layers.0.resid.pre", "pos": {"index": 5}}}]},
         {"steps": [{"at": "layers.0.attn.head.0.k", "do": "zero", "expand": True}]},
+        {"out": [{"measure": "kl", "to": "plain", "pos": "@generated"}]},
+        {"out": [{"measure": "kl", "to": "plain", "pos": "@all"}]},
+        {"out": [{"measure": "logit", "token": 1, "run": "plain", "pos": "@generated"}]},
+        {"out": [{"capture": "layers.0.resid.post", "run": "plain", "pos": "@generated"}]},
     ],
 )  # fmt: skip
 def test_what_is_not_carried_in_a_generation_is_refused(program: dict[str, Any]) -> None:

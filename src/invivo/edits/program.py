@@ -567,7 +567,7 @@ def _output_to_json(output: Output | Template) -> Any:
 # Sweeps.
 
 _VARIABLE = re.compile(r"\$([A-Za-z][A-Za-z0-9_]*)")
-_SWEEP_RANGE = re.compile(r"(\d{1,6})\.\.(\d{1,6})")
+_SWEEP_RANGE = re.compile(r"([0-9]{1,15})\.\.([0-9]{1,15})")
 
 
 def _read_sweep(value: object, bounds: Bounds) -> dict[str, tuple[Scalar, ...]]:

@@ -24,8 +24,8 @@ from invivo.errors import InvalidRequest
 
 _RUN = re.compile(r"([A-Za-z_][A-Za-z0-9_-]*):(?!\d)")
 _CALL = re.compile(r"([a-z_]+)\s*(?:\((.*)\))?", re.DOTALL)
-_NUMBER = re.compile(r"-?\d{1,9}")
-_RANGE = re.compile(r"(-?\d{1,9})\.\.(-?\d{1,9})")
+_NUMBER = re.compile(r"-?[0-9]{1,9}")
+_RANGE = re.compile(r"(-?[0-9]{1,9})\.\.(-?[0-9]{1,9})")
 _NAMED = re.compile(r"([a-z_]+)\s*=(.*)", re.DOTALL)
 
 

@@ -35,7 +35,7 @@ _PSEUDO = BLOCKS | _HEAD_KV | EDGES | _HEAD_EDGES.keys() | {"moe.expert.on"}
 _LONGEST = 300
 _MOST_RANGES = 4096
 _MOST = 10**6
-_RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+_RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,8 +42,8 @@ OTHER: dict[str, str] = {
     "ln_final.hook_normalized": "it lacks the norm's weight, which final.norm.out has",
 }
 
-_LAYER = re.compile(r"^blocks\.(\d{1,6}|\*)\.")
-_HEAD = re.compile(r"\[(\d{1,6}(?:-\d{1,6})?|\d{1,6}(?:,\d{1,6})*)\]$")
+_LAYER = re.compile(r"^blocks\.([0-9]{1,6}|\*)\.")
+_HEAD = re.compile(r"\[([0-9]{1,6}(?:-[0-9]{1,6})?|[0-9]{1,6}(?:,[0-9]{1,6})*)\]$")
 
 
 def from_transformer_lens(name: str, path: str) -> str:

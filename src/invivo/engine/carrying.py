@@ -79,6 +79,7 @@ def check_carried(request: Request) -> None:
                     field=f"interventions.steps[{touch.step}].from",
                     remedy='Read a run with "same": "main"',
                 )
+    _check_looks(row)
 
 
 def adapters_of(request: Request) -> list[str]:
@@ -94,6 +95,28 @@ def _sources(plan: RunPlan) -> Iterator[tuple[Touch, SourceRef]]:
         for source in touch.sources:
             if source.run is not None:
                 yield touch, source
+
+
+def _check_looks(row: ResolvedRow) -> None:
+    """Raises InvalidRequest where an output looks at tokens that another run does not write."""
+    for look in (*row.captures, *row.measures):
+        ends = row.runs[look.run].prompt.n_prompt
+        if look.run != MAIN and look.positions.first >= ends:
+            raise _writes_nothing(look.run, look.output)
+    for measure in row.measures:
+        other = measure.other
+        if other is None or other == MAIN:
+            continue
+        if max(measure.other_positions) >= row.runs[other].prompt.n_prompt:
+            raise _writes_nothing(other, measure.output)
+
+
+def _writes_nothing(run: str, output: int) -> InvalidRequest:
+    return InvalidRequest(
+        f'the run "{run}" writes no tokens: what is generated is of "main" alone',
+        field=f"interventions.out[{output}].pos",
+        remedy="Choose positions of its prompt",
+    )
 
 
 def _why_not_read(plan: RunPlan, touch: Touch, source: SourceRef, row: ResolvedRow) -> str | None:
