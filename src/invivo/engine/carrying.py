@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from invivo.edits.program import MAIN
-from invivo.edits.resolved import ResolvedRow, RunPlan, SourceRef, Touch
+from invivo.edits.resolved import (
+    CaptureRef,
+    MeasureRef,
+    ResolvedRow,
+    RunPlan,
+    SourceRef,
+    Touch,
+)
 from invivo.engine.types import Request
 from invivo.errors import InvalidRequest
 
@@ -99,7 +106,8 @@ def _sources(plan: RunPlan) -> Iterator[tuple[Touch, SourceRef]]:
 
 def _check_looks(row: ResolvedRow) -> None:
     """Raises InvalidRequest where an output looks at tokens that another run does not write."""
-    for look in (*row.captures, *row.measures):
+    looks: tuple[CaptureRef | MeasureRef, ...] = (*row.captures, *row.measures)
+    for look in looks:
         ends = row.runs[look.run].prompt.n_prompt
         if look.run != MAIN and look.positions.first >= ends:
             raise _writes_nothing(look.run, look.output)
