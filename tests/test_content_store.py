@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from invivo.content_store import ContentStore
@@ -109,3 +111,15 @@ def test_a_file_that_has_gone_is_not_found(tmp_path):
         kept.get("a", name(1))
     kept.put("a", name(1), b"x")
     assert kept.get("a", name(1)) == b"x"
+
+
+def test_files_that_another_process_takes_away_are_passed_over(tmp_path, monkeypatch):
+    store(tmp_path / "blobs").put("a", name(1), b"one")
+    given = Path.iterdir
+
+    def with_one_that_is_gone(folder):
+        yield from given(folder)
+        yield folder / "owner-61" if folder.name == "blobs" else folder / ".draft"
+
+    monkeypatch.setattr(Path, "iterdir", with_one_that_is_gone)
+    assert store(tmp_path / "blobs").sizes("a") == {name(1): 3}

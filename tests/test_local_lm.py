@@ -398,10 +398,11 @@ def test_info_and_stats_describe_what_is_served(lm: LocalLM) -> None:
 
 def test_a_closed_model_refuses(folder: Path) -> None:
     lm = invivo.load(str(folder), kv_bytes=1 << 20)
-    stream = lm.stream("the", max_tokens=900, ignore_eos=True)
-    next(stream)
-    lm.close()
-    lm.close()
+    with held_until_cancelled(lm.engine):
+        stream = lm.stream("the", max_tokens=900, ignore_eos=True)
+        next(stream)
+        lm.close()
+        lm.close()
     with pytest.raises(Unavailable):
         list(stream)
     with pytest.raises(Unavailable):

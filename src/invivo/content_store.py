@@ -10,6 +10,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,12 +150,16 @@ class ContentStore:
             owner = _owner_of(place.name)
             if owner is None or not place.is_dir():
                 continue
-            files = [(f.stat().st_mtime, f) for f in place.iterdir() if f.is_file()]
+            files = []
+            for file in place.iterdir():
+                with suppress(FileNotFoundError):  # another process is at them too
+                    status = file.stat()
+                    files.append((status.st_mtime, file.name, status.st_size))
             held = self._owners.setdefault(owner, OrderedDict())
-            for _, file in sorted(files):
-                name = f"sha256:{file.name}"
+            for _, ending, size in sorted(files):
+                name = f"sha256:{ending}"
                 if _ID.fullmatch(name):
-                    held[name] = _Entry(file.stat().st_size, None, True)
+                    held[name] = _Entry(size, None, True)
 
     def _file(self, folder: Path, owner: str, name: str) -> Path:
         return folder / _folder_of(owner) / name.removeprefix("sha256:")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.tiny import tiny_hf_model, tiny_model_folder
+from tests.waiting import PATIENCE
 
 from invivo.errors import Forbidden, InvivoError, NotFound, Unavailable, UnsupportedModel
 from invivo.models import packaged, resolve
@@ -98,7 +102,7 @@ def test_an_older_converters_result_is_made_again(gguf_file: Path, home: Path) -
     (folder / "stale").write_text("x")
     assert resolve.resolve(str(gguf_file)) == folder
     assert not (folder / "stale").exists()
-    assert [p.name for p in home.iterdir()] == [folder.name]
+    assert {p.name for p in home.iterdir()} == {folder.name, f".{folder.name}.lock"}
 
 
 def test_without_the_variable_the_cache_is_in_the_home_folder(
@@ -221,6 +225,28 @@ def test_a_process_that_was_faster_at_the_end_wins_too(
 
     monkeypatch.setattr(resolve, "convert_gguf", twice)
     assert (resolve.resolve(str(gguf_file)) / "config.json").is_file()
+
+
+def test_two_at_once_convert_it_once(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert, locked = resolve.convert_gguf, resolve.locked
+    wanting, converted = threading.Semaphore(0), []
+
+    def counted(*arguments: Any, **options: Any) -> Path:
+        converted.append(arguments)
+        for _ in range(2):
+            assert wanting.acquire(timeout=PATIENCE)  # both have found nothing there
+        return convert(*arguments, **options)
+
+    def wanted(path: Path) -> AbstractContextManager[None]:
+        wanting.release()
+        return locked(path)
+
+    monkeypatch.setattr(resolve, "convert_gguf", counted)
+    monkeypatch.setattr(resolve, "locked", wanted)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(resolve.resolve, [str(gguf_file)] * 2)
+    assert first == second
+    assert len(converted) == 1
 
 
 @pytest.mark.parametrize("name", ["smollm2", "../nowhere", "/nowhere/at/all", "", "a b/c"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tempfile
@@ -26,20 +27,29 @@ def new_folder(target: Path) -> Iterator[Path]:
         Conflict: the name is taken.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise Conflict(
-            "the folder exists and is not empty",
-            field="folder",
-            given=str(target),
-            remedy="Choose another name or remove it",
-        )
+        raise _taken(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         draft.chmod(0o755)
         yield draft
-        draft.replace(target)
+        try:
+            draft.replace(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise _taken(target) from error  # by someone who was faster
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _taken(target: Path) -> Conflict:
+    return Conflict(
+        "the folder exists and is not empty",
+        field="folder",
+        given=str(target),
+        remedy="Choose another name or remove it",
+    )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from invivo.errors import Conflict, Forbidden, InvivoError, NotFound, Unavailabl
 from invivo.models.convert import CONVERTER, convert_gguf
 from invivo.models.packaged import PACKAGED, Progress, assembled, downloaded, installed_files
 from invivo.models.shipped import shipped_models
+from invivo.process_lock import locked
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
@@ -179,16 +180,17 @@ def _converted(file: Path) -> Path:
 
 
 def _convert(source: Path, target: Path, progress: Progress | None) -> Path:
-    if _is_ready(target):  # another process was faster
-        return target
-    if target.exists():  # made by an older converter
-        _remove(target)
-    try:
-        return convert_gguf(source, target, progress=progress)
-    except Conflict:
+    with locked(target.parent / f".{target.name}.lock"):
         if _is_ready(target):  # another process was faster
             return target
-        raise
+        if target.exists():  # made by an older converter
+            _remove(target)
+        try:
+            return convert_gguf(source, target, progress=progress)
+        except Conflict:
+            if _is_ready(target):  # so it was where there are no such locks
+                return target
+            raise
 
 
 def _remove(folder: Path) -> None:
