@@ -19,7 +19,7 @@ from tests.waiting import PATIENCE, wait_for
 
 from invivo.engine import checkpoint, finetune
 from invivo.engine.bypasses import BypassSpec, TrainBypass, checked_specs, init_parameters
-from invivo.engine.checkpoint import checkpoints
+from invivo.engine.checkpoint import checkpoints, step_of
 from invivo.engine.coserve import Sizes
 from invivo.engine.engine import Engine
 from invivo.engine.finetune import JobHandle
@@ -705,15 +705,31 @@ def test_an_engine_that_closes_while_a_checkpoint_is_written_waits_for_it(
     assert job.kinds()[-2:] == ["checkpoint", "stopped"]
 
 
+def test_checkpoints_are_written_as_the_program_ends(
+    tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python starts no thread any more then."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    engine = small_engine(tiny)
+    job = start(engine, JobSpec("j", LORA, 4, checkpoint_every=2), texts(), tmp_path)
+    drive(engine, job)
+    assert job.kinds()[-1] == "succeeded"
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [2, 4]
+
+
 def test_steps_closed_at_once_leave_later_plans_their_time(exact: LoadedModel) -> None:
     """What the ends of steps take is counted once, however many there were."""
     engine = small_engine(exact, policy="co-serve", **UNHURRIED)
     rng = random.Random(2)
     job = engine.finetune(JobSpec("job", LORA, 30), Listed([text_of(rng)]), [].append)
     asked: list[Inquiry] = []
-    for _ in range(2000):
-        if job.ended.is_set():
-            break
+    deadline = time.monotonic() + PATIENCE
+    while not job.ended.is_set():
+        assert time.monotonic() < deadline
         if all(one.done for one in asked):
             asked.append(ask(engine, [5, 6, 7], max_tokens=20, ignore_eos=True))
         engine.step()

@@ -173,13 +173,17 @@ class CheckpointWriter:
         assert self._thread is None
         self._outcome = None
         self._thread = threading.Thread(target=self._write_aside, args=(snapshot,), daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the program is ending: no thread can be started any more
+            self._write_aside(snapshot)
 
     def outcome(self, *, wait: bool = False) -> Path | Exception | None:
         """What came of it, once; None while it is being written."""
         if self._thread is None or (self._outcome is None and not wait):
             return None
-        self._thread.join()
+        if self._thread.ident is not None:  # it has been started
+            self._thread.join()
         self._thread = None
         return self._outcome
 
