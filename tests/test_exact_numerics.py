@@ -46,7 +46,9 @@ def bits(result: Any) -> bytes:
 
 
 @settings(
-    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=3,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(order=st.permutations(range(len(PROMPTS))), n=st.integers(1, 4), writing=st.booleans())
 def test_law_12_no_batch_and_no_order_changes_a_bit(lm, order, n, writing):

@@ -71,7 +71,9 @@ def touched(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(programs=st.lists(touched(), min_size=1, max_size=2))
 @pytest.mark.parametrize("family", FAMILIES)

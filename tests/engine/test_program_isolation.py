@@ -187,7 +187,9 @@ def test_what_was_not_changed_as_asked_is_found_by_nobody(
 
 
 @settings(
-    max_examples=14, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=14,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     family=st.sampled_from(["llama", "gemma", "moe", "gpt2"]),
@@ -249,7 +251,9 @@ SAMPLING = st.sampled_from(
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     family=st.sampled_from(["llama", "gemma", "moe"]),
