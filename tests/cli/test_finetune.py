@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pyarrow
@@ -17,6 +18,7 @@ from pyarrow import parquet
 from tests.waiting import PATIENCE, hold_at_texts, wait_for
 
 import invivo as library
+from invivo import lm_jobs
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Invivo
@@ -156,6 +158,23 @@ def test_an_interrupted_job_leaves_a_checkpoint_and_goes_on(
     ran = invivo("finetune", "-m", tiny, "--out", str(out), "--resume")
     assert ran.code == 1
     assert "the job is cancelled" in ran.err
+
+
+def test_an_interruption_before_the_first_step_puts_the_job_off_too(
+    invivo: Invivo, tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    out, state = str(tmp_path / "poet"), str(tmp_path / "poet" / "job")
+    command = ("finetune", data, "-m", tiny, "--steps", "1000000", *SETTINGS, "--out", out)
+    with monkeypatch.context() as patch:  # while it waits until the data has been read
+        patch.setattr(lm_jobs, "time", SimpleNamespace(sleep=interrupted, monotonic=time.monotonic))
+        ran = invivo(*command)
+    assert ran.code == 130
+    assert f"go on with: invivo finetune -m {tiny} --out {out} --resume" in ran.err
+    (job,) = invivo("jobs", "list", "--state", state, "--json").json()
+    assert job["status"] == "paused"
 
 
 def test_a_job_that_was_put_off_is_finished_by_resume(

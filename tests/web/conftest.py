@@ -44,7 +44,9 @@ def browser() -> Iterator[Any]:
             pytest.fail("the page tests need playwright and a chromium on the path")
         pytest.skip("no playwright or no chromium")
     with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        made = playwright.chromium.launch(
+            executable_path=chromium, args=FLAGS, timeout=1000 * PATIENCE
+        )
         yield made
         made.close()
 

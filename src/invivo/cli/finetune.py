@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -328,13 +331,11 @@ def finetune(
         # Nobody else is served here: iterations may be long.
         with opened(**where, state=out / STATE, tpot_ms=ALONE_MS) as lm:
             chats = lm.info().has_chat_template
-            if resume:
-                job = _gone_on(lm)
-            else:
-                if start is not None:
-                    asked["start"] = lm.load_adapter(_name_of(Path(start).resolve()), start).name
-                job = lm.finetune(source, name=name or _name_of(out.resolve()), **asked)
-            info = _watched_here(job, out, model, quiet=as_json)
+            if start is not None:
+                asked["start"] = lm.load_adapter(_name_of(Path(start).resolve()), start).name
+            job_name = name or _name_of(out.resolve())
+            begin = partial(lm.finetune, source, name=job_name, **asked)
+            info = _done_here(lm, None if resume else begin, out, model, quiet=as_json)
             if info.status == "succeeded" and _is_program(info):
                 _put_program_out(lm, out, info)
         if info.status == "succeeded" and not _is_program(info):
@@ -378,16 +379,23 @@ def _gone_on(lm: LM) -> Job:
     return job
 
 
-def _watched_here(job: Job, out: Path, model: str | None, *, quiet: bool) -> JobInfo:
-    """Wait for the job; an interruption leaves a checkpoint behind."""
+def _done_here(
+    lm: LM, begin: Callable[[], Job] | None, out: Path, model: str | None, *, quiet: bool
+) -> JobInfo:
+    """Begin the job of this folder, or go on with it, and wait; an interruption at any moment
+    leaves a checkpoint behind."""
     try:
+        job = _gone_on(lm) if begin is None else begin()
         return job.wait(progress=_shows_bar(quiet), on_info=_Notes(quiet))
     except KeyboardInterrupt:
-        info = job.pause()
-        if info.status in ("succeeded", "failed", "cancelled"):
-            return info
-        again = f"invivo finetune{_model_option(model)} --out {out} --resume"
-        note(f"stopped at step {info.step} of {info.n_steps}; go on with: {again}")
+        for job in lm.jobs()[:1]:  # none where there was no time to make one
+            with contextlib.suppress(Conflict):  # it has ended by itself
+                job.pause()
+            info = job.info()
+            if info.status in ("succeeded", "failed", "cancelled"):
+                return info
+            again = f"invivo finetune{_model_option(model)} --out {out} --resume"
+            note(f"stopped at step {info.step} of {info.n_steps}; go on with: {again}")
         raise
 
 
