@@ -142,7 +142,6 @@ def test_variables_stand_for_values_or_for_text() -> None:
         ({"steps": [{"at": "embed.out", "do": "scale", "a": "x"}]}, "steps[0].a"),
         ({"steps": [{"at": "embed.out", "do": "scale", "a": float("nan")}]}, "steps[0].a"),
         ({"steps": [{"at": "embed.out", "do": "scale", "a": 10**400}]}, "steps[0].a"),
-        ({"steps": [{"at": "embed.out", "do": "scale", "a": -1e39}]}, "steps[0].a"),
         ({"steps": [{"at": "layers.\u0663.mlp.in", "do": "zero"}]}, "steps[0].at"),
         ({"steps": [{"at": "embed.out", "do": "add", "v": [[1, 2], [3]]}]}, "steps[0].v"),
         ({"steps": [{"at": "embed.out", "do": "clamp"}]}, "steps[0]"),

@@ -24,6 +24,7 @@ from invivo.edits.apply import (
 from invivo.edits.blobs import Blobs
 from invivo.edits.expand import expand_key_heads
 from invivo.edits.measures import measure_rows
+from invivo.edits.number_range import check_numbers
 from invivo.edits.parameters import parameter_values
 from invivo.edits.reduce import reduce_capture
 from invivo.edits.resolved import (
@@ -70,7 +71,11 @@ def run_program(
         params: values of the trainable parameters; those that are missing have their start value.
             Gradients flow to them if they require them.
         adapters: bypasses by the names that runs give.
+
+    Raises:
+        InvalidRequest: a number in it is beyond what the decoder's can be.
     """
+    check_numbers(resolved, decoder.embed.dtype)
     context = Context(
         dtype=decoder.embed.dtype,
         device=decoder.embed.device,

@@ -10,7 +10,6 @@ from typing import Any
 
 from invivo.errors import InvalidRequest
 
-LARGEST_NUMBER = 3.4028234663852886e38  # of float32: beyond it an edit would be an infinite one
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
@@ -92,10 +91,8 @@ def read_number(value: object, path: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not abs(number) <= LARGEST_NUMBER:
-        raise InvalidRequest(
-            f"a number of at most {LARGEST_NUMBER:.2g} in size is needed", field=path, given=value
-        )
+    if not math.isfinite(number):
+        raise InvalidRequest("a finite number is needed", field=path, given=value)
     return number + 0.0  # -0 and 0 are one number, with one hash
 
 

@@ -14,6 +14,7 @@ import torch
 
 from invivo.edits.apply import Context
 from invivo.edits.measures import measure_rows
+from invivo.edits.number_range import check_numbers
 from invivo.edits.parameters import parameter_values
 from invivo.edits.program import MAIN
 from invivo.edits.reduce import reduce_capture
@@ -76,6 +77,7 @@ class CarriedProgram:
         fan_out: rows of a sweep share what lies before their first change.
 
     Raises:
+        InvalidRequest: a number in it is beyond what the model's can be.
         TooLarge: its captures, or what its runs read of each other, take more than ``max_bytes``.
     """
 
@@ -92,6 +94,7 @@ class CarriedProgram:
         fan_out: bool = True,
     ) -> None:
         resolved = intervention.resolved
+        check_numbers(resolved, decoder.embed.dtype)
         self.writes = writes
         self._partial = fan_out and not decoder.config.recurrent
         self._decoder = decoder
