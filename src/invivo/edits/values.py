@@ -81,7 +81,8 @@ def read_blob(value: object, path: str) -> Blob:
 def read_value(value: object, path: str, kinds: tuple[str, ...]) -> Value:
     """A value of one of ``kinds``: "number", "vector", "matrix" (blobs too), "param"."""
     if isinstance(value, str):
-        if "vector" in kinds or "matrix" in kinds:
+        tensors = "vector" in kinds or "matrix" in kinds
+        if tensors and (value.startswith("blob:") or "number" not in kinds):
             return read_blob(value, path)
     elif isinstance(value, dict):
         if "param" in kinds:
@@ -93,7 +94,12 @@ def read_value(value: object, path: str, kinds: tuple[str, ...]) -> Value:
         return _read_inline(list(value), path, kinds)
     elif "number" in kinds:
         return read_number(value, path)
-    raise InvalidRequest(f"one of {', '.join(kinds)} is needed", field=path, given=value)
+    raise InvalidRequest(
+        f"one of {', '.join(kinds)} is needed",
+        field=path,
+        given=value,
+        remedy='A number stands without quotes, a tensor as "blob:NAME"',
+    )
 
 
 def _read_inline(value: list[Any], path: str, kinds: tuple[str, ...]) -> Vector | Matrix:
