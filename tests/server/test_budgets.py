@@ -35,14 +35,19 @@ async def test_what_is_granted_to_a_cancelled_request_goes_back(
     store: KeyStore, key: Key, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger, asked, go_on = Ledger(store), threading.Event(), threading.Event()
-    reserve = ledger.reserve
+    reserve, settle, settled = ledger.reserve, ledger._settle, []
 
     def slowly(*arguments: Any) -> int:
         asked.set()
         assert go_on.wait(PATIENCE)
         return reserve(*arguments)
 
+    def noted(*arguments: Any) -> None:
+        settle(*arguments)
+        settled.append(arguments)
+
     monkeypatch.setattr(ledger, "reserve", slowly)
+    monkeypatch.setattr(ledger, "_settle", noted)
     services: Any = SimpleNamespace(
         ledger=ledger,
         settings=Settings(),
@@ -63,7 +68,8 @@ async def test_what_is_granted_to_a_cancelled_request_goes_back(
         await first
     assert services.gate.taken == 0
     go_on.set()
-    await await_for(lambda: store.get("poor").last_used)
+    await await_for(lambda: len(settled) == 2)  # the request's end, and what came after it
+    assert sorted(settled) == [(key.id, 0, 0), (key.id, 100, 0)]
     assert await work() == 90
     ledger.close()
     assert store.get("poor").used == 0
