@@ -46,7 +46,9 @@ from invivo.models.sites import Taps
 log = logging.getLogger(__name__)
 
 Command = Literal["start", "pause", "resume", "cancel", "stop"]
-_LONG = 10.0  # seconds without a piece of training after which a job says what it waits for
+# Seconds and iterations without a piece of training after which a job says what it waits for: one
+# stall of the machine is no such wait.
+_LONG, _MANY = 10.0, 16
 _AGAIN = 600.0  # and between two such events
 PAUSED = 4  # jobs in memory, as a multiple of those that may run
 ENDED = ("succeeded", "failed", "cancelled", "stopped")
@@ -449,9 +451,12 @@ class FineTuning:
         for job in self._jobs:
             if job.name in moving or job.state != "running":
                 job.idle_since = job.waits_for = None
-            elif job.idle_since is None:
+                job.n_idle = 0
+                continue
+            job.n_idle += 1
+            if job.idle_since is None:
                 job.idle_since = now
-            elif now - job.idle_since >= _LONG:
+            elif now - job.idle_since >= _LONG and job.n_idle >= _MANY:
                 job.waits_for = self._obstacle(job, now)
                 if job.told_waiting is None or now - job.told_waiting >= _AGAIN:
                     job.told_waiting = now

@@ -98,7 +98,7 @@ class TuningJob:
         losses: of every step, per labelled token.
         complete: no step is left.
         error: why it failed, or what the last checkpoint met.
-        idle_since: when it last had a piece of training, if it did not have one just now.
+        idle_since, n_idle: since when, and for how many iterations, it had no piece of training.
         waits_for: what has kept it from training for long.
         forward_tokens, backward_tokens: rows run so far, repeated ones included.
     """
@@ -184,6 +184,7 @@ class TuningJob:
         self.backward_tokens = 0.0
         self.n_restarts = 0
         self.idle_since: float | None = None
+        self.n_idle = 0
         self.waits_for: str | None = None
         self.told_waiting: float | None = None
         self.seq = Sequence(Request(spec.name, ()), 0, [], 0)
