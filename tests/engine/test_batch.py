@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.engine.fake_engine import request_of, sequences_of
 
-from invivo.engine.batch import BatchBuilder, FlatBatch
+from invivo.engine.batch import BatchBuilder, Decodes, FlatBatch
 from invivo.engine.scheduler import Limits, Scheduler
 from invivo.engine.types import Plan, Purpose, Span
 
@@ -58,6 +58,10 @@ def check(batch: FlatBatch, plan: Plan) -> None:
     )
     assert list(drawn) == sampled
     assert batch.adapters.tolist() == adapters
+    decodes = all(span.purpose is Purpose.DECODE for span in plan.spans)
+    assert (batch.decodes is not None) == decodes
+    if batch.decodes is not None:
+        assert batch.decodes.seqs == [span.seq for span in plan.spans]
     assert batch.adapter_slots == sorted({slot for slot in adapters if slot})
     for tensor in (batch.tokens, layout.positions, layout.slots, batch.sample_index):
         assert tensor.dtype == torch.int64
@@ -70,7 +74,8 @@ def test_every_batch_of_a_random_load_says_what_its_plan_says(lag: int) -> None:
     rng = random.Random(1)
     scheduler, builder = Scheduler(LIMITS), BatchBuilder(LIMITS)
     in_flight: list[Plan] = []
-    n_batches = n_pending = 0
+    n_batches = n_pending = n_lasting = 0
+    last: Decodes | None = None
     for step in range(300):
         if step < 200 and rng.random() < 0.3:
             slot = rng.choice([0, 0, 1, 2, 3])
@@ -89,6 +94,8 @@ def test_every_batch_of_a_random_load_says_what_its_plan_says(lag: int) -> None:
             check(batch, plan)
             n_batches += 1
             n_pending += len(batch.pending_index)
+            n_lasting += batch.decodes is not None and batch.decodes is last
+            last = batch.decodes
             in_flight.append(plan)
         while len(in_flight) > (lag if plan is not None else 0):
             for span in in_flight.pop(0).spans:
@@ -99,6 +106,7 @@ def test_every_batch_of_a_random_load_says_what_its_plan_says(lag: int) -> None:
                     scheduler.finish(span.seq)
     assert not scheduler.has_work
     assert n_batches > 150
+    assert n_lasting > 20
     assert scheduler.n_preemptions > 0
     assert (n_pending > 0) == (lag > 0)
 

@@ -13,10 +13,14 @@ from tests.edits.recurrent_models import RECURRENT, recurrent_model
 from tests.edits.small_models import CONFIGS, encode, model, random_ids, words
 from tests.engine.drive import Inquiry, ask, run, small_engine
 
+from invivo.edits.apply import Context
 from invivo.edits.blobs import Blobs
 from invivo.edits.program import parse_program
 from invivo.edits.resolve import resolve
 from invivo.edits.resolved import Touch
+from invivo.edits.selectors import Positions
+from invivo.edits.site_names import SiteRef
+from invivo.engine.changes import Changes
 from invivo.engine.engine import Engine
 from invivo.engine.run_edits import RunEdits
 from invivo.engine.types import Intervention
@@ -125,6 +129,38 @@ def test_equal_programs_share_and_others_part_where_they_act_differently() -> No
     assert cached(engine, ids, only(steer({"range": [2, 4]}))) == 4  # alike at tokens 2 and 3
     assert cached(engine, ids, only(steer({"range": [1, 5]}))) == 0
     assert cached(engine, ids, None) == 16
+
+
+_RANGES = st.lists(st.integers(0, 40), min_size=2, max_size=6, unique=True).map(
+    lambda ends: tuple(zip(sorted(ends)[0::2], sorted(ends)[1::2], strict=False))
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    places=st.lists(_RANGES, min_size=1, max_size=3),
+    order=st.lists(st.integers(0, 11), min_size=1, max_size=12),
+)
+def test_a_block_is_marked_alike_whichever_was_asked_before(
+    places: list[tuple[tuple[int, int], ...]], order: list[int]
+) -> None:
+    plan = intervention("llama", {"steps": []}, TEXT[:8], n_new=40).resolved.rows[0].runs["main"]
+    ref = SiteRef("resid.post", 0)
+    touches = [
+        Touch(i, "main", ref, "scale", "affine", Positions(ranges), {"a": float(i)})
+        for i, ranges in enumerate(places)
+    ]
+    context = Context(torch.float64, torch.device("cpu"), Blobs(), {})
+
+    def changes() -> Changes:
+        return Changes(plan, touches, context, lambda name, stop: "", BLOCK)
+
+    asked = changes()
+    for block in order:
+        tokens = range(block * BLOCK, (block + 1) * BLOCK)
+        met = any(p in touch.positions for touch in touches for p in tokens)
+        assert asked.at(block) == changes().at(block)
+        assert (asked.at(block) is not None) == met
 
 
 def test_a_steered_conversation_goes_on_from_its_own_memory() -> None:

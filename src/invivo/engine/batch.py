@@ -13,8 +13,45 @@ import numpy as np
 import torch
 
 from invivo.engine.scheduler import Limits
-from invivo.engine.types import Plan, Span, VirtualRows
+from invivo.engine.types import Plan, Purpose, Sequence, Span, VirtualRows
 from invivo.kernels.paging import PagedLayout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decodes:
+    """Sequences of which each decodes one token a batch: what stays the same from step to step.
+
+    The same object comes again for as long as the same sequences decode, and nothing else runs.
+
+    Attributes:
+        seqs: in the order of their rows.
+        rows: [T] int64, their ``row``.
+        adapters: [T] int32, their adapter slots; adapter_slots: the different ones but 0.
+        numbered: whether any has position numbers of its own.
+        starts, sampled: the first rows of the spans and one more; all spans.
+    """
+
+    seqs: list[Sequence]
+    rows: np.ndarray
+    adapters: np.ndarray
+    adapter_slots: list[int]
+    numbered: bool
+    starts: list[int]
+    sampled: list[int]
+
+    @classmethod
+    def of(cls, seqs: list[Sequence]) -> Decodes:
+        """For sequences that have their rows and adapters."""
+        slots = [seq.adapter_slot for seq in seqs]
+        return cls(
+            seqs=seqs,
+            rows=np.array([seq.row for seq in seqs], dtype=np.int64),
+            adapters=np.array(slots, dtype=np.int32),
+            adapter_slots=sorted({slot for slot in slots if slot}),
+            numbered=any(seq.numbers for seq in seqs),
+            starts=list(range(len(seqs) + 1)),
+            sampled=list(range(len(seqs))),
+        )
 
 
 @dataclass(slots=True)
@@ -34,6 +71,7 @@ class FlatBatch:
         adapters: [T] int32 adapter slot of each token row, 0 = base model.
         adapter_slots: the different non-zero slots in this batch.
         virtual: rows whose token an adapter supplies.
+        decodes: its sequences, where each decodes and is sampled; None: some do not.
     """
 
     plan: Plan
@@ -49,6 +87,7 @@ class FlatBatch:
     adapters: torch.Tensor
     adapter_slots: list[int]
     virtual: list[VirtualRows]
+    decodes: Decodes | None = None
 
 
 class _Staging:
@@ -83,6 +122,7 @@ class BatchBuilder:
         n_int = tokens + 2 * rows + 1 + rows * width
         self._staging = [_Staging(n_long, n_int, not self._on_cpu) for _ in range(2)]
         self._turn = 0
+        self._decodes: Decodes | None = None  # of the last batch
 
     def build(self, plan: Plan) -> FlatBatch:
         """Index tensors of the spans of ``plan`` that go through all layers.
@@ -90,7 +130,9 @@ class BatchBuilder:
         To be called before any of the plan's tokens is recorded.
         """
         self._update_tables(plan)
-        return self._build(plan, plan.whole_spans, plan.n_decode)
+        spans = plan.whole_spans
+        self._decodes = self._decodes_of(plan, spans)
+        return self._build(plan, spans, plan.n_decode, self._decodes)
 
     def build_partial(self, plan: Plan) -> FlatBatch:
         """Index tensors of the other spans, those of one token first.
@@ -100,49 +142,27 @@ class BatchBuilder:
         self._update_tables(plan)
         spans = sorted(plan.partial_spans, key=_by_depth)
         n_decode = sum(1 for span in spans if span.stop - span.start == 1)
-        return self._build(plan, spans, n_decode)
+        return self._build(plan, spans, n_decode, None)
 
-    def _build(self, plan: Plan, spans: list[Span], n_decode: int) -> FlatBatch:
-        n_spans, n_rows = len(spans), sum(span.stop - span.start for span in spans)
+    def _decodes_of(self, plan: Plan, spans: list[Span]) -> Decodes | None:
+        """What stays the same in a batch of ``spans``; None where they are not decodes alone."""
+        if plan.n_decode < len(spans):
+            return None
+        seqs, last = [span.seq for span in spans], self._decodes
+        if last is not None and not plan.admitted and seqs == last.seqs:
+            return last
+        if any(span.purpose is not Purpose.DECODE or not span.samples for span in spans):
+            return None
+        return Decodes.of(seqs)
+
+    def _build(
+        self, plan: Plan, spans: list[Span], n_decode: int, decodes: Decodes | None
+    ) -> FlatBatch:
         block_size = self.limits.block_size
-
-        rows: list[int] = []
-        starts: list[int] = []
-        ids: list[int] = []
-        pending: list[int] = []
-        sample_spans: list[int] = []
-        virtual: list[VirtualRows] = []
-        for i in range(n_decode):
-            span = spans[i]
-            seq, start = span.seq, span.start
-            if start < seq.n_virtual:
-                virtual.append(VirtualRows(i, i + 1, start, seq.adapter_slot))
-            rows.append(seq.row)
-            starts.append(start)
-            if start < len(seq.tokens):
-                ids.append(seq.tokens[start])
-            else:
-                ids.append(0)
-                pending.append(i)
-            if span.samples:
-                sample_spans.append(i)
-        span_start = list(range(n_decode + 1))
-        kv_len = [start + 1 for start in starts]
-        for i in range(n_decode, n_spans):
-            span = spans[i]
-            seq, start = span.seq, span.start
-            if start < seq.n_virtual:
-                n = min(span.stop, seq.n_virtual) - start
-                first = span_start[-1]
-                virtual.append(VirtualRows(first, first + n, start, seq.adapter_slot))
-            rows.append(span.seq.row)
-            starts.append(span.first)
-            kv_len.append(span.first + span.stop - span.start)
-            span_start.append(span_start[-1] + span.stop - span.start)
-            ids += span.seq.tokens[span.start : span.stop]
-            if span.samples:
-                sample_spans.append(i)
-        assert len(ids) == n_rows
+        found = _gathered(spans, n_decode) if decodes is None else _gathered_decodes(spans, decodes)
+        rows, starts, kv_len = found.rows, found.starts, found.kv_len
+        span_start, pending, sample_spans = found.span_start, found.pending, found.sample_spans
+        n_spans, n_rows = len(spans), len(found.ids)
 
         n_pending, n_samples = len(pending), len(sample_spans)
         max_kv = max(kv_len, default=0)
@@ -164,7 +184,7 @@ class BatchBuilder:
         kv_len_at, kv_lens = ints.take(n_spans)
         table_at, table = ints.take(n_spans * width)
 
-        tokens[:] = ids
+        tokens[:] = found.ids
         span_rows[:] = rows
         span_starts[:] = span_start
         kv_lens[:] = kv_len
@@ -177,7 +197,9 @@ class BatchBuilder:
             positions[:] = np.arange(n_rows)
             positions += np.repeat(np.asarray(starts) - span_starts[:-1], lengths)
         block, offset = np.divmod(positions, block_size)
-        packed = [(i, span.part.block) for i, span in enumerate(spans) if span.part is not None]
+        packed = []
+        if decodes is None:
+            packed = [(i, span.part.block) for i, span in enumerate(spans) if span.part is not None]
         for i, first in packed:  # its text's blocks come after those of the texts before it
             block[span_start[i] : span_start[i + 1]] += first
         slots[:] = self._table[token_rows, block]
@@ -185,11 +207,12 @@ class BatchBuilder:
         slots += offset
         if self._shifts:
             positions += self._offset[token_rows]
-        for i, span in enumerate(spans):
-            if span.seq.numbers:
-                at = slice(span_start[i], span_start[i + 1])
-                positions[at] = _numbers(span) + self._offset[rows[i]]
-        adapters[:] = self._adapter[token_rows]
+        if decodes is None or decodes.numbered:
+            for i, span in enumerate(spans):
+                if span.seq.numbers:
+                    at = slice(span_start[i], span_start[i + 1])
+                    positions[at] = _numbers(span) + self._offset[rows[i]]
+        adapters[:] = self._adapter[token_rows] if decodes is None else decodes.adapters
         tables = table.reshape(n_spans, width)
         np.take(self._table[:, :width], span_rows, axis=0, out=tables)
         for i, first in packed:
@@ -231,9 +254,14 @@ class BatchBuilder:
             sample_rows=long_at[sample_rows_at],
             sample_spans=sample_spans,
             adapters=int_at[adapters_at],
-            adapter_slots=[int(slot) for slot in np.unique(self._adapter[rows]) if slot],
-            virtual=virtual,
+            adapter_slots=self._slots_of(rows) if decodes is None else decodes.adapter_slots,
+            virtual=found.virtual,
+            decodes=decodes,
         )
+
+    def _slots_of(self, rows: list[int] | np.ndarray) -> list[int]:
+        """The different adapter slots of sequences' rows, without 0."""
+        return [int(slot) for slot in np.unique(self._adapter[rows]) if slot]
 
     def _update_tables(self, plan: Plan) -> None:
         for seq in (*plan.admitted, *plan.held):
@@ -246,6 +274,84 @@ class BatchBuilder:
     def _send(self, host: torch.Tensor, used: int) -> torch.Tensor:
         part = host[:used]
         return part if self._on_cpu else part.to(self.device, non_blocking=True)
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """What the host collects of a batch, span by span.
+
+    Attributes:
+        rows, starts, kv_len: of each span: its sequence's row, the first of its tokens and how many
+            there are up to its last one, both counted from its text's beginning.
+        span_start: first row of each span, and the number of rows.
+        ids: of each row; 0 of those that are pending.
+        pending, sample_spans: rows, and spans.
+    """
+
+    rows: list[int] | np.ndarray
+    starts: list[int]
+    kv_len: list[int]
+    span_start: list[int]
+    ids: list[int]
+    pending: list[int]
+    sample_spans: list[int]
+    virtual: list[VirtualRows]
+
+
+def _gathered(spans: list[Span], n_decode: int) -> _Gathered:
+    rows: list[int] = []
+    starts: list[int] = []
+    ids: list[int] = []
+    pending: list[int] = []
+    sample_spans: list[int] = []
+    virtual: list[VirtualRows] = []
+    for i in range(n_decode):
+        span = spans[i]
+        seq, start = span.seq, span.start
+        if start < seq.n_virtual:
+            virtual.append(VirtualRows(i, i + 1, start, seq.adapter_slot))
+        rows.append(seq.row)
+        starts.append(start)
+        if start < len(seq.tokens):
+            ids.append(seq.tokens[start])
+        else:
+            ids.append(0)
+            pending.append(i)
+        if span.samples:
+            sample_spans.append(i)
+    span_start = list(range(n_decode + 1))
+    kv_len = [start + 1 for start in starts]
+    for i in range(n_decode, len(spans)):
+        span = spans[i]
+        seq, start = span.seq, span.start
+        if start < seq.n_virtual:
+            n = min(span.stop, seq.n_virtual) - start
+            first = span_start[-1]
+            virtual.append(VirtualRows(first, first + n, start, seq.adapter_slot))
+        rows.append(span.seq.row)
+        starts.append(span.first)
+        kv_len.append(span.first + span.stop - span.start)
+        span_start.append(span_start[-1] + span.stop - span.start)
+        ids += span.seq.tokens[span.start : span.stop]
+        if span.samples:
+            sample_spans.append(i)
+    assert len(ids) == span_start[-1]
+    return _Gathered(rows, starts, kv_len, span_start, ids, pending, sample_spans, virtual)
+
+
+def _gathered_decodes(spans: list[Span], decodes: Decodes) -> _Gathered:
+    """:func:`_gathered` for the sequences of ``decodes``."""
+    starts = [span.start for span in spans]
+    kv_len = [span.stop for span in spans]
+    pending = [i for i, span in enumerate(spans) if span.start >= len(span.seq.tokens)]
+    ids = [0] * len(spans)
+    if len(pending) < len(spans):
+        late = set(pending)
+        for i, span in enumerate(spans):
+            if i not in late:
+                ids[i] = span.seq.tokens[span.start]
+    rows, sampled = decodes.rows, decodes.sampled
+    return _Gathered(rows, starts, kv_len, decodes.starts, ids, pending, sampled, [])
 
 
 def _by_depth(span: Span) -> tuple[bool, int]:

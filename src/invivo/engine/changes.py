@@ -35,6 +35,8 @@ _BEHIND_KEYS = frozenset(
     }
 )
 
+_FAR = 1 << 40  # longer than any text
+
 # A key of all that a run's values before a token are made from: (name of the run, that token).
 PrefixOf = Callable[[str, int], str]
 
@@ -75,6 +77,7 @@ class Changes:
         firsts += [queries.first for queries, _ in self._hidden]
         firsts += [i for i, number in enumerate(plan.input.numbers) if i != number][:1]
         self.first: int | None = min(firsts, default=None)
+        self._alike = _Alike(0, 0, None)
         self._marks: dict[int, str | None] = {}
         self._hashes: dict[tuple[object, ...], str] = {}
 
@@ -83,12 +86,23 @@ class Changes:
         start = block * self._size
         if self.first is None or start + self._size <= self.first:
             return None
+        alike = self._alike
+        if alike.start <= start and start + self._size <= alike.stop:
+            return alike.mark
         if block not in self._marks:
             found = self.between(start, start + self._size)
             if found and found not in self._hashes:
                 self._hashes[found] = hash_of(found)
             self._marks[block] = self._hashes[found] if found else None
+            self._alike = self._alike_from(start, self._marks[block])
         return self._marks[block]
+
+    def _alike_from(self, start: int, mark: str | None) -> _Alike:
+        """The tokens from ``start`` on whose blocks all have the mark of the first."""
+        stop = start
+        if not self._hidden and not self._input.numbers:
+            stop = min((group.same_until(start) for group in self._groups), default=start)
+        return _Alike(start, stop, mark)
 
     def between(self, start: int, stop: int) -> tuple[object, ...]:
         """What is done at the tokens from ``start`` to before ``stop``, as plain data; () if
@@ -127,6 +141,15 @@ def hash_of(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Tokens [start, stop) at which the same is done: every block inside has this mark."""
+
+    start: int
+    stop: int
+    mark: str | None
+
+
 @dataclass(slots=True, eq=False)
 class _Group:
     """Steps that follow each other and share positions: several that only act there, or one.
@@ -147,6 +170,12 @@ class _Group:
         last, new = self.steps[-1][0], touches[0]
         more = self.keys is not None or self.sources or new.keys is not None or new.sources
         return not more and last.positions == new.positions
+
+    def same_until(self, start: int) -> int:
+        """The token until which it acts at all from ``start`` on, or at none, in the same way."""
+        if self.keys is not None or self.sources:
+            return start
+        return self.at.same_until(start)
 
     def is_idle(self, stop: int) -> bool:
         """Whether the keys that it takes away are all behind ``stop``."""
@@ -181,6 +210,13 @@ class _Places:
             (max(self._starts[i], start) - start, min(self._stops[i], stop) - start)
             for i in range(first, last)
         )
+
+    def same_until(self, start: int) -> int:
+        """The position until which all from ``start`` on are among these, or none is."""
+        i = bisect_right(self._stops, start)
+        if i == len(self._starts):
+            return _FAR
+        return self._stops[i] if self._starts[i] <= start else self._starts[i]
 
     def before(self, index: int) -> int:
         """How many are before ``index``."""

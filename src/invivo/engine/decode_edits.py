@@ -7,7 +7,8 @@ every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import operator
+from collections.abc import Callable, Collection, Sequence
 
 from invivo.engine.edit_tables import Change
 from invivo.engine.run_edits import LOGITS, Key, Steady
@@ -53,3 +54,14 @@ class DecodeEdits:
             if steady.opens or steady.other or not sites.issuperset(steady.alone)
         ]
         self.loose = None if opens else (loose | constant) - sites - {LOGITS}
+        self._starts = [steady.start for _, steady in rows]
+        self._stops = [steady.stop for _, steady in rows]
+
+    def last_at(self, tokens: Sequence[int]) -> bool:
+        """Whether its runs, at these tokens of theirs, are known to do the same; no where any of
+        them is asked, for then it may have failed since."""
+        return (
+            not self.asked
+            and all(map(operator.le, self._starts, tokens))
+            and all(map(operator.lt, tokens, self._stops))
+        )

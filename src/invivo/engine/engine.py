@@ -9,6 +9,7 @@ requests of that plan with an error and nothing else.
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ import torch
 
 from invivo.edits.program import MAIN
 from invivo.engine.adapters import Adapter, AdapterStore
-from invivo.engine.batch import BatchBuilder, FlatBatch
+from invivo.engine.batch import BatchBuilder, Decodes, FlatBatch
 from invivo.engine.carrying import adapters_of, check_carried
 from invivo.engine.config import EngineConfig
 from invivo.engine.detokenize import backend
@@ -31,6 +32,7 @@ from invivo.engine.latency import LatencyModel
 from invivo.engine.memory import limits_of, room_to_pack
 from invivo.engine.policies import Slo, policy_of
 from invivo.engine.programs import CarriedProgram, ProgramRun
+from invivo.engine.run_edits import RunEdits
 from invivo.engine.sampler import RowState
 from invivo.engine.scheduler import Scheduler
 from invivo.engine.stats import Counters, EngineStats, RequestRecord
@@ -78,6 +80,23 @@ class _Inbox:
     n_sequences: int = 0
     closed: bool = False
     failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _LastingWork:
+    """What the sequences of ``decodes`` want of every step.
+
+    Attributes:
+        rows, prompts: state and length of the prompt of each.
+        edited: rows that are runs of programs.
+        greedy: whether all take the best token and want nothing else.
+    """
+
+    decodes: Decodes
+    rows: list[RowState]
+    prompts: list[int]
+    edited: list[tuple[int, RunEdits]]
+    greedy: bool
 
 
 class Engine:
@@ -162,6 +181,7 @@ class Engine:
         self._tracks: dict[Sequence, Track] = {}
         self._programs: dict[str, Job] = {}  # requests that carry one, by id
         self._runs: dict[Sequence, ProgramRun] = {}
+        self._lasting: _LastingWork | None = None
         self._parked: deque[Job] = deque()  # their adapter waits for a slot
         self._in_flight: Launched | None = None
         self._inbox = _Inbox()
@@ -575,7 +595,7 @@ class Engine:
                 if riders is None:
                     raise
                 launched = self._launch_without(riders, plan, error)
-            self._end_failed_programs(plan)
+            self._end_failed_programs(plan, work)
             return launched, riders
         except Exception as error:
             if riders is not None:
@@ -595,11 +615,14 @@ class Engine:
         self._finetuning.dropped(riders, error)
         return launched
 
-    def _end_failed_programs(self, plan: Plan) -> None:
+    def _end_failed_programs(self, plan: Plan, work: Work) -> None:
         """End the requests whose own operations raised in this step; the others have gone on.
 
         Who shares keys that such a run should have changed in this very step ends with it.
         """
+        runs = (*(edits for _, edits in work.edited), *work.partial)
+        if all(edits.error is None for edits in runs):
+            return
         failed: dict[str, tuple[Job, Exception]] = {}
         spoiled: dict[int, Exception] = {}
         for span in plan.spans:
@@ -609,8 +632,6 @@ class Engine:
             failed[span.seq.request.id] = self._programs[span.seq.request.id], run.edits.error
             if run.edits.spoiled:
                 spoiled |= dict.fromkeys(self.scheduler.spoil(span), run.edits.error)
-        if not failed:
-            return
         for span in plan.spans:
             shared = next((spoiled[b] for b in span.seq.blocks if b in spoiled), None)
             if shared is not None and span.seq in self._runs:
@@ -626,24 +647,26 @@ class Engine:
         """The plan's flat batch, that of its partial spans if there are any, and their work."""
         batch = self._builder.build(plan)
         partial = self._partial_builder.build_partial(plan) if plan.n_partial else None
-        work = self._work(plan, batch.sample_spans)
+        work = self._work(plan, batch)
         if partial is not None:
             work.partial = [self._runs[span.seq].edits for span in partial.spans]
         return batch, partial, work
 
-    def _work(self, plan: Plan, sample_spans: list[int]) -> Work:
+    def _work(self, plan: Plan, batch: FlatBatch) -> Work:
         """What the plan's sequences want beyond their forward pass."""
         for seq in plan.admitted:
             job = self._job_of(seq)
             if seq.n_preempted == 0 and job is not None:
                 self._admitted(job.tracks[seq.index])
-        rows: list[RowState] = []
-        positions: list[int] = []
-        for i in sample_spans:
+        if batch.decodes is not None and not plan.n_partial:
+            lasting = self._lasting_work(batch.decodes)
+            positions = list(map(operator.sub, batch.layout.kv_len_host, lasting.prompts))
+            return Work(lasting.rows, positions, edited=lasting.edited, greedy=lasting.greedy)
+        work = Work([], [])
+        for i in batch.sample_spans:
             span = plan.spans[i]
-            rows.append(self._tracks[span.seq].state)
-            positions.append(span.stop - span.seq.n_prompt)
-        work = Work(rows, positions)
+            work.rows.append(self._tracks[span.seq].state)
+            work.positions.append(span.stop - span.seq.n_prompt)
         for i in range(len(plan.spans)):
             span = plan.spans[i]
             if span.purpose is Purpose.TRAIN:
@@ -658,6 +681,21 @@ class Engine:
             elif (wanted := self._scored_rows(i, span)) is not None:
                 work.scored.append(wanted)
         return work
+
+    def _lasting_work(self, decodes: Decodes) -> _LastingWork:
+        """What ``decodes`` want: worked out once for as long as they come again."""
+        lasting = self._lasting
+        if lasting is None or lasting.decodes is not decodes:
+            rows = [self._tracks[seq].state for seq in decodes.seqs]
+            runs = [(i, self._runs.get(seq)) for i, seq in enumerate(decodes.seqs)]
+            self._lasting = lasting = _LastingWork(
+                decodes,
+                rows,
+                [seq.n_prompt for seq in decodes.seqs],
+                [(i, run.edits) for i, run in runs if run is not None],
+                all(row.plain_greedy for row in rows),
+            )
+        return lasting
 
     def _scored_rows(self, index: int, span: Span) -> ScoredRows | None:
         """The prompt tokens that this span's rows predict, where they are asked for."""
@@ -838,6 +876,7 @@ class Engine:
     def _end_run(self, seq: Sequence) -> None:
         """Free what a run's sequence holds."""
         del self._runs[seq]
+        self._lasting = None  # what the run has kept is not to stay
         self.scheduler.finish(seq)
 
     def _end_program(self, job: Job, output: Output, reason: FinishReason) -> None:

@@ -204,6 +204,11 @@ class Draw:
     logprobs: LogprobRows | None
 
 
+def best(logits: torch.Tensor) -> Draw:
+    """:func:`sample` where every row is :attr:`RowState.plain_greedy`."""
+    return Draw(torch.argmax(logits, dim=-1), [], None)
+
+
 def sample(logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[int]) -> Draw:
     """Draw one token a row.
 
@@ -213,7 +218,7 @@ def sample(logits: torch.Tensor, rows: Sequence[RowState], positions: Sequence[i
         positions: output position of each draw (0 = first token after the prompt).
     """
     if all(row.plain_greedy for row in rows):
-        return Draw(torch.argmax(logits, dim=-1), [], None)
+        return best(logits)
     if logits.dtype.itemsize < 4:
         logits = logits.float()
     wanting = [i for i, row in enumerate(rows) if row.params.logprobs is not None]

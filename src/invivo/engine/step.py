@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 import torch
 
 from invivo.engine.adapters import AdapterStore
-from invivo.engine.batch import FlatBatch
+from invivo.engine.batch import Decodes, FlatBatch
 from invivo.engine.decode_edits import DecodeEdits
 from invivo.engine.edit_taps import EditedSpan, EditTaps
 from invivo.engine.finetune import Riders
 from invivo.engine.graphs import DecodeGraphs, TablesRefused
 from invivo.engine.partial_pass import run_partial
 from invivo.engine.run_edits import RunEdits
-from invivo.engine.sampler import LogprobRows, RowState, sample, token_logprobs
+from invivo.engine.sampler import LogprobRows, RowState, best, sample, token_logprobs
 from invivo.engine.transfer import index_on, to_host
 from invivo.engine.types import Plan, Sequence, StepResult, TokenLogprob
 from invivo.models.bypass import Bypass
@@ -63,6 +63,7 @@ class Work:
         scored: prompt tokens to score.
         pooled: spans whose final states are pooled, with the way ("mean", "last").
         edited: spans that are runs of programs.
+        greedy: whether it is known that every row takes the best token and wants nothing else.
         partial: the run of each span of the batch's partial rows.
     """
 
@@ -72,6 +73,7 @@ class Work:
     pooled: list[tuple[int, str]] = field(default_factory=list)
     edited: list[tuple[int, RunEdits]] = field(default_factory=list)
     partial: list[RunEdits] = field(default_factory=list)
+    greedy: bool = False
 
 
 @dataclass(slots=True)
@@ -117,7 +119,9 @@ class Stepper:
         self._adapters = adapters
         self._graphs = graphs
         self._device = cache.k.device
-        self._decode_edits: DecodeEdits | None = None  # of the last batch of decodes with programs
+        # Of the last batch of decodes with programs, and the decodes.
+        self._decode_edits: DecodeEdits | None = None
+        self._edited_decodes: Decodes | None = None
         self._last_token = torch.zeros(max_running, dtype=torch.int64, device=self._device)
         # Sums of final states of half-computed prompts, by sequence: mean embeddings.
         self._sums: dict[Sequence, torch.Tensor] = {}
@@ -175,8 +179,8 @@ class Stepper:
         tokens = torch.empty(0, dtype=torch.int64)
         logprobs, logprob_rows = None, []
         if logits is not None:
-            draw = sample(logits, work.rows, work.positions)
-            self._last_token[batch.sample_rows] = draw.tokens
+            draw = best(logits) if work.greedy else sample(logits, work.rows, work.positions)
+            self._last_token.index_copy_(0, batch.sample_rows, draw.tokens)
             tokens = to_host(draw.tokens)
             logprob_rows = draw.logprob_rows
             logprobs = _rows_to_host(draw.logprobs)
@@ -270,7 +274,10 @@ class Stepper:
         tokens, layout = batch.tokens, batch.layout
         if layout.n_rows == 0:
             return None, None, None
-        if len(batch.pending_index):
+        n_pending = len(batch.pending_index)
+        if n_pending == layout.n_rows:
+            tokens = batch.tokens = self._last_token.index_select(0, batch.pending_rows)
+        elif n_pending:
             tokens[batch.pending_index] = self._last_token[batch.pending_rows]
         n_sampled, n_rows = len(batch.sample_spans), layout.n_rows
         slots = batch.adapters if batch.adapter_slots else None
@@ -303,11 +310,7 @@ class Stepper:
         self, graphs: DecodeGraphs, batch: FlatBatch, work: Work, slots: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, EditTaps | None]:
         """:meth:`_forward` of decodes alone, some of them runs of programs."""
-        rows = [(i, edits.steady(batch.spans[i].start)) for i, edits in work.edited]
-        steady = self._decode_edits
-        if steady is None or steady.rows != rows:
-            steady = DecodeEdits(self._decoder.config, rows, graphs.tables.fits)
-            self._decode_edits = steady
+        steady = self._steady(graphs, batch, work)
         edits, touched = None, steady.loose or ()
         if steady.asked:
             asked = [work.edited[i] for i in steady.asked]
@@ -330,6 +333,20 @@ class Stepper:
             if on_logits is not None:
                 logits = offer(on_logits, "logits", -1, logits)
         return hidden, logits, edits
+
+    def _steady(self, graphs: DecodeGraphs, batch: FlatBatch, work: Work) -> DecodeEdits:
+        """What the programs of a batch of decodes do: mostly what they did in the last one."""
+        tokens = [batch.spans[i].start for i, _ in work.edited]
+        steady, same = self._decode_edits, batch.decodes is self._edited_decodes
+        if steady is not None and same and batch.decodes is not None and steady.last_at(tokens):
+            return steady
+        rows = [
+            (i, edits.steady(token)) for (i, edits), token in zip(work.edited, tokens, strict=True)
+        ]
+        if steady is None or steady.rows != rows:
+            steady = DecodeEdits(self._decoder.config, rows, graphs.tables.fits)
+        self._decode_edits, self._edited_decodes = steady, batch.decodes
+        return steady
 
     def _bypass(self, batch: FlatBatch, rows: slice | torch.Tensor) -> Bypass | None:
         """The bypass of some rows of a batch; of all of them where tokens are virtual."""
