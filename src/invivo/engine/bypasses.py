@@ -277,6 +277,11 @@ class LowRank:
     b: torch.Tensor
     scale: float
 
+    def of(self, y: torch.Tensor) -> torch.Tensor:
+        """The part of the map's output [s, d_out], or of its gradient, that this adds to."""
+        whole = self.stop - self.start == y.shape[1]
+        return y if whole else y[:, self.start : self.stop]
+
 
 class TrainBypass:
     """A set of bypasses under autograd, for rows that all use the same parameters.
@@ -334,6 +339,8 @@ class TrainBypass:
         Args:
             segments: tokens at which the packed sequences begin, each with its placeholders.
         """
+        if not self.n_virtual:
+            return self
         view = copy.copy(self)
         view._virtual = virtual_rows(start, stop, segments, self.n_virtual)
         return view
@@ -352,8 +359,8 @@ class TrainBypass:
         width = y.shape[-1]
         for part in self._low_rank.get((layer, linear), ()):
             if not torch.is_grad_enabled():
-                inner = x @ part.a.to(x.dtype).T
-                y[:, part.start : part.stop].addmm_(inner, part.b.to(x.dtype).T, alpha=part.scale)
+                inner = F.linear(x, part.a.to(x.dtype))
+                part.of(y).addmm_(inner, part.b.to(x.dtype).T, alpha=part.scale)
                 continue
             delta = part.scale * ((x @ part.a.to(x.dtype).T) @ part.b.to(x.dtype).T)
             y = y + F.pad(delta, (part.start, width - part.stop))

@@ -62,15 +62,59 @@ class LayerBackward:
         """
         assert sequence.dx is not None
         dx: torch.Tensor | None = sequence.dx[slice(*rows)]
+        window = _Window(self._decoder, self._cache, self._hooks, sequence, bypass, rows)
         with torch.no_grad():
             for layer in reversed(range(*layers)):
-                window = _Window(self._decoder, self._cache, self._hooks, sequence, bypass, rows)
                 window.enter(layer)
                 assert dx is not None
                 if layer == self._decoder.config.n_layers - 1:
                     dx = norm_backward(self._decoder.final_norm, dx, window.layer_output())
                 dx = window.backward(dx)
         return dx
+
+
+class LowRankBackward:
+    """Through one LoRA beside a map, ``y += scale (x A^T) B^T``.
+
+    With e = scale dy B: dx += e A, dA = e^T x, dB = scale dy^T (x A^T).
+    """
+
+    def __init__(self, part: LowRank, d_out: torch.Tensor) -> None:
+        """d_out [s, d_out]: gradient by the map's output."""
+        self._part = part
+        self._outer = part.of(d_out)
+        self.a = part.a.detach().to(d_out.dtype)
+        b = part.b.detach().to(d_out.dtype)
+        self.inner = _scaled_product(self._outer, b, part.scale)  # e [s, R]
+
+    def add_gradients(self, x: torch.Tensor) -> None:
+        """Add to the parameters' gradients; x [s, d_in] is what map and LoRA read."""
+        part = self._part
+        reduced = _scaled_product(x, self.a.T, part.scale)
+        gradients = (part.a, self.inner.T @ x), (part.b, self._outer.T @ reduced)
+        for parameter, gradient in gradients:
+            if parameter.grad is None:
+                parameter.grad = gradient.to(parameter.dtype)
+            else:
+                parameter.grad += gradient
+
+
+def low_rank_input(
+    beside: Sequence[LowRankBackward], d_out: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Gradient by what a frozen map and the LoRAs beside it read: [s, d_in]."""
+    if not beside:
+        return d_out @ weight
+    d_x = beside[0].inner @ beside[0].a
+    for part in beside[1:]:
+        d_x.addmm_(part.inner, part.a)
+    return d_x.addmm_(d_out, weight)
+
+
+def _scaled_product(x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
+    """``scale x y`` [s, R], rounded once."""
+    out = x.new_empty((x.shape[0], y.shape[1]))
+    return out.addmm_(x, y, beta=0, alpha=scale)
 
 
 def norm_backward(
@@ -186,7 +230,7 @@ class _Window:
         return value
 
     def held(self, name: str) -> bool:
-        return (self.index, name) in self.tape.keys
+        return (self.index, name) in self.tape.entries
 
     def layer_input(self) -> torch.Tensor:
         """The residual stream between two layers: behind the hook at the end of the one below."""
@@ -372,7 +416,7 @@ class _Window:
         queries = queries.view(queries.shape[0], -1, mixer.head_dim)
         found = [
             attention_lse(
-                queries[self.rows_of(part)],
+                self.rows_of(part, queries),
                 self.cache.layers[self.index][0],
                 self.sequence.table_of(part),
                 part.start - part.begin,
@@ -384,9 +428,16 @@ class _Window:
         ]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def rows_of(self, part: Part) -> slice:
-        """A part's rows among these."""
-        return slice(part.start - self.start, part.stop - self.start)
+    def rows_of(self, part: Part, value: torch.Tensor) -> torch.Tensor:
+        """A part's rows of a tensor of these."""
+        if len(self.parts) == 1:
+            return value
+        return value[part.start - self.start : part.stop - self.start]
+
+    def rows_in(self, value: torch.Tensor) -> torch.Tensor:
+        """These rows of a tensor of the whole sequence."""
+        whole = self.stop - self.start == self.sequence.length
+        return value if whole else value[self.start : self.stop]
 
     def query_final(self) -> torch.Tensor:
         """Queries as they attend: normalised, cut and turned."""
@@ -478,8 +529,8 @@ class _Window:
         late = low is not None and self.last_hook != "down" and "mlp.neuron" not in self.hooked
         if late:
             assert low is not None
-            d_low = self.low_rank_inner(low, d_out)
-            d_neuron: torch.Tensor | None = self.map_backward(low, d_low, d_out, mlp.down)
+            inner = [LowRankBackward(part, d_out) for part in low]
+            d_neuron: torch.Tensor | None = low_rank_input(inner, d_out, mlp.down)
         else:
             d_neuron = self.linear_vjp("down", mlp.down, d_out)
             d_neuron = None if d_neuron is None else self.rows_vjp("mlp.neuron", d_neuron)
@@ -493,8 +544,8 @@ class _Window:
             d_up = torch.empty(n, 2 * width, dtype=gate.dtype, device=gate.device)
         neuron = gated_activation_backward(d_neuron, gate, up, self.config.activation, d_up)
         if late:
-            assert low is not None
-            self.low_rank_gradients(low, d_low, d_out, neuron)
+            for part in inner:
+                part.add_gradients(neuron)
         for name in ("mlp.gate", "mlp.up", "mlp.neuron"):  # overwritten, or no longer needed
             self.made.pop(name, None)
         del gate, up, neuron, d_neuron
@@ -521,19 +572,19 @@ class _Window:
         z = self.get("attn.z").view(d_z.shape) if mixed else None
         found = [
             attention_backward(
-                d_z[self.rows_of(part)],
-                q[self.rows_of(part)],
+                self.rows_of(part, d_z),
+                self.rows_of(part, q),
                 keys,
                 values,
                 sequence.table_of(part),
                 part.start - part.begin,
-                None if z is None else z[self.rows_of(part)],
-                lse[self.rows_of(part)],
+                None if z is None else self.rows_of(part, z),
+                self.rows_of(part, lse),
                 scale=mixer.scale,
                 window=mixer.window,
                 softcap=mixer.softcap,
-                dk=None if dk is None else dk[part.begin :],
-                dv=None if dv is None else dv[part.begin :],
+                dk=dk if dk is None or not part.begin else dk[part.begin :],
+                dv=dv if dv is None or not part.begin else dv[part.begin :],
                 fresh=fresh,
             )
             for part in self.parts
@@ -543,14 +594,14 @@ class _Window:
             self.made.pop(name, None)
         # Every part is written where the map's gradient reads it.
         d_qkv = d_z.new_empty(d_z.shape[0], sum(mixer.split), mixer.head_dim)
-        to_q, to_k, to_v = d_qkv.split(mixer.split, dim=1)
+        to_q, to_k, to_v = d_qkv.split_with_sizes(mixer.split, 1)
         d_q = self.turned(dq, to_q, backward=True) if queries and dq is not None else None
         d_k = d_v = None
         if dk is not None:
-            own = self.turned(dk[self.start : self.stop], to_k, backward=True)
+            own = self.turned(self.rows_in(dk), to_k, backward=True)
             d_k = self.rows_vjp("attn.kvhead.k", own)
         if dv is not None:
-            d_v = self.rows_vjp("attn.kvhead.v", to_v.copy_(dv[self.start : self.stop]))
+            d_v = self.rows_vjp("attn.kvhead.v", to_v.copy_(self.rows_in(dv)))
         if self.is_last("attn.kvhead.k"):
             return None
         self.map_output_backward("attn.q", d_q, to_q)
@@ -628,11 +679,10 @@ class _Window:
         low = bypass.low_rank(layer, linear)
         if low is not None:
             x = self.get(_LINEAR_READS[linear]).flatten(1)
-            d_low = self.low_rank_inner(low, d_out)
-            self.low_rank_gradients(low, d_low, d_out, x)
-            return (
-                None if linear == self.last_hook else self.map_backward(low, d_low, d_out, weight)
-            )
+            inner = [LowRankBackward(part, d_out) for part in low]
+            for part in inner:
+                part.add_gradients(x)
+            return None if linear == self.last_hook else low_rank_input(inner, d_out, weight)
         parts = output_parts(self.config, linear)
         scaled = any((layer, name) in self.tape.plan.scaled for name, _ in parts)
         y = self.linear_output(linear) if scaled else torch.zeros_like(d_out)
@@ -642,47 +692,6 @@ class _Window:
             return None
         d_x, d_y = self.vjp(lambda a, b: bypass(layer, linear, a, b), [x, y], d_out)
         return d_x.addmm_(d_y, weight) if linear in self.reads else d_y @ weight
-
-    # y += scale (x A^T) B^T: with e = scale dy B, dx += e A, dA = e^T x, dB = scale dy^T (x A^T).
-    @staticmethod
-    def low_rank_inner(low: Sequence[LowRank], d_out: torch.Tensor) -> list[torch.Tensor]:
-        """e [s, R] of every part."""
-        return [
-            (d_out[:, part.start : part.stop] @ part.b.detach().to(d_out.dtype)).mul_(part.scale)
-            for part in low
-        ]
-
-    @staticmethod
-    def map_backward(
-        low: Sequence[LowRank],
-        d_low: Sequence[torch.Tensor],
-        d_out: torch.Tensor,
-        weight: torch.Tensor,
-    ) -> torch.Tensor:
-        """Gradient by what a frozen map and the low-rank parts beside it read."""
-        if not low:
-            return d_out @ weight
-        d_x = d_low[0] @ low[0].a.detach().to(d_out.dtype)
-        for part, inner in zip(low[1:], d_low[1:], strict=True):
-            d_x.addmm_(inner, part.a.detach().to(d_out.dtype))
-        return d_x.addmm_(d_out, weight)
-
-    @staticmethod
-    def low_rank_gradients(
-        low: Sequence[LowRank],
-        d_low: Sequence[torch.Tensor],
-        d_out: torch.Tensor,
-        x: torch.Tensor,
-    ) -> None:
-        """Add to the parameters' gradients."""
-        for part, inner in zip(low, d_low, strict=True):
-            outer = d_out[:, part.start : part.stop]
-            reduced = (x @ part.a.detach().to(x.dtype).T).mul_(part.scale)
-            for parameter, gradient in ((part.a, inner.T @ x), (part.b, outer.T @ reduced)):
-                if parameter.grad is None:
-                    parameter.grad = gradient.to(parameter.dtype)
-                else:
-                    parameter.grad += gradient
 
     @staticmethod
     def vjp(

@@ -32,6 +32,7 @@ _FROM_SITE: dict[str, tuple[str, ...]] = {
     "mlp.proj": ("mlp.proj",),
     "mlp.out": ("mlp.out",),
 }
+_SITE_OF = {name: site for site, names in _FROM_SITE.items() for name in names}
 _QUERY_NAMES = ("attn.q.final", "attn.lse")
 
 
@@ -51,7 +52,8 @@ class Piece:
 
     def of(self, value: torch.Tensor) -> torch.Tensor:
         """This piece's rows of a tensor of the flat batch."""
-        return value[self.row : self.row + self.stop - self.start]
+        n_rows = self.stop - self.start
+        return value if value.shape[0] == n_rows else value[self.row : self.row + n_rows]
 
 
 class Recording:
@@ -72,23 +74,26 @@ class Recording:
         self._query_site = [
             "attn.head.q" if kind.rope is None else "attn.head.q.rot" for kind in config.layers
         ]
-        self._wanted: set[tuple[str, int]] = set()
+        # What is kept of each site that is wanted; nothing where its value is only looked at.
+        self._names: dict[tuple[str, int], tuple[str, ...]] = {}
         at, last = self.bypass.at, config.n_layers - 1
-        for layer, name in {key for piece in pieces for key in piece.tape.keys}:
+        for layer, name in {key for piece in pieces for key in piece.tape.entries}:
             if name in _QUERY_NAMES:
-                self._wanted.add((self._query_site[layer], layer))
+                self._names[self._query_site[layer], layer] = ()
             if name == LSE:
-                self._wanted.add((LSE, layer))
-            for site, names in _FROM_SITE.items():
-                # Behind a hook the value is another: there the wrapped bypass keeps it.
-                hooked = site in at or (site == "resid.post" and "resid.pre" in at and layer < last)
-                if name in names and not hooked:
-                    self._wanted.add((site, layer))
+                self._names[LSE, layer] = ()
+            site = _SITE_OF.get(name)
+            if site is None:
+                continue
+            # Behind a hook the value is another: there the wrapped bypass keeps it.
+            hooked = site in at or (site == "resid.post" and "resid.pre" in at and layer < last)
+            if not hooked:
+                self._names[site, layer] = (*self._names.get((site, layer), ()), name)
         self._queries: list[torch.Tensor] = []
         self._lse: torch.Tensor | None = None
 
     def wants(self, site: str, layer: int) -> bool:
-        return (site, layer) in self._wanted
+        return (site, layer) in self._names
 
     def __call__(self, site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
         """Keep the rows of every piece: nothing changes them after a site."""
@@ -100,7 +105,7 @@ class Recording:
             for piece, rows in zip(self._pieces, self._queries, strict=True):
                 piece.tape.take(layer, "attn.q.final", piece.start, rows)
             return value
-        for name in _FROM_SITE[site]:
+        for name in self._names[site, layer]:
             if name == LSE:
                 self._write_lse(layer, self._queries)
                 self._queries, self._lse = [], None
@@ -120,7 +125,7 @@ class Recording:
         mixer = block.mixer
         assert isinstance(mixer, Attention)  # no tape has another
         for piece, queries in zip(self._pieces, queries_of, strict=bool(queries_of)):
-            if (layer, LSE) not in piece.tape.keys:
+            if (layer, LSE) not in piece.tape.entries:
                 continue
             if self._lse is not None and all(p.stop - p.start > 1 for p, _ in piece.parts):
                 piece.tape.take(layer, LSE, piece.start, piece.of(self._lse))
@@ -145,7 +150,7 @@ class _RecordingBypass:
         self._config = decoder.config
         self._inner = inner
         self._pieces = pieces
-        self._held = {key for piece in pieces for key in piece.tape.keys}
+        self._held = {key for piece in pieces for key in piece.tape.entries}
         # Launches of a window are what a fast device waits for: no slice that nobody keeps.
         names = {name for _, name in self._held}
         self._before, self._behind = {}, {}

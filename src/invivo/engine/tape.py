@@ -44,7 +44,7 @@ class TapePlan:
     """What a sequence keeps.
 
     Attributes:
-        entries: by layer and name.
+        entries: by layer and name, in the order of layers.
         rerun: by layer, the maps (and "attention") that the backward runs again.
         scaled: outputs of maps that a trained vector scales, by layer and name: the backward
             reads them as they were before.
@@ -119,7 +119,7 @@ class TapePlanner:
             for tensor in graph.tensors.values()
             if tensor.name.endswith(".unscaled")
         }
-        return TapePlan(entries, rerun, frozenset(scaled))
+        return TapePlan(dict(sorted(entries.items())), rerun, frozenset(scaled))
 
 
 def _before_hook(layer: int, name: str) -> tuple[int, str]:
@@ -143,23 +143,24 @@ class Tape:
     """Kept tensors of one sequence of ``length`` rows, each [L, ...]; bits eight to a byte.
 
     Attributes:
-        keys: layer and name of all that is kept; ``held`` has what was written so far.
+        entries: what is to be kept; ``held`` has what was written so far.
     """
 
     plan: TapePlan
     length: int
-    keys: frozenset[tuple[int, str]]
+    entries: dict[tuple[int, str], Entry]
     held: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: TapePlan, length: int) -> Tape:
-        return cls(plan, length, frozenset(plan.entries))
+        return cls(plan, length, dict(plan.entries))
 
     def let_go(self, layer: int) -> None:
         """Drop what only ``layer`` and those above it read."""
-        self.keys = frozenset(key for key in self.keys if key[0] < layer)
-        for key in [key for key in self.held if key[0] >= layer]:
-            del self.held[key]
+        # Entries are in the order of layers.
+        while self.entries and (last := next(reversed(self.entries)))[0] >= layer:
+            del self.entries[last]
+            self.held.pop(last, None)
 
     @property
     def n_bytes(self) -> int:
@@ -167,9 +168,9 @@ class Tape:
 
     def write(self, layer: int, name: str, start: int, value: torch.Tensor) -> None:
         """Rows [start, start + n): value [n, ...], bools where the plan keeps bits."""
-        if (layer, name) not in self.keys:
+        entry = self.entries.get((layer, name))
+        if entry is None:
             return
-        entry = self.plan.entries[layer, name]
         shape, dtype = entry.shape, DTYPES.get(entry.dtype, torch.uint8)
         if entry.dtype == "bit":
             value = pack_bits(value.reshape(value.shape[0], -1))
@@ -184,15 +185,15 @@ class Tape:
     def take(self, layer: int, name: str, start: int, value: torch.Tensor) -> None:
         """:meth:`write` for a value that nobody changes any more: it is kept as it is, without a
         copy, where it is the whole sequence's and its memory holds nothing else."""
-        entry = self.plan.entries.get((layer, name))
-        if entry is None or (layer, name) not in self.keys:
+        entry = self.entries.get((layer, name))
+        if entry is None:
             return
-        both = name in _HALVES and all((layer, half) in self.keys for half in _HALVES)
-        lone = value.numel() * value.element_size()
+        half = name in _HALVES and all((layer, other) in self.entries for other in _HALVES)
         whole = value.shape[0] == self.length and value.dtype == DTYPES.get(entry.dtype)
-        exact = value.untyped_storage().nbytes() == (2 * lone if both else lone)
-        if whole and exact and value[0].is_contiguous():
-            self.held[layer, name] = value.view(self.length, *entry.shape)
+        exact = value.untyped_storage().nbytes() == value.nbytes * (1 + half)
+        if whole and exact and (value[0] if half else value).is_contiguous():
+            same = value.shape[1:] == entry.shape
+            self.held[layer, name] = value if same else value.view(self.length, *entry.shape)
         else:
             self.write(layer, name, start, value)
 
@@ -201,8 +202,8 @@ class Tape:
         held = self.held.get((layer, name))
         if held is None:
             return None
-        rows = held[start:stop]
-        entry = self.plan.entries[layer, name]
+        rows = held if stop - start == self.length else held[start:stop]
+        entry = self.entries[layer, name]
         if entry.dtype != "bit":
             return rows
         return unpack_bits(rows, _count(entry.shape)).view(-1, *entry.shape)

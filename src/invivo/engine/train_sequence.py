@@ -71,6 +71,7 @@ class TrainSequence:
         row, layer: how far the backward is: rows from ``row`` on are done for the layers under
             way, layers from ``layer`` on are done for the rows under way.
         window, layers: rows and layers under way.
+        placed: the rows whose positions were last asked for, and these.
     """
 
     tokens: torch.Tensor
@@ -98,6 +99,7 @@ class TrainSequence:
     layer: int = 0
     window: tuple[int, int] = (0, 0)
     layers: tuple[int, int] = (0, 0)
+    placed: tuple[int, int, torch.Tensor] | None = None
     table: torch.Tensor | None = None  # blocks on the device
     labelled_rows: torch.Tensor | None = None  # ``labelled`` on the device
     indices: torch.Tensor | None = None  # of rows within their texts, where there are several
@@ -126,7 +128,12 @@ class TrainSequence:
         return self.labelled_rows[first:last] - start
 
     def positions(self, start: int, stop: int) -> torch.Tensor:
-        """[stop - start] int64."""
+        """[stop - start] int64; every layer of a unit asks for the same."""
+        if self.placed is None or self.placed[:2] != (start, stop):
+            self.placed = start, stop, self._positions(start, stop)
+        return self.placed[2]
+
+    def _positions(self, start: int, stop: int) -> torch.Tensor:
         offset = self.position_offset
         if self.numbers is not None:
             return self.numbers[start:stop] + offset

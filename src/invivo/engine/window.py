@@ -181,6 +181,7 @@ class WindowTrainer:
         """Nothing of ``sequence`` has run: its units can be planned from here on."""
         sequence.forwarded = 0
         sequence.entering = {}
+        sequence.placed = None
         sequence.row, sequence.layer = sequence.length, self._n_layers
         if sequence.held_out:
             sequence.row, sequence.layer = 0, self.bottom
