@@ -57,11 +57,14 @@ class DecodeEdits:
         self._starts = [steady.start for _, steady in rows]
         self._stops = [steady.stop for _, steady in rows]
 
-    def last_at(self, tokens: Sequence[int]) -> bool:
-        """Whether its runs, at these tokens of theirs, are known to do the same; no where any of
-        them is asked, for then it may have failed since."""
-        return (
-            not self.asked
-            and all(map(operator.le, self._starts, tokens))
-            and all(map(operator.lt, tokens, self._stops))
-        )
+    def last_at(self, lengths: Sequence[int]) -> bool:
+        """Whether its runs are known to do the same at the last tokens of texts that are this
+        long; no where any of them is asked, for then it may have failed since.
+
+        Args:
+            lengths: by row of the batch.
+        """
+        if self.asked:
+            return False
+        now = [lengths[row] for row, _ in self.rows]
+        return all(map(operator.lt, self._starts, now)) and all(map(operator.le, now, self._stops))

@@ -620,8 +620,7 @@ class Engine:
 
         Who shares keys that such a run should have changed in this very step ends with it.
         """
-        runs = (*(edits for _, edits in work.edited), *work.partial)
-        if all(edits.error is None for edits in runs):
+        if not _has_failed(work):
             return
         failed: dict[str, tuple[Job, Exception]] = {}
         spoiled: dict[int, Exception] = {}
@@ -1027,6 +1026,14 @@ class Engine:
 def _cached(seq: Sequence) -> int:
     """Cached tokens of the prompt that the caller gave."""
     return max(0, seq.n_cached - seq.n_virtual)
+
+
+def _has_failed(work: Work) -> bool:
+    """Whether an operation of a program has raised; asked in every step, so without ado."""
+    for _, edits in work.edited:
+        if edits.error is not None:
+            return True
+    return any(edits.error is not None for edits in work.partial)
 
 
 def _as_typed(error: Exception) -> InvivoError:

@@ -376,6 +376,8 @@ class Scheduler:
         Nothing is taken from training where even all of it would not do.
         """
         pool = self.pool
+        if pool.n_free >= n_free:
+            return
         while self._held and pool.n_free < n_free:
             self.drop_blocks(self._held[-1])
         if pool.n_free + sum(len(seq.blocks) for seq in self.training) < n_free:

@@ -336,16 +336,14 @@ class Stepper:
 
     def _steady(self, graphs: DecodeGraphs, batch: FlatBatch, work: Work) -> DecodeEdits:
         """What the programs of a batch of decodes do: mostly what they did in the last one."""
-        tokens = [batch.spans[i].start for i, _ in work.edited]
-        steady, same = self._decode_edits, batch.decodes is self._edited_decodes
-        if steady is not None and same and batch.decodes is not None and steady.last_at(tokens):
+        steady, decodes = self._decode_edits, batch.decodes
+        same = decodes is not None and decodes is self._edited_decodes
+        if steady is not None and same and steady.last_at(batch.layout.kv_len_host):
             return steady
-        rows = [
-            (i, edits.steady(token)) for (i, edits), token in zip(work.edited, tokens, strict=True)
-        ]
+        rows = [(i, edits.steady(batch.spans[i].start)) for i, edits in work.edited]
         if steady is None or steady.rows != rows:
             steady = DecodeEdits(self._decoder.config, rows, graphs.tables.fits)
-        self._decode_edits, self._edited_decodes = steady, batch.decodes
+        self._decode_edits, self._edited_decodes = steady, decodes
         return steady
 
     def _bypass(self, batch: FlatBatch, rows: slice | torch.Tensor) -> Bypass | None:
