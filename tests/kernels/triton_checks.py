@@ -22,6 +22,7 @@ from invivo.engine.window import WindowTrainer
 from invivo.kernels import (
     activation,
     activation_backward,
+    affine,
     attention,
     attention_backward,
     cross_entropy,
@@ -31,6 +32,7 @@ from invivo.kernels import (
     norm_backward,
     rotary,
     triton_activation,
+    triton_affine,
     triton_attention,
     triton_attention_backward,
     triton_cross_entropy,
@@ -174,6 +176,26 @@ def test_rotary_and_store(head_dim, half):
     assert relative_error(got, expected_q) < 1e-6
     for cache, expected in zip(caches, expected_caches, strict=True):
         assert relative_error(cache, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 3, 64), (4, 1100)])
+def test_rows_kept_multiplied_and_shifted_keep_every_bit_where_nothing_changes(shape, dtype):
+    # Small whole numbers: nothing is rounded, which the interpreter does in its own way.
+    wide = random(shape[0], 2 * shape[1], *shape[2:]).mul(4).round().to(dtype)
+    x = wide[:, : shape[1]]  # rows at a stride of their own
+    x[0, 0], x[1, 0], x[2, 0] = -0.0, torch.inf, torch.nan
+    kept = torch.ones(shape, dtype=torch.bool, device=DEVICE)
+    factor, shift = torch.ones_like(kept, dtype=dtype), torch.full_like(kept, -0.0, dtype=dtype)
+    kept[2], shift[2] = False, random(*shape[1:], dtype=dtype, seed=1)  # set
+    kept[3, 0] = False  # zero
+    factor[1] = -1.5
+    shift[0, -1] = 0.25
+    got = triton_affine.affine_triton(x, kept, factor, shift)
+    expected = affine.affine_reference(x, kept, factor, shift)
+    assert torch.equal(got, expected)
+    assert torch.equal(got.signbit(), expected.signbit())
+    assert torch.equal(got[0, 0].signbit(), x[0, 0].signbit())
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])

@@ -14,6 +14,7 @@ import torch
 from invivo.edits.apply import write_affine
 from invivo.edits.resolved import Touch
 from invivo.edits.site_names import head_count, head_sizes
+from invivo.kernels.affine import affine
 from invivo.models.config import ModelConfig
 
 Key = tuple[str, int]
@@ -29,7 +30,6 @@ class AffineTable:
         self._kept = torch.ones(n_rows, *shape, dtype=torch.bool, device=like.device)
         self._factor = like.new_ones(n_rows, *shape)
         self._shift = like.new_full((n_rows, *shape), -0.0)
-        self._nothing = like.new_zeros(())
         self._changes: Sequence[Change] = ()
 
     def fill(self, changes: Sequence[Change]) -> None:
@@ -52,8 +52,7 @@ class AffineTable:
     def changed(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [T, ...] with the table's first T rows applied."""
         n = x.shape[0]
-        kept = torch.where(self._kept[:n], x, self._nothing)
-        return torch.addcmul(self._shift[:n], kept, self._factor[:n])
+        return affine(x, self._kept[:n], self._factor[:n], self._shift[:n])
 
 
 class TableTaps:
