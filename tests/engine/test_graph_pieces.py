@@ -21,6 +21,7 @@ from tests.tiny import tiny_loaded
 from invivo.edits.blobs import Blobs
 from invivo.edits.program import parse_program
 from invivo.edits.resolve import resolve
+from invivo.engine import graphs
 from invivo.engine.engine import Engine
 from invivo.engine.graphs import DecodeGraphs, Piece
 from invivo.engine.step_cuts import cuts_of
@@ -143,11 +144,13 @@ def test_batches_without_programs_replay_the_whole_step() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tabled", [False, True])
+@pytest.mark.parametrize(("tabled", "whole"), [(False, False), (True, False), (True, True)])
 def test_replayed_pieces_equal_a_step_launched_kernel_by_kernel(
-    tmp_path: Path, tabled: bool
+    tmp_path: Path, tabled: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Constants in tables where nothing is captured, pieces opened where something is."""
+    """Constants in tables where nothing is captured, pieces opened where something is; steps that
+    are one piece where all is in tables."""
+    monkeypatch.setattr(graphs, "_LASTING", 0 if whole else 24)
     loaded = tiny_loaded(tmp_path, device="cuda", dtype="float32")
     config = loaded.config
     wanted = [{"capture": "layers.*.resid.post", "pos": "@generated"},
@@ -156,10 +159,10 @@ def test_replayed_pieces_equal_a_step_launched_kernel_by_kernel(
         {"steps": [{"at": site, "do": "scale", "a": 0.5, "pos": "@generated"}]}
         | ({} if tabled else {"out": wanted})
         for site in ("layers.0.resid.post", "layers.1.attn.head.0.z", "final.norm.out", "logits")
-    ]  # fmt: skip
+    ][: 2 if whole else 4]  # fmt: skip
     answers = []
-    for graphs in (True, False):
-        engine = small_engine(loaded, cuda_graphs=graphs, max_batch_tokens=64, max_running=8)
+    for replays in (True, False):
+        engine = small_engine(loaded, cuda_graphs=replays, max_batch_tokens=64, max_running=8)
         asked = [ask(engine, None, OTHER, "generate", temperature=0.0, max_tokens=N_NEW,
                      ignore_eos=True, logprobs=0)]  # fmt: skip
         for i, program in enumerate(programs):
@@ -173,6 +176,9 @@ def test_replayed_pieces_equal_a_step_launched_kernel_by_kernel(
             )  # fmt: skip
         run(engine, *asked)
         answers.append(asked)
+        if replays:
+            assert engine._stepper._graphs is not None
+            assert (engine._stepper._graphs._ready is not None) == whole
     for mine, plain in zip(*answers, strict=True):
         assert mine.tokens() == plain.tokens()
         assert mine.logprobs() == pytest.approx(plain.logprobs(), abs=1e-4)
