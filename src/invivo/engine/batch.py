@@ -1,8 +1,8 @@
 """From a plan to the index tensors of its flat batch.
 
 Everything is written with numpy into one of two staging buffers (pinned where the device is a GPU)
-and goes to the device in two copies, one an integer width. Block tables live in one persistent
-array by row and change only where a sequence starts or gets a block.
+and goes to the device in one copy, 64-bit integers before the others. Block tables live in one
+persistent array by row and change only where a sequence starts or gets a block.
 """
 
 from __future__ import annotations
@@ -91,13 +91,12 @@ class FlatBatch:
 
 
 class _Staging:
-    """Host buffers of one batch in flight, and the same memory seen by numpy."""
+    """Host memory of one batch in flight, and the same seen by numpy."""
 
     def __init__(self, n_long: int, n_int: int, pinned: bool) -> None:
-        self.long = torch.empty(n_long, dtype=torch.int64, pin_memory=pinned)
-        self.int = torch.empty(n_int, dtype=torch.int32, pin_memory=pinned)
-        self.long_view = self.long.numpy()
-        self.int_view = self.int.numpy()
+        self.whole = torch.empty(2 * n_long + n_int, dtype=torch.int32, pin_memory=pinned)
+        self.ints = self.whole.numpy()
+        self.longs = self.ints[: 2 * n_long].view(np.int64)
 
 
 class BatchBuilder:
@@ -169,7 +168,7 @@ class BatchBuilder:
         width = -(-max_kv // block_size)
         self._turn ^= 1
         staging = self._staging[self._turn]
-        long, ints = _Cursor(staging.long_view), _Cursor(staging.int_view)
+        long = _Cursor(staging.longs)
 
         tokens_at, tokens = long.take(n_rows)
         positions_at, positions = long.take(n_rows)
@@ -179,6 +178,7 @@ class BatchBuilder:
         pending_rows_at, pending_rows = long.take(n_pending)
         sample_index_at, sample_index = long.take(n_samples)
         sample_rows_at, sample_rows = long.take(n_samples)
+        ints = _Cursor(staging.ints[2 * long.used :])
         adapters_at, adapters = ints.take(n_rows)
         span_start_at, span_starts = ints.take(n_spans + 1)
         kv_len_at, kv_lens = ints.take(n_spans)
@@ -226,8 +226,8 @@ class BatchBuilder:
             sample_index[:] = span_starts[1:][sample_spans]
             sample_index -= 1
 
-        long_at = self._send(staging.long, long.used)
-        int_at = self._send(staging.int, ints.used)
+        sent = self._send(staging.whole, 2 * long.used + ints.used)
+        long_at, int_at = sent[: 2 * long.used].view(torch.int64), sent[2 * long.used :]
         layout = PagedLayout(
             positions=long_at[positions_at],
             slots=long_at[slots_at],

@@ -278,9 +278,10 @@ class DecodeGraphs:
     ) -> None:
         n_rows = layout.n_rows
         b = self._buffers
-        b.tokens[:n_rows] = tokens
-        b.positions[:n_rows] = layout.positions
-        b.slots[:n_rows] = layout.slots
+        torch._foreach_copy_(  # one launch for the three
+            [b.tokens[:n_rows], b.positions[:n_rows], b.slots[:n_rows]],
+            [tokens, layout.positions, layout.slots],
+        )
         b.kv_len[:n_rows] = layout.kv_len
         b.block_table[:n_rows, : layout.block_table.shape[1]] = layout.block_table
         if adapters is not None:

@@ -139,7 +139,8 @@ class Stepper:
         Args:
             partial: the plan's rows that go through some of the layers only.
         """
-        started, begun = time.perf_counter(), self._mark()
+        queue = self._queue()
+        started, begun = time.perf_counter(), self._mark(queue)
         cache, plan = self._cache, batch.plan
         cache.clear_states([seq.row + 1 for seq in (*plan.admitted, *plan.held)])
         cache.copy_states(plan.restored)
@@ -147,13 +148,15 @@ class Stepper:
             cache.copy_block(copy.source, copy.target, copy.tokens, copy.layer)
         # A step that fails with training on board is repeated without. Keys are then written again,
         # but states would move on twice.
-        slots = [span.seq.row + 1 for span in plan.spans]
+        slots = [] if riders is None else [span.seq.row + 1 for span in plan.spans]
         states = None if riders is None else cache.states_at(slots)
         try:
-            return self._launched(batch, work, riders, partial, started, begun)
+            launched = self._launched(batch, work, riders, partial, started, begun)
         except Exception:
             cache.put_states(slots, states)
             raise
+        launched.done = self._mark(queue)
+        return launched
 
     def _launched(
         self,
@@ -205,15 +208,15 @@ class Stepper:
         if riders is not None:
             with torch.inference_mode(False):
                 riders.learn(hidden, batch.layout if hidden is not None else None)
-        launched.done = self._mark()
         return launched
 
     def train(self, plan: Plan, riders: Riders) -> Launched:
         """Launch a plan that has backward units and no rows."""
-        started, begun = time.perf_counter(), self._mark()
+        queue = self._queue()
+        started, begun = time.perf_counter(), self._mark(queue)
         riders.learn(None, None)
         none = torch.empty(0, dtype=torch.int64)
-        done = self._mark()
+        done = self._mark(queue)
         return Launched(plan, Work([], []), [], none, [], None, None, {}, begun, done, started)
 
     def collect(self, launched: Launched) -> StepResult:
@@ -255,12 +258,17 @@ class Stepper:
         self._sums.pop(seq, None)
 
     # --- parts ------------------------------------------------------------------------------
-    def _mark(self) -> torch.cuda.Event | None:
-        """An event here in the device's queue; None where there is none."""
-        if self._device.type != "cuda":
+    def _queue(self) -> torch.cuda.Stream | None:
+        """Where the device takes its work from; None where there is no such thing."""
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+    @staticmethod
+    def _mark(queue: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+        """An event at the end of a queue."""
+        if queue is None:
             return None
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(queue)
         return event
 
     def _forward(
