@@ -15,6 +15,7 @@ from tests.tiny import tiny_loaded
 from invivo.engine.adapters import AdapterStore
 from invivo.engine.bypasses import (
     BypassSpec,
+    LowRank,
     TrainBypass,
     check_parameters,
     checked_specs,
@@ -229,3 +230,18 @@ def test_parameters_must_be_those_of_the_specs(tiny: LoadedModel) -> None:
     store = AdapterStore(tiny.config, device="cpu", dtype=torch.float32, max_slots=1, max_rank=8)
     with pytest.raises(InvalidRequest, match="not finite"):
         store.publish("a", specs, good | {name: torch.full_like(good[name], float("nan"))})
+
+
+def test_a_loras_narrow_matrices_follow_its_parameters() -> None:
+    a, b = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    part = LowRank(0, 4, a, b, 2.0)
+    once, again = part.cast(torch.bfloat16), part.cast(torch.bfloat16)
+    assert all(x is y for x, y in zip(once, again, strict=True))
+    with torch.no_grad():
+        b += 1.0  # as an optimizer does
+    for dtype in (torch.bfloat16, torch.float16):
+        for narrow, parameter in zip(part.cast(dtype), (a, b), strict=True):
+            assert torch.equal(narrow, parameter.to(dtype))
+            assert not narrow.requires_grad
+    a.data = torch.zeros(3, 4)  # as a parameter that came back from elsewhere
+    assert not part.cast(torch.float16)[0].any()

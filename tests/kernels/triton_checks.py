@@ -39,6 +39,7 @@ from invivo.kernels import (
     triton_gated_norm,
     triton_lora,
     triton_norm,
+    triton_pages,
     triton_rotary,
 )
 from invivo.models.cache import allocate_kv_cache
@@ -118,6 +119,31 @@ def test_attention_over_keys_gathered_for_bulk_reads(head_dim, n_groups, block_s
     shape = AttentionShape(n_heads=6, n_groups=n_groups, head_dim=head_dim, block_size=block_size)
     spans = [(1, 40), (1, 3), (200, 200), (2, 129), (60, 300)]
     check_attention(spans, shape, dtype=torch.float16, window=window)
+
+
+@pytest.mark.parametrize("kept", [0, 2**25])
+def test_rooms_for_gathered_keys_serve_one_layer_after_the_other(kept, monkeypatch):
+    monkeypatch.setattr(triton_pages, "KEPT_BYTES", kept)
+    shape = AttentionShape(n_heads=2, n_groups=1, head_dim=64)
+    case = make_attention_case([(1, 9), (257, 300)], shape, dtype=torch.float16)
+    q, k_cache, _, layout = on_device(case)
+    for seed in range(2):
+        caches = [random(*k_cache.shape, dtype=k_cache.dtype, seed=seed + i) for i in (0, 7)]
+        wide = [t.double() for t in (q, *caches)]
+        expected = attention.paged_attention_reference(*wide, layout, scale=0.2)
+        got = triton_attention.paged_attention_triton(q, *caches, layout, scale=0.2)
+        assert relative_error(got, expected) < TOLERANCE[torch.float16]
+    spans = triton_pages.spans_from(layout, 1)
+    assert len(spans.rooms) == bool(kept)
+
+
+@pytest.mark.parametrize(("block_size", "n_rows"), [(16, 1), (16, 48), (32, 70), (128, 200)])
+def test_keys_and_values_of_a_text_out_of_their_pages(block_size, n_rows):
+    caches = [random(9, block_size, 3, 24, dtype=torch.bfloat16, seed=s) for s in range(2)]
+    blocks = torch.tensor([7, 0, 3, 8, 1, 2], device=DEVICE)[1:]
+    got = triton_pages.gather_text_triton(*caches, blocks, n_rows)
+    for rows, cache in zip(got, caches, strict=True):
+        assert torch.equal(rows, attention_backward.gather_rows(cache, blocks, 0, n_rows))
 
 
 def test_attention_reads_queries_out_of_the_joint_projection():

@@ -276,6 +276,15 @@ class LowRank:
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    _cast: tuple[tuple[object, ...], torch.Tensor, torch.Tensor] | None = None
+
+    def cast(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """``a`` and ``b`` in ``dtype`` without autograd; made again once a step changed them."""
+        a, b = self.a, self.b
+        state = dtype, a._version, b._version, a.data_ptr(), b.data_ptr()
+        if self._cast is None or self._cast[0] != state:
+            self._cast = state, a.detach().to(dtype), b.detach().to(dtype)
+        return self._cast[1:]
 
     def of(self, y: torch.Tensor) -> torch.Tensor:
         """The part of the map's output [s, d_out], or of its gradient, that this adds to."""
@@ -359,8 +368,8 @@ class TrainBypass:
         width = y.shape[-1]
         for part in self._low_rank.get((layer, linear), ()):
             if not torch.is_grad_enabled():
-                inner = F.linear(x, part.a.to(x.dtype))
-                part.of(y).addmm_(inner, part.b.to(x.dtype).T, alpha=part.scale)
+                a, b = part.cast(x.dtype)
+                part.of(y).addmm_(F.linear(x, a), b.T, alpha=part.scale)
                 continue
             delta = part.scale * ((x @ part.a.to(x.dtype).T) @ part.b.to(x.dtype).T)
             y = y + F.pad(delta, (part.start, width - part.stop))

@@ -61,7 +61,9 @@ class LayerBackward:
             [s, d], None where nothing reads it.
         """
         assert sequence.dx is not None
-        dx: torch.Tensor | None = sequence.dx[slice(*rows)]
+        dx: torch.Tensor | None = sequence.dx
+        if rows != (0, sequence.length):
+            dx = sequence.dx[slice(*rows)]
         window = _Window(self._decoder, self._cache, self._hooks, sequence, bypass, rows)
         with torch.no_grad():
             for layer in reversed(range(*layers)):
@@ -83,18 +85,20 @@ class LowRankBackward:
         """d_out [s, d_out]: gradient by the map's output."""
         self._part = part
         self._outer = part.of(d_out)
-        self.a = part.a.detach().to(d_out.dtype)
-        b = part.b.detach().to(d_out.dtype)
+        self.a, b = part.cast(d_out.dtype)
         self.inner = _scaled_product(self._outer, b, part.scale)  # e [s, R]
 
     def add_gradients(self, x: torch.Tensor) -> None:
         """Add to the parameters' gradients; x [s, d_in] is what map and LoRA read."""
         part = self._part
         reduced = _scaled_product(x, self.a.T, part.scale)
-        gradients = (part.a, self.inner.T @ x), (part.b, self._outer.T @ reduced)
-        for parameter, gradient in gradients:
+        for parameter, left, right in (
+            (part.a, self.inner.T, x),
+            (part.b, self._outer.T, reduced),
+        ):
+            gradient = _product_in(parameter.dtype, left, right)
             if parameter.grad is None:
-                parameter.grad = gradient.to(parameter.dtype)
+                parameter.grad = gradient
             else:
                 parameter.grad += gradient
 
@@ -115,6 +119,13 @@ def _scaled_product(x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Ten
     """``scale x y`` [s, R], rounded once."""
     out = x.new_empty((x.shape[0], y.shape[1]))
     return out.addmm_(x, y, beta=0, alpha=scale)
+
+
+def _product_in(dtype: torch.dtype, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``x y`` in ``dtype``; on a GPU as the sums come, without rounding in between."""
+    if x.is_cuda and dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x, y, out_dtype=dtype)
+    return (x @ y).to(dtype)
 
 
 def norm_backward(
@@ -489,18 +500,18 @@ class _Window:
         if self.layer.post2 is not None:
             d_out = norm_backward(self.layer.post2, d_out, self.get("mlp.proj"))
         d_in: torch.Tensor | None
-        if isinstance(self.layer.feedforward, MLP):
-            d_in = self.mlp_backward(self.layer.feedforward, d_out)
+        feedforward, norm = self.layer.feedforward, self.layer.norm2
+        if isinstance(feedforward, MLP):
+            d_in = self.mlp_backward(feedforward, d_out)
         else:
-            moe = self.layer.feedforward
-            d_in = self.vjp(moe.forward, [self.get("mlp.in.hooked")], d_out)[0]
+            d_in = self.vjp(feedforward.forward, [self.get("mlp.in.hooked")], d_out)[0]
         d_in = None if d_in is None else self.rows_vjp("mlp.in", d_in)
         if d_in is None:
             return None
-        if self.layer.norm2 is None:
+        if norm is None:
             return self.rows_vjp("resid.mid", dx_end + d_in)
         before = self.get("resid.mid.hooked")
-        return self.rows_vjp("resid.mid", norm_backward(self.layer.norm2, d_in, before, dx_end))
+        return self.rows_vjp("resid.mid", norm_backward(norm, d_in, before, dx_end))
 
     def mlp_backward(self, mlp: MLP, d_out: torch.Tensor) -> torch.Tensor | None:
         if mlp.gated:
@@ -612,10 +623,11 @@ class _Window:
         d_in = None if d_in is None else self.rows_vjp("attn.in", d_in)
         if d_in is None:
             return None
-        if self.layer.norm1 is None:
+        norm = self.layer.norm1
+        if norm is None:
             return self.rows_vjp("resid.pre", d_mid + d_in)
         before = self.get("resid.pre")
-        return self.rows_vjp("resid.pre", norm_backward(self.layer.norm1, d_in, before, d_mid))
+        return self.rows_vjp("resid.pre", norm_backward(norm, d_in, before, d_mid))
 
     def map_output_backward(self, name: str, d: torch.Tensor | None, out: torch.Tensor) -> None:
         """Back through clip and QK-norm to what the map gave, into ``out`` [s, heads, D].

@@ -121,15 +121,15 @@ class Recording:
     def _write_lse(self, layer: int, queries_of: list[torch.Tensor]) -> None:
         """Those that attention left behind, for rows that ran as a span; else those of the queries
         just seen (none where nobody asked), whose keys are in the cache now."""
-        block: Layer = self._decoder.layers[layer]  # type: ignore[assignment]
-        mixer = block.mixer
-        assert isinstance(mixer, Attention)  # no tape has another
         for piece, queries in zip(self._pieces, queries_of, strict=bool(queries_of)):
             if (layer, LSE) not in piece.tape.entries:
                 continue
             if self._lse is not None and all(p.stop - p.start > 1 for p, _ in piece.parts):
                 piece.tape.take(layer, LSE, piece.start, piece.of(self._lse))
                 continue
+            block: Layer = self._decoder.layers[layer]  # type: ignore[assignment]
+            mixer = block.mixer
+            assert isinstance(mixer, Attention)  # no tape has another
             for part, table in piece.parts:
                 lse = attention_lse(
                     queries[part.start - piece.start : part.stop - piece.start],

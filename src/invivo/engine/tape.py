@@ -179,7 +179,8 @@ class Tape:
         if held is None:  # every row is written before any is read
             held = torch.empty(self.length, *shape, dtype=dtype, device=value.device)
             self.held[layer, name] = held
-        rows = held.narrow(0, start, value.shape[0])
+        n_rows = value.shape[0]
+        rows = held if n_rows == self.length else held[start : start + n_rows]
         rows.copy_(value if value.shape == rows.shape else value.reshape(rows.shape))
 
     def take(self, layer: int, name: str, start: int, value: torch.Tensor) -> None:
@@ -191,7 +192,7 @@ class Tape:
         half = name in _HALVES and all((layer, other) in self.entries for other in _HALVES)
         whole = value.shape[0] == self.length and value.dtype == DTYPES.get(entry.dtype)
         exact = value.untyped_storage().nbytes() == value.nbytes * (1 + half)
-        if whole and exact and (value[0] if half else value).is_contiguous():
+        if whole and exact and (value.stride(-1) == 1 if half else value.is_contiguous()):
             same = value.shape[1:] == entry.shape
             self.held[layer, name] = value if same else value.view(self.length, *entry.shape)
         else:

@@ -116,7 +116,7 @@ class TrainSequence:
     def table_of(self, part: Part) -> torch.Tensor:
         """Blocks of a part's text, and those behind them."""
         assert self.table is not None
-        return self.table[part.block :]
+        return self.table[part.block :] if part.block else self.table
 
     def labelled_within(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) with a label, counted from ``start``: [n] int64 on the device."""

@@ -109,7 +109,9 @@ class WindowTrainer:
         self._hooks = hooks
         self._input_gradients = input_gradients
         self._n_layers = config.n_layers
+        self._recurrent = config.recurrent
         dtype = decoder.embed.dtype
+        self._wide = torch.float64 if dtype == torch.float64 else torch.float32
         self._planner: TapePlanner | None = None
         self._inputs: TapePlan | None = None
         self._backward: LayerBackward | None = None
@@ -161,9 +163,8 @@ class WindowTrainer:
         plan = None if sequence.held_out else self.planned(sequence.length)
         device, n = sequence.tokens.device, sequence.length
         decoder = self.decoder
-        wide = torch.float64 if decoder.embed.dtype == torch.float64 else torch.float32
         sequence.table = index_on(sequence.blocks, device)
-        sequence.loss = torch.zeros((), dtype=wide, device=device)
+        sequence.loss = torch.zeros((), dtype=self._wide, device=device)
         sequence.n_labels = 0
         sequence.n_correct = torch.zeros((), dtype=torch.int64, device=device)
         sequence.dx = None
@@ -348,7 +349,7 @@ class WindowTrainer:
 
     def _entering(self, sequence: TrainSequence, start: int) -> States | None:
         """Recurrent states before row ``start``: kept, or computed again from the last kept."""
-        if not self.decoder.config.recurrent:
+        if not self._recurrent:
             return None
         kept = max(at for at in sequence.entering if at <= start)
         states = sequence.entering[kept]
@@ -373,22 +374,21 @@ class WindowTrainer:
         """Room for the gradients of keys and values of a unit's layers, if there is none yet."""
         config = self.decoder.config
         shape = (sequence.length, config.n_kv_heads, config.head_dim)
-        wide = torch.float64 if self.decoder.embed.dtype == torch.float64 else torch.float32
         device = sequence.tokens.device
         # A backward by the tape that takes all rows at once writes the sums and adds nothing.
         written = self._backward is not None and _is_whole(sequence, unit)
         make = torch.empty if written else torch.zeros
         for layer in range(unit.first_layer, unit.last_layer):
-            if layer in config.recurrent:
+            if layer in self._recurrent:
                 carries = self._hooks.carries_state(config, layer)
                 if carries and layer not in sequence.sums:
-                    i = config.recurrent.index(layer)
+                    i = self._recurrent.index(layer)
                     state, tail = next(iter(sequence.entering.values()))
                     sequence.sums[layer] = torch.zeros_like(state[i]), torch.zeros_like(tail[i])
                 continue
             if layer not in sequence.sums:
                 k, v = (
-                    make(shape, dtype=wide, device=device) if wanted else None
+                    make(shape, dtype=self._wide, device=device) if wanted else None
                     for wanted in self._hooks.carried[layer]
                 )
                 sequence.sums[layer] = (k, v)

@@ -228,6 +228,17 @@ def gather_rows(cache: torch.Tensor, blocks: torch.Tensor, start: int, stop: int
     return rows[start - low * size : stop - low * size]
 
 
+def gather_text(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, blocks: torch.Tensor, n_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the first rows of a text, by the fastest way: copies [n_rows, G, D]."""
+    if runs_triton(k_cache, v_cache):
+        from invivo.kernels.triton_pages import gather_text_triton
+
+        return gather_text_triton(k_cache, v_cache, blocks, n_rows)
+    return gather_rows(k_cache, blocks, 0, n_rows), gather_rows(v_cache, blocks, 0, n_rows)
+
+
 def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from invivo.kernels.attention_backward import gather_rows
+from invivo.kernels.attention_backward import gather_text
 
 WIDEST_HEAD = 128  # of its backward on Hopper
 LENGTHS = 512  # rows; lengths that come again are multiples of this
@@ -57,7 +57,7 @@ def whole_text_backward(
 ) -> torch.Tensor:
     """Rows [0, s) of a text; arguments as in ``attention_backward``."""
     n_rows = q.shape[0]
-    k, v = (gather_rows(pages, blocks, 0, n_rows) for pages in (k_cache, v_cache))
+    k, v = gather_text(k_cache, v_cache, blocks, n_rows)
     # torch keeps one plan for all layouts of the outputs: each tensor must always have the same.
     given = (x.contiguous().transpose(0, 1)[None] for x in (dz, q, k, v, z))
     d_q, d_k, d_v = _backward(*given, lse=lse.T.contiguous()[None], scale=scale)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 from invivo.kernels.rounding import ceil_div
+from invivo.kernels.triton_launch import Launch
 
 KINDS = {
     "silu": 0, "swish": 0, "gelu_tanh": 1, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2,
@@ -114,10 +117,18 @@ def _backward(
     assert dy.is_contiguous()
     assert gate.stride(1) == up.stride(1) == out.stride(1) == 1
     if n_rows:
-        _gated_backward_kernel[(n_rows, ceil_div(width, BLOCK))](
+        _backward_launch(width, kind, write_y)(
+            (n_rows, ceil_div(width, BLOCK)),
             dy, gate, up, dy, out, dy.stride(0), gate.stride(0), up.stride(0), out.stride(0),
-            WIDTH=width, KIND=KINDS[kind], N=BLOCK, WRITE_Y=write_y, num_warps=4,
         )  # fmt: skip
+
+
+@cache
+def _backward_launch(width: int, kind: str, write_y: bool) -> Launch:
+    return Launch(
+        _gated_backward_kernel,
+        WIDTH=width, KIND=KINDS[kind], N=BLOCK, WRITE_Y=write_y, num_warps=4,
+    )  # fmt: skip
 
 
 def gated_activation_triton(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
@@ -125,7 +136,11 @@ def gated_activation_triton(gate_up: torch.Tensor, kind: str) -> torch.Tensor:
     n_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((n_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if n_rows:
-        _gated_kernel[(n_rows, ceil_div(width, BLOCK))](
-            gate_up, out, gate_up.stride(0), WIDTH=width, KIND=KINDS[kind], N=BLOCK, num_warps=4
-        )
+        grid = (n_rows, ceil_div(width, BLOCK))
+        _forward_launch(width, kind)(grid, gate_up, out, gate_up.stride(0))
     return out
+
+
+@cache
+def _forward_launch(width: int, kind: str) -> Launch:
+    return Launch(_gated_kernel, WIDTH=width, KIND=KINDS[kind], N=BLOCK, num_warps=4)

@@ -14,16 +14,17 @@ combination of "is 1" and "is a multiple of 16" would compile the kernel again w
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from invivo.kernels.paging import PagedLayout
 from invivo.kernels.rounding import ceil_div, power_of_2
-from invivo.kernels.triton_pages import gather_pages
+from invivo.kernels.triton_launch import Launch
+from invivo.kernels.triton_pages import gather_pages, spans_from
 
 # Score of a hidden key. Finite, so that a row whose first blocks are all hidden stays a number;
 # what such a row collects there is scaled to nothing once it meets a visible key (its own).
@@ -355,36 +356,97 @@ def paged_attention_triton(
     assert k_cache.is_contiguous()
     assert v_cache.is_contiguous()
     out = torch.empty((n_rows, n_heads, head_dim), dtype=q.dtype, device=q.device)
-    common = _common(q, k_cache, layout, window, softcap)
+    shape = _shape(q, k_cache, layout, window, softcap)
     cap = 1.0 if softcap is None else softcap
     if layout.n_decode:
-        _attend_decodes(out, q, k_cache, v_cache, layout, scale, cap, common)
+        _attend_decodes(out, q, k_cache, v_cache, layout, scale, cap, shape)
     if layout.n_spans > layout.n_decode:
-        _attend_spans(out, lse, q, k_cache, v_cache, layout, scale, cap, common)
+        _attend_spans(out, lse, q, k_cache, v_cache, layout, scale, cap, shape)
     return out
 
 
-def _common(
+class Shape(NamedTuple):
+    """What all kernels are compiled for.
+
+    Attributes:
+        repeat: query heads that share a key head.
+        window: 0 for none.
+        wide: places in the cache need 64 bits.
+    """
+
+    n_groups: int
+    repeat: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    window: int
+    softcap: bool
+    wide: bool
+    on_cpu: bool
+
+    @property
+    def head_dim_pad(self) -> int:
+        return max(16, power_of_2(self.head_dim))
+
+    def constants(self) -> dict[str, int | bool]:
+        return {
+            "N_GROUPS": self.n_groups,
+            "REPEAT": self.repeat,
+            "D": self.head_dim,
+            "D_PAD": self.head_dim_pad,
+            "BLOCK_SIZE": self.block_size,
+            "WINDOW": self.window,
+            "SOFTCAP": self.softcap,
+            # The interpreter cannot multiply bfloat16 matrices.
+            "UPCAST": self.on_cpu and self.dtype == torch.bfloat16,
+            "WIDE": self.wide,
+        }
+
+
+def _shape(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     layout: PagedLayout,
     window: int | None,
     softcap: float | None,
-) -> dict[str, int | bool]:
-    """What all kernels are compiled for."""
-    head_dim, n_groups = q.shape[2], k_cache.shape[2]
-    return {
-        "N_GROUPS": n_groups,
-        "REPEAT": q.shape[1] // n_groups,
-        "D": head_dim,
-        "D_PAD": max(16, power_of_2(head_dim)),
-        "BLOCK_SIZE": layout.block_size,
-        "WINDOW": window or 0,
-        "SOFTCAP": softcap is not None,
-        # The interpreter cannot multiply bfloat16 matrices.
-        "UPCAST": q.device.type == "cpu" and q.dtype == torch.bfloat16,
-        "WIDE": k_cache.numel() >= 2**31,
-    }
+) -> Shape:
+    _, n_heads, head_dim = q.shape
+    n_groups = k_cache.shape[2]
+    return Shape(
+        n_groups, n_heads // n_groups, head_dim, layout.block_size, q.dtype, window or 0,
+        softcap is not None, k_cache.numel() >= 2**31, q.is_cpu,
+    )  # fmt: skip
+
+
+@cache
+def _span_launch(shape: Shape, bulk: bool, lse: bool) -> tuple[Launch, Tile, int]:
+    """With its tile, and how many rows one program has."""
+    tile = prefill_tile(shape.head_dim, shape.dtype, bulk=bulk)
+    repeat_pad = power_of_2(shape.repeat)
+    block_m = max(tile.m, repeat_pad)
+    launch = Launch(
+        _span_kernel,
+        REPEAT_PAD=repeat_pad, BLOCK_M=block_m, BLOCK_N=tile.n, BULK=bulk, LSE=lse,
+        num_warps=tile.warps, num_stages=tile.stages, **shape.constants(),
+    )  # fmt: skip
+    return launch, tile, block_m // repeat_pad
+
+
+@cache
+def _decode_launch(shape: Shape, split: bool) -> Launch:
+    tile = decode_tile(shape.head_dim, shape.dtype)
+    return Launch(
+        _decode_kernel,
+        BLOCK_M=max(tile.m, power_of_2(shape.repeat)), BLOCK_N=tile.n, SPLIT=split,
+        num_warps=tile.warps, num_stages=tile.stages, **shape.constants(),
+    )  # fmt: skip
+
+
+@cache
+def _combine_launch(shape: Shape) -> Launch:
+    return Launch(
+        _combine_kernel, D=shape.head_dim, D_PAD=shape.head_dim_pad, MOST=MAX_SPLITS, num_warps=4
+    )
 
 
 def _attend_spans(
@@ -396,32 +458,24 @@ def _attend_spans(
     layout: PagedLayout,
     scale: float,
     softcap: float,
-    common: dict[str, int | bool],
+    shape: Shape,
 ) -> None:
-    n_rows, n_heads, head_dim = q.shape
-    n_groups, dims = k_cache.shape[2], common["D_PAD"]
-    first = layout.n_decode  # a decode span is one row, so rows before and spans before agree
-    n_spans = layout.n_spans - first
-    bulk = n_rows - first >= BULK_ROWS and q.dtype.itemsize == 2 and len(layout.kv_len_host) > first
-    tile = prefill_tile(head_dim, q.dtype, bulk=bulk)
-    keys, values, starts = k_cache, v_cache, layout.kv_len
+    # A decode span is one row, so rows before and spans before agree.
+    spans = spans_from(layout, layout.n_decode)
+    n_rows = q.shape[0] - spans.first
+    bulk = n_rows >= BULK_ROWS and q.dtype.itemsize == 2 and len(layout.kv_len_host) > spans.first
+    launch, tile, rows_each = _span_launch(shape, bulk, lse is not None)
+    keys, values, starts = k_cache, v_cache, spans.kv_len
     if bulk:
-        k_rows, v_rows, starts = gather_pages(
-            k_cache, v_cache, layout, first=first, align=tile.n, head_dim_pad=dims
+        room = gather_pages(
+            k_cache, v_cache, layout, spans, align=tile.n, head_dim_pad=shape.head_dim_pad
         )
-        keys, values = (
-            TensorDescriptor.from_tensor(rows.view(len(rows), -1), [tile.n, dims])
-            for rows in (k_rows, v_rows)
-        )
-    repeat_pad = power_of_2(n_heads // n_groups)
-    block_m = max(tile.m, repeat_pad)
-    grid = ((n_rows - first) // (block_m // repeat_pad) + n_spans, n_groups)
-    _span_kernel[grid](
+        keys, values, starts = room.keys, room.values, room.starts
+    launch(
+        (n_rows // rows_each + spans.n_spans, shape.n_groups),
         q, keys, values, out, out if lse is None else lse,
-        layout.span_start[first:], layout.kv_len[first:], layout.block_table[first:], starts,
-        scale, softcap, n_spans, first, q.stride(0), layout.block_table.stride(0),
-        REPEAT_PAD=repeat_pad, BLOCK_M=block_m, BLOCK_N=tile.n, BULK=bulk,
-        LSE=lse is not None, num_warps=tile.warps, num_stages=tile.stages, **common,
+        spans.span_start, spans.kv_len, spans.block_table, starts,
+        scale, softcap, spans.n_spans, spans.first, q.stride(0), spans.table_stride,
     )  # fmt: skip
 
 
@@ -433,25 +487,20 @@ def _attend_decodes(
     layout: PagedLayout,
     scale: float,
     softcap: float,
-    common: dict[str, int | bool],
+    shape: Shape,
 ) -> None:
     _, n_heads, head_dim = q.shape
     n_rows, n_groups = layout.n_decode, k_cache.shape[2]
-    tile = decode_tile(head_dim, q.dtype)
     n_splits = n_splits_for(n_rows, n_groups)
     partial = partial_lse = out
     if n_splits > 1:
         size = (n_rows, n_heads, n_splits)
         partial = torch.empty((*size, head_dim), dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(size, dtype=torch.float32, device=q.device)
-    _decode_kernel[(n_rows, n_groups, n_splits)](
+    _decode_launch(shape, n_splits > 1)(
+        (n_rows, n_groups, n_splits),
         q, k_cache, v_cache, out, partial, partial_lse, layout.kv_len, layout.block_table,
         scale, softcap, q.stride(0), layout.block_table.stride(0),
-        BLOCK_M=max(tile.m, power_of_2(n_heads // n_groups)), BLOCK_N=tile.n,
-        SPLIT=n_splits > 1, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
     if n_splits > 1:
-        _combine_kernel[(n_rows * n_heads,)](
-            partial, partial_lse, out, n_splits,
-            D=head_dim, D_PAD=common["D_PAD"], MOST=MAX_SPLITS, num_warps=4,
-        )  # fmt: skip
+        _combine_launch(shape)((n_rows * n_heads,), partial, partial_lse, out, n_splits)

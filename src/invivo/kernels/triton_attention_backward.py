@@ -9,14 +9,16 @@ of keys to fill the device, each query head sums for itself first.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from invivo.kernels.attention_backward import gather_rows
+from invivo.kernels.attention_backward import gather_text
 from invivo.kernels.rounding import ceil_div, power_of_2
+from invivo.kernels.triton_launch import Launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Programs to aim at: a few for each of the 132 multiprocessors of an H200.
@@ -219,31 +221,19 @@ def attention_backward_triton(
     repeat = n_heads // n_groups
     # Keys before the first that a row of the window sees have no gradient.
     low = 0 if window is None else max(0, start - window + 1)
-    k, v = (gather_rows(cache, blocks, 0, stop) for cache in (k_cache, v_cache))
+    k, v = gather_text(k_cache, v_cache, blocks, stop)
     tile = tile_of(head_dim, q.dtype)
-    common = {
-        "N_HEADS": n_heads,
-        "REPEAT": repeat,
-        "D": head_dim,
-        "D_PAD": max(16, power_of_2(head_dim)),
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "WINDOW": window or 0,
-        "SOFTCAP": softcap is not None,
-        # The interpreter cannot multiply bfloat16 matrices.
-        "UPCAST": q.device.type == "cpu" and q.dtype == torch.bfloat16,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+    shape = Shape(n_heads, n_groups, head_dim, q.dtype, window or 0, softcap is not None, q.is_cpu)
     cap = 1.0 if softcap is None else softcap
     dq = None
     delta = torch.empty_like(lse)
     if z is not None:
         z = _by_rows(z)
         dq = torch.empty((n_rows, n_heads, head_dim), dtype=q.dtype, device=q.device)
-        _query_kernel[(ceil_div(n_rows, tile.m), n_heads)](
+        _query_launch(shape)(
+            (ceil_div(n_rows, tile.m), n_heads),
             q, k, v, z, dz, dq, lse, delta, scale, cap, start, n_rows,
-            q.stride(0), dz.stride(0), z.stride(0), **common,
+            q.stride(0), dz.stride(0), z.stride(0),
         )  # fmt: skip
     if dk is None and dv is None:
         return dq
@@ -251,7 +241,7 @@ def attention_backward_triton(
     n_keys = stop - low
     tiles = ceil_div(n_keys, tile.n)
     each = repeat if tiles * n_groups >= PROGRAMS else 1
-    into = [None if total is None else total[low:stop] for total in (dk, dv)]
+    into = [_between(total, low, stop) for total in (dk, dv)]
     sums = into
     if fresh and (each == repeat or low > 0):  # where not all of it is written below
         for total in (dk, dv):
@@ -264,10 +254,10 @@ def attention_backward_triton(
             for total in into
         ]
     nothing = lse  # stands for a sum that nobody wants
-    _key_kernel[(tiles, n_heads // each)](
+    _key_launch(shape, each, dk is not None, dv is not None)(
+        (tiles, n_heads // each),
         q, k, v, dz, *(nothing if total is None else total for total in sums), lse, delta,
         scale, cap, start, n_rows, low, n_keys, q.stride(0), dz.stride(0),
-        EACH=each, WANT_K=dk is not None, WANT_V=dv is not None, **common,
     )  # fmt: skip
     if each < repeat:
         for total, parts in zip(into, sums, strict=True):
@@ -277,6 +267,49 @@ def attention_backward_triton(
                 else:
                     total += parts.sum(0)
     return dq
+
+
+class Shape(NamedTuple):
+    """What both kernels are compiled for; window 0 is none."""
+
+    n_heads: int
+    n_groups: int
+    head_dim: int
+    dtype: torch.dtype
+    window: int
+    softcap: bool
+    on_cpu: bool
+
+    def sizes(self) -> dict[str, int | bool]:
+        tile = tile_of(self.head_dim, self.dtype)
+        return {
+            "N_HEADS": self.n_heads,
+            "REPEAT": self.n_heads // self.n_groups,
+            "D": self.head_dim,
+            "D_PAD": max(16, power_of_2(self.head_dim)),
+            "BLOCK_M": tile.m,
+            "BLOCK_N": tile.n,
+            "WINDOW": self.window,
+            "SOFTCAP": self.softcap,
+            # The interpreter cannot multiply bfloat16 matrices.
+            "UPCAST": self.on_cpu and self.dtype == torch.bfloat16,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+
+@cache
+def _query_launch(shape: Shape) -> Launch:
+    return Launch(_query_kernel, **shape.sizes())
+
+
+@cache
+def _key_launch(shape: Shape, each: int, want_k: bool, want_v: bool) -> Launch:
+    return Launch(_key_kernel, EACH=each, WANT_K=want_k, WANT_V=want_v, **shape.sizes())
+
+
+def _between(total: torch.Tensor | None, low: int, stop: int) -> torch.Tensor | None:
+    return total if total is None or total.shape[0] == stop - low else total[low:stop]
 
 
 def _by_rows(x: torch.Tensor) -> torch.Tensor:

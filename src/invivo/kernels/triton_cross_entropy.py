@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 from invivo.kernels.rounding import power_of_2
+from invivo.kernels.triton_launch import Launch
 
 BLOCK = 4096
 
@@ -78,10 +81,19 @@ def label_logprobs_triton(
     logprobs = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     if n_rows:
         # The label's logit is read before its place is written: by one program, in that order.
-        _label_kernel[(n_rows,)](
+        launch = _launch(vocabulary, BLOCK, softcap is not None, weights is not None, gradient)
+        launch(
+            (n_rows,),
             logits, labels, logprobs if weights is None else weights, logprobs,
             1.0 if softcap is None else softcap, logits.stride(0),
-            VOCABULARY=vocabulary, SOFTCAP=softcap is not None, WEIGHTED=weights is not None,
-            GRADIENT=gradient, N=min(BLOCK, power_of_2(vocabulary)), num_warps=8,
         )  # fmt: skip
     return logprobs
+
+
+@cache
+def _launch(vocabulary: int, block: int, softcap: bool, weighted: bool, gradient: bool) -> Launch:
+    return Launch(
+        _label_kernel,
+        VOCABULARY=vocabulary, SOFTCAP=softcap, WEIGHTED=weighted, GRADIENT=gradient,
+        N=min(block, power_of_2(vocabulary)), num_warps=8,
+    )  # fmt: skip

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 from invivo.kernels.rounding import power_of_2
+from invivo.kernels.triton_launch import Launch
 
 
 @triton.jit
@@ -46,19 +49,39 @@ def rms_norm_triton(
 
     x [..., d] of float32, bfloat16 or float16; rounds where ``rms_norm_reference`` does.
     """
-    width = x.shape[-1]
-    rows = x.reshape(-1, width)  # a view where rows lie at one stride, as queries in qkv do not
-    normed = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    before = rows if residual is None else residual.reshape(-1, width)
+    rows = _rows(x)
+    before = rows if residual is None else _rows(residual)
+    n_rows, width = rows.shape
+    normed = torch.empty((n_rows, width), dtype=x.dtype, device=x.device)
     total = rows if residual is None else torch.empty_like(normed)
-    width_pad = power_of_2(width)
-    if rows.shape[0]:
-        _rms_norm_kernel[(rows.shape[0],)](
+    if n_rows:
+        _forward_launch(width, residual is not None, unit_offset)(
+            (n_rows,),
             rows, before, weight, normed, total, rows.stride(0), before.stride(0), eps,
-            D=width, D_PAD=width_pad, ADD=residual is not None, UNIT_OFFSET=unit_offset,
-            num_warps=max(1, min(8, width_pad // 512)),
         )  # fmt: skip
+    if rows is x:
+        return normed, total
     return normed.view(x.shape), x if residual is None else total.view(x.shape)
+
+
+@cache
+def _forward_launch(width: int, add: bool, unit_offset: bool) -> Launch:
+    return Launch(_rms_norm_kernel, ADD=add, UNIT_OFFSET=unit_offset, **_sizes(width))
+
+
+@cache
+def _backward_launch(width: int, add: bool, unit_offset: bool) -> Launch:
+    return Launch(_rms_norm_backward_kernel, ADD=add, UNIT_OFFSET=unit_offset, **_sizes(width))
+
+
+def _sizes(width: int) -> dict[str, int]:
+    pad = power_of_2(width)
+    return {"D": width, "D_PAD": pad, "num_warps": max(1, min(8, pad // 512))}
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., d] as [n, d]: a view where rows lie at one stride, as queries in qkv do not."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 @triton.jit
@@ -94,16 +117,14 @@ def rms_norm_backward_triton(
     beside: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The function of ``rms_norm_backward_reference``, rounded once."""
-    width = x.shape[-1]
-    dy_rows, rows = dy.reshape(-1, width), x.reshape(-1, width)
-    added = rows if beside is None else beside.reshape(-1, width)
-    dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    width_pad = power_of_2(width)
-    if rows.shape[0]:
-        _rms_norm_backward_kernel[(rows.shape[0],)](
+    dy_rows, rows = _rows(dy), _rows(x)
+    added = rows if beside is None else _rows(beside)
+    n_rows, width = rows.shape
+    dx = torch.empty((n_rows, width), dtype=x.dtype, device=x.device)
+    if n_rows:
+        _backward_launch(width, beside is not None, unit_offset)(
+            (n_rows,),
             dy_rows, rows, weight, added, dx,
             dy_rows.stride(0), rows.stride(0), added.stride(0), eps,
-            D=width, D_PAD=width_pad, ADD=beside is not None, UNIT_OFFSET=unit_offset,
-            num_warps=max(1, min(8, width_pad // 512)),
         )  # fmt: skip
-    return dx.view(x.shape)
+    return dx if rows is x else dx.view(x.shape)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 from invivo.kernels.rounding import ceil_div, power_of_2
+from invivo.kernels.triton_launch import Launch
 
 HEADS_EACH = 8
 
@@ -89,17 +92,34 @@ def rotate_and_store_triton(
     n_groups, half = k.shape[1], cos.shape[1]
     assert k_cache.is_contiguous()
     assert v_cache.is_contiguous()
-    rest = head_dim - 2 * half
     if n_rows:
-        _rotate_and_store_kernel[(n_rows, ceil_div(n_heads + 2 * n_groups, HEADS_EACH))](
+        _store_launch(n_heads, n_groups, head_dim, half)(
+            (n_rows, ceil_div(n_heads + 2 * n_groups, HEADS_EACH)),
             q, k, v, cos, sin, positions, k_cache, v_cache, slots,
             q.stride(0), k.stride(0), v.stride(0),
-            N_HEADS=n_heads, N_GROUPS=n_groups, D=head_dim,
-            HALF=half, HALF_PAD=power_of_2(half),
-            REST_PAD=power_of_2(rest) if rest else 0,
-            HEADS_EACH=HEADS_EACH, num_warps=2,
         )  # fmt: skip
     return q
+
+
+@cache
+def _store_launch(n_heads: int, n_groups: int, head_dim: int, half: int) -> Launch:
+    return Launch(
+        _rotate_and_store_kernel,
+        N_HEADS=n_heads, N_GROUPS=n_groups, **_head_sizes(head_dim, half),
+    )  # fmt: skip
+
+
+def _head_sizes(head_dim: int, half: int) -> dict[str, int]:
+    """Constants of both kernels."""
+    rest = head_dim - 2 * half
+    return {
+        "D": head_dim,
+        "HALF": half,
+        "HALF_PAD": power_of_2(half),
+        "REST_PAD": power_of_2(rest) if rest else 0,
+        "HEADS_EACH": HEADS_EACH,
+        "num_warps": 2,
+    }
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions"])
@@ -142,11 +162,12 @@ def turn_heads_triton(
     """The function of ``turn_heads`` in ``rotary.py``; cos and sin are whole tables."""
     n_rows, n_heads, head_dim = x.shape
     assert x.stride()[1:] == out.stride()[1:] == (head_dim, 1)
-    half = cos.shape[1]
-    rest = head_dim - 2 * half
-    _turn_kernel[(n_rows, ceil_div(n_heads, HEADS_EACH))](
+    _turn_launch(n_heads, head_dim, cos.shape[1])(
+        (n_rows, ceil_div(n_heads, HEADS_EACH)),
         x, out, cos, sin, positions, x.stride(0), out.stride(0), -1.0 if backward else 1.0,
-        N_HEADS=n_heads, D=head_dim, HALF=half, HALF_PAD=power_of_2(half),
-        REST_PAD=power_of_2(rest) if rest else 0,
-        HEADS_EACH=HEADS_EACH, num_warps=2,
     )  # fmt: skip
+
+
+@cache
+def _turn_launch(n_heads: int, head_dim: int, half: int) -> Launch:
+    return Launch(_turn_kernel, N_HEADS=n_heads, **_head_sizes(head_dim, half))

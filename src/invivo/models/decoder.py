@@ -6,6 +6,7 @@ comes next adds and normalises in one kernel.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -121,9 +122,10 @@ class Layer(nn.Module):
         return _at_sum(bypass, "resid.post", i, out, residual)
 
     def _feed(self, h: torch.Tensor, bypass: Bypass | None, taps: Taps | None) -> torch.Tensor:
-        if isinstance(self.feedforward, MLP):
-            return self.feedforward.forward(h, bypass, taps)
-        return self.feedforward.forward(h, taps)
+        feedforward = self.feedforward
+        if isinstance(feedforward, MLP):
+            return feedforward.forward(h, bypass, taps)
+        return feedforward.forward(h, taps)
 
     def _tapped(
         self,
@@ -341,12 +343,12 @@ class Decoder(nn.Module):
         last = self.config.n_layers if last is None else last
         pending: torch.Tensor | None = None
         ropes, kinds = self._ropes_at(layout.positions), self.config.layers
-        for i in range(first, last):
+        for i, layer in enumerate(itertools.islice(self.layers, first, last), first):
             which = kinds[i].rope
             rope = None if which is None else ropes[which]
             kv = memory[i - first]
             here = None if taps is None else taps_of(taps, i)
-            pending, residual = self.layers[i](pending, residual, layout, kv, rope, bypass, here)
+            pending, residual = layer(pending, residual, layout, kv, rope, bypass, here)
         return pending, residual
 
     def logits(self, hidden: torch.Tensor, *, taps: Taps | None = None) -> torch.Tensor:

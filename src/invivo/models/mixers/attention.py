@@ -82,7 +82,7 @@ class Attention(nn.Module):
         if bypass is not None:
             qkv = bypass(layer, "qkv", x, qkv)
         n_rows = x.shape[0]
-        q, k, v = qkv.view(n_rows, -1, self.head_dim).split(self.split, dim=1)
+        q, k, v = qkv.view(n_rows, -1, self.head_dim).split_with_sizes(self.split, 1)
         if self.qk_norm != "none":
             q, k = self._norm_qk(q, k)
         if self.qkv_clip is not None:
