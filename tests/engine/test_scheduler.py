@@ -213,6 +213,21 @@ def test_output_tokens_are_found_by_the_next_turn() -> None:
     assert second.n_cached == 12
 
 
+def test_blocks_of_rows_that_began_together_are_named_over_the_steps_of_a_block() -> None:
+    engine = FakeEngine(limits_of(n_blocks=129), lag=1)
+    seqs = [
+        engine.add(request_of(id, [i] * 4, max_tokens=40))[0] for i, id in enumerate("abcdefgh")
+    ]
+    while any(seq.n_pending == 0 for seq in seqs):
+        engine.step()
+    known = len(engine.scheduler.index)
+    for _ in range(24):
+        engine.step()
+        assert len(engine.scheduler.index) - known <= 2  # 8 rows, 4 tokens a block
+        known = len(engine.scheduler.index)
+    assert known >= 8 * (1 + 24 // 4 - 1)
+
+
 def test_prompts_that_arrive_together_share_within_one_plan() -> None:
     engine = FakeEngine(limits_of(max_batch_tokens=64))
     seqs = [engine.add(request_of(id, list(range(12))))[0] for id in "abcd"]

@@ -411,6 +411,8 @@ class Scheduler:
                 continue
             if start == len(seq.blocks) * block_size and not self._grow(seq, plan):
                 break
+            if (start + seq.row) % block_size == 0:  # not all in one step that began together
+                self._index_blocks(seq)
             seq.n_computed = start + 1
             if seq.request.kind == "generate":
                 seq.n_pending = n_pending + 1
@@ -620,10 +622,10 @@ class Scheduler:
             self._preempt(victim, plan)
             if victim is seq:
                 return False
-        self._index_blocks(seq)
-        plan.grown.append((seq, len(seq.blocks)))
-        seq.blocks += pool.allocate(1, after=seq.blocks[-1])
-        self._note_edited(seq, len(seq.blocks) - 1)
+        blocks = seq.blocks
+        plan.grown.append((seq, len(blocks)))
+        blocks += pool.allocate(1, after=blocks[-1])
+        self._note_edited(seq, len(blocks) - 1)
         return True
 
     def _note_edited(self, seq: Sequence, first: int) -> None:
