@@ -729,9 +729,10 @@ class Engine:
         for i, span in enumerate(plan.spans):
             if span.purpose is Purpose.TRAIN:
                 continue
-            job = self._job_of(span.seq)
+            track = self._tracks.get(span.seq)
+            job = self._job_of(span.seq) if track is None else track.job
             try:
-                self._fold_span(i, span, result, now, gaps)
+                self._fold_span(i, span, track, result, now, gaps)
             except Exception as error:
                 if not isinstance(error, InvivoError):
                     log.exception("an output could not be handled")
@@ -752,19 +753,25 @@ class Engine:
             counters.itl.add(gaps, second)
 
     def _fold_span(
-        self, i: int, span: Span, result: StepResult, now: float, gaps: list[float]
+        self,
+        i: int,
+        span: Span,
+        track: Track | None,
+        result: StepResult,
+        now: float,
+        gaps: list[float],
     ) -> None:
         seq = span.seq
         if span.samples and not self.scheduler.record(seq, result.tokens[i]):
             return
-        track = self._tracks.get(seq)
         if track is None:  # a run without text, or ended while the step ran
             if seq in self._runs and span.stop == seq.n_prompt:
                 self._run_through(seq, now)
             return
-        for offset, record in enumerate(result.scored.get(i, ())):
-            at = max(span.start + 1, track.scored_from) - track.scored_from + offset
-            track.scored[at] = record
+        if i in result.scored:
+            first = max(span.start + 1, track.scored_from) - track.scored_from
+            for offset, record in enumerate(result.scored[i]):
+                track.scored[first + offset] = record
         if span.samples:
             self._token(track, result.tokens[i], result.logprobs.get(i), now, gaps)
         elif seq.request.kind != "generate" and span.stop == seq.n_prompt:
