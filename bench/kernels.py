@@ -12,6 +12,7 @@ prefill is torch's scaled_dot_product_attention on ready-made contiguous tensors
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -191,21 +192,34 @@ def lora_tables(
 # --- speed ----------------------------------------------------------------------------------
 def time_decode(ceilings: Ceilings) -> list[Row]:
     rows = []
-    for batch, context in ((1, 576), (1, 8192), (8, 2048), (32, 576), (128, 576), (256, 1024)):
-        layout, n_blocks = layout_of([(1, context)] * batch)
+    cases = [(1, 576), (1, 8192), (8, 2048), (32, 576), (128, 576), (256, 1024)]
+    loads = {f"B={batch} context {context}": [context] * batch for batch, context in cases}
+    loads |= {
+        f"B={batch} lengths of conversations": conversations(batch) for batch in (24, 115, 205)
+    }
+    for name, lengths in loads.items():
+        layout, n_blocks = layout_of([(1, length) for length in lengths])
         # Layers enough that none finds its pages in the card's L2, as in a model.
         layers = min(128, max(4, int(4e8 / (n_blocks * BLOCK * GROUPS * HEAD_DIM * 4))))
         caches = [
             tuple(randn(n_blocks, BLOCK, GROUPS, HEAD_DIM) for _ in range(2)) for _ in range(layers)
         ]
-        q = randn(batch, HEADS, HEAD_DIM)
+        q = randn(len(lengths), HEADS, HEAD_DIM)
         calls = [
             partial(attention.paged_attention, q, k, v, layout, scale=0.088) for k, v in caches
         ]
-        floor = ceilings.floor_ms(batch * context * GROUPS * HEAD_DIM * 4)
-        rows.append(Row(f"decode attention B={batch} context {context}", graph_ms(calls), floor))
+        floor = ceilings.floor_ms(sum(lengths) * GROUPS * HEAD_DIM * 4)
+        rows.append(Row(f"decode attention {name}", graph_ms(calls), floor))
         del caches, calls
     return rows
+
+
+def conversations(n: int) -> list[int]:
+    """Keys of so many answers under way: log-normal prompts and answers like ShareGPT's."""
+    rng = random.Random(n)
+    prompts = [min(3840, max(4, rng.lognormvariate(4.0, 1.7))) for _ in range(n)]
+    answers = [min(768, max(4, rng.lognormvariate(5.2, 1.05))) for _ in range(n)]
+    return [int(p + rng.random() * a) for p, a in zip(prompts, answers, strict=True)]
 
 
 def time_prefill(ceilings: Ceilings) -> list[Row]:

@@ -618,6 +618,31 @@ def test_the_headroom_settles_where_few_requests_are_late() -> None:
     assert 0.1 < headroom < 0.4
 
 
+def test_the_headroom_of_a_cold_start_is_given_back_within_some_hundred_requests() -> None:
+    bench = Bench(slo=Slo(tpot_ms=12))
+    coserver = bench.coserver
+
+    def answer(seconds_a_token: float) -> None:
+        seq = bench.ask(8, 3)
+        while seq.status is not Status.FINISHED:
+            plan = coserver.plan(bench.now, [])
+            assert plan is not None
+            bench.now += seconds_a_token
+            run(plan, bench.scheduler, bench.jobs)
+            coserver.folded(plan, bench.now)
+
+    for _ in range(20):
+        answer(0.1)
+    assert coserver.headroom == pytest.approx(0.4)
+    for _ in range(700):
+        answer(0.01)
+    assert coserver.headroom == coserver.slo.headroom
+    answer(0.1)
+    assert coserver.headroom > coserver.slo.headroom
+    coserver.forget_lateness()
+    assert coserver.headroom == coserver.slo.headroom
+
+
 def test_without_training_nobody_waits_for_it() -> None:
     bench = Bench(slo=Slo(tpot_ms=12, burst=4.0), sizes=Sizes(quantum_ms=48))
     bench.ask(8, 100, "long")

@@ -106,11 +106,46 @@ def test_attention_of_decodes_alone_and_spans_alone():
     check_attention([(40, 40), (2, 90)], shape)
 
 
-@pytest.mark.parametrize("n_splits", [1, 3, 16])
-def test_decode_is_the_same_for_any_number_of_splits(n_splits, monkeypatch):
-    monkeypatch.setattr(triton_attention, "n_splits_for", lambda rows, groups: n_splits)
-    check_attention([(1, 200), (1, 5), (1, 64)], AttentionShape(), window=None)
-    check_attention([(1, 200), (1, 5), (1, 64)], AttentionShape(), window=70)
+@pytest.mark.parametrize("many_heads", [1, 10**9])
+@pytest.mark.parametrize("programs", [1, 6, 40])
+@pytest.mark.parametrize("window", [None, 70])
+def test_decodes_are_the_same_however_their_keys_are_cut(programs, many_heads, window, monkeypatch):
+    monkeypatch.setattr(triton_attention, "PROGRAMS", programs)
+    shape = AttentionShape(n_heads=4, n_groups=2)
+    check_attention([(1, 200), (1, 5), (1, 64), (1, 65)], shape, window=window)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1], [9, 5000, 1, 70], [64] * 40, [3000, *[20] * 30], [1] * 70]
+)
+@pytest.mark.parametrize("n_groups", [1, 8])
+@pytest.mark.parametrize("window", [0, 100])
+def test_pieces_of_keys_are_of_one_length_and_as_many_as_the_device_wants(
+    lengths, n_groups, window, monkeypatch
+):
+    monkeypatch.setattr(triton_attention, "CUT_ROWS", 32)
+    tile, most = 32, triton_attention.MAX_PIECES
+    layout = make_attention_case([(1, n) for n in lengths], AttentionShape()).layout
+    layout.kv_len = layout.kv_len.to(DEVICE)
+    cuts = triton_attention.decode_cuts(layout, n_groups, tile, window)
+    rows, starts, ends, which = cuts.pieces.tolist()
+    n_pieces = next((i for i, row in enumerate(rows) if row < 0), len(rows))
+    assert set(rows[n_pieces:]) <= {-1}
+    pieces = list(zip(rows, starts, ends, which, strict=True))[:n_pieces]
+    first = [max(n - window, 0) // tile * tile if window else 0 for n in lengths]
+    visible = [n - f for n, f in zip(lengths, first, strict=True)]
+    per_group = triton_attention.PROGRAMS // n_groups
+    least = max(sum(visible) / per_group, max(visible) / most)
+    share = -(-least // tile) * tile
+    wanted = []
+    for row, (start, stop) in enumerate(zip(first, lengths, strict=True)):
+        begins = list(range(start, stop, int(share)))
+        for number, begin in enumerate(begins):
+            end = min(begin + share, stop)
+            wanted.append((row, begin, end, len(begins) * 2 * most + number))
+    assert pieces == wanted
+    assert cuts.arrived.tolist() == [[0] * n_groups] * len(lengths)
+    assert triton_attention.decode_cuts(layout, n_groups, tile, window) is cuts
 
 
 @pytest.mark.parametrize(("head_dim", "n_groups", "block_size"), [(80, 3, 16), (64, 1, 32)])

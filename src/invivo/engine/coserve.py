@@ -119,8 +119,9 @@ class Coserver:
         closings: how long ends of optimizer steps take.
         headroom: share of the promised time per token that training leaves alone now. It begins
             with the promise's own and follows what became of requests: each that was late adds to
-            it, each that was in time takes a hundredth of that away, so that it settles where one
-            in a hundred is late (a quantile found by stochastic approximation).
+            it, each that was in time takes a hundredth of that away (more after a hundred in a
+            row: what made the first ones late, a cold machine say, may be over), so that it settles
+            where one in a hundred is late (a quantile found by stochastic approximation).
     """
 
     def __init__(
@@ -144,14 +145,19 @@ class Coserver:
         self.served: dict[str, float] = {}
         self.closings = ClosingTimes()
         self._paces: dict[Sequence, _Pace] = {}
-        self.headroom = slo.headroom
-        self._judged = 0
+        self.forget_lateness()
         self._gathered = 0  # iterations in a row that waited for more slack
         self._idle = 0  # iterations that left time in which no piece was thought to fit
         self._turn: Sequence | None = None  # the text of a whole training iteration under way
         self._since = 0  # iterations of inference since the last one
         self._iteration = 0.0  # running mean of their predicted seconds
         self._lacks_memory = False  # for the text that was last to begin
+
+    def forget_lateness(self) -> None:
+        """Begin with the promise's own headroom again: under another policy, say."""
+        self.headroom = self.slo.headroom
+        self._judged = 0
+        self._in_time = 0  # requests in a row
 
     def plan(
         self,
@@ -243,7 +249,9 @@ class Coserver:
             return
         late = pace.last - pace.first > (pace.n - 1) * self.slo.tpot_ms / 1e3
         gain = max(_LATE, _FIRST_LATE / (1 + self._judged / _FEW))
-        step = gain if late else -gain * _MAY_BE_LATE / (1 - _MAY_BE_LATE)
+        self._in_time = 0 if late else self._in_time + 1
+        faster = max(1.0, self._in_time * _MAY_BE_LATE)
+        step = gain if late else -gain * faster * _MAY_BE_LATE / (1 - _MAY_BE_LATE)
         least = self.slo.headroom
         self.headroom = min(max(self.headroom + step, least), max(_MOST_HEADROOM, least))
         self._judged += 1

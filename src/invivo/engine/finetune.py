@@ -314,6 +314,7 @@ class FineTuning:
         self._policy = servable(policy)
         if self._coserver is not None:
             self._coserver.policy = policy
+            self._coserver.forget_lateness()
 
     def describe(self) -> list[dict[str, Any]]:
         """Every job, ended ones (the latest few) first."""

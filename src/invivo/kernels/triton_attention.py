@@ -8,6 +8,10 @@ against 1.4 ms, the copy itself 0.03). The query heads that share a key head lie
 other in the M dimension of the products, so keys are read once a group. The softmax runs online
 in float32 and base 2.
 
+The keys of decodes are cut into pieces of one length, about as many as fill the device, whatever
+the lengths: one long sequence among short ones would else keep its layer waiting. The cuts are
+found on the device too, once a batch.
+
 Arguments that change from batch to batch are kept out of Triton's specialisation: else every new
 combination of "is 1" and "is a multiple of 16" would compile the kernel again while requests wait.
 """
@@ -22,7 +26,7 @@ import triton
 import triton.language as tl
 
 from invivo.kernels.paging import PagedLayout
-from invivo.kernels.rounding import ceil_div, power_of_2
+from invivo.kernels.rounding import power_of_2
 from invivo.kernels.triton_launch import Launch
 from invivo.kernels.triton_pages import gather_pages, spans_from
 
@@ -33,7 +37,10 @@ HIDDEN = tl.constexpr(-1.0e30)
 PROGRAMS = 528
 # From so many rows on, copying the keys of the spans into plain rows pays.
 BULK_ROWS = 256
-MAX_SPLITS = 64
+# Pieces of one row.
+MAX_PIECES = 64
+# Rows looked at in one go while cutting.
+CUT_ROWS = 1024
 
 
 class Tile(NamedTuple):
@@ -65,9 +72,9 @@ def decode_tile(head_dim: int, dtype: torch.dtype) -> Tile:
     return Tile(16, 32, 4, 3)
 
 
-def n_splits_for(n_rows: int, n_groups: int) -> int:
-    """Splits of the keys of one decode: enough programs to fill the device."""
-    return max(1, min(MAX_SPLITS, ceil_div(PROGRAMS, n_rows * n_groups)))
+def most_pieces(n_rows: int, n_groups: int) -> int:
+    """Bound on the pieces into which the keys of so many decodes are cut."""
+    return n_rows + PROGRAMS // n_groups + 1
 
 
 @triton.jit
@@ -244,46 +251,103 @@ def _span_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["n_rows", "most"], do_not_specialize_on_alignment=["kv_len"])
+def _cut_kernel(
+    kv_len, pieces, arrived, n_rows, most,
+    N_GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+    MAX_PIECES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Cut the visible keys of every row into pieces of one length, some PER_GROUP of them.
+
+    pieces [4, most]: row (-1 behind the last piece), first key, key behind the last, and how many
+    pieces the row has * 2 * MAX_PIECES + number of the piece. arrived [n_rows, N_GROUPS]: zeros.
+    One program.
+    """
+    lanes = tl.arange(0, ROWS)
+    total = tl.zeros([], tl.int32)
+    longest = tl.zeros([], tl.int32)
+    for begin in range(0, n_rows, ROWS):
+        rows = begin + lanes
+        lengths = tl.load(kv_len + rows, mask=rows < n_rows, other=0)
+        n_keys = lengths - _first_key(lengths, BLOCK_N, WINDOW)
+        total += tl.sum(n_keys, 0)
+        longest = tl.maximum(longest, tl.max(n_keys, 0))
+    share = tl.maximum(tl.cdiv(total, PER_GROUP), tl.cdiv(longest, MAX_PIECES))
+    share = tl.maximum(tl.cdiv(share, BLOCK_N), 1) * BLOCK_N
+    n_before = tl.zeros([], tl.int32)
+    for begin in range(0, n_rows, ROWS):
+        rows = begin + lanes
+        lengths = tl.load(kv_len + rows, mask=rows < n_rows, other=0)
+        first = _first_key(lengths, BLOCK_N, WINDOW)
+        counts = tl.cdiv(lengths - first, share)
+        place = pieces + n_before + tl.cumsum(counts, 0) - counts
+        for number in range(tl.max(counts, 0)):
+            mask = number < counts
+            start = first + number * share
+            tl.store(place + number, rows, mask=mask)
+            tl.store(place + number + most, start, mask=mask)
+            tl.store(place + number + 2 * most, tl.minimum(start + share, lengths), mask=mask)
+            tl.store(place + number + 3 * most, counts * (2 * MAX_PIECES) + number, mask=mask)
+        n_before += tl.sum(counts, 0)
+    for begin in range(0, most, ROWS):
+        places = begin + lanes
+        behind = (places >= n_before) & (places < most)
+        tl.store(pieces + places, tl.full([ROWS], -1, tl.int32), mask=behind)
+    for begin in range(0, n_rows * N_GROUPS, ROWS):
+        places = begin + lanes
+        tl.store(arrived + places, tl.zeros([ROWS], tl.int32), mask=places < n_rows * N_GROUPS)
+
+
+@triton.jit
+def _first_key(lengths, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """First key that a decode of so many keys reads: the first of a tile."""
+    if WINDOW > 0:
+        return tl.maximum(lengths - WINDOW, 0) // BLOCK_N * BLOCK_N
+    return tl.zeros_like(lengths)
+
+
 @triton.jit(
     do_not_specialize=["table_stride"],
     do_not_specialize_on_alignment=["kv_len", "block_table"],
 )
 def _decode_kernel(
-    q, k_cache, v_cache, out, partial, partial_lse, kv_len, block_table, scale, softcap,
-    q_stride, table_stride,
+    q, k_cache, v_cache, out, partial, partial_lse, pieces, arrived,
+    kv_len, block_table, scale, softcap, q_stride, table_stride,
     N_GROUPS: tl.constexpr, REPEAT: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, WIDE: tl.constexpr,
+    HEADS: tl.constexpr, MAX_PIECES: tl.constexpr, WIDE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One row, the heads of one group, one split of the keys. Grid (rows, N_GROUPS, n_splits)."""
-    row = tl.program_id(0).to(tl.int64)
+    """One piece of the keys of one row, for the heads of one group. Grid (most pieces, N_GROUPS).
+
+    The only piece of a row goes to ``out``; others go to ``partial`` and ``partial_lse``, and who
+    comes last adds them up, in their order. ``arrived`` is 0 before and after.
+    """
+    piece = tl.program_id(0)
     group = tl.program_id(1)
-    split = tl.program_id(2)
-    n_splits = tl.num_programs(2)
+    most = tl.num_programs(0)
+    found = tl.load(pieces + piece)
+    begin = tl.load(pieces + piece + most)
+    end = tl.load(pieces + piece + 2 * most)
+    which = tl.load(pieces + piece + 3 * most)
+    if found < 0:
+        return
+    row = found.to(tl.int64)
+    n_pieces = which // (2 * MAX_PIECES)
     N_HEADS: tl.constexpr = N_GROUPS * REPEAT
-    length = tl.load(kv_len + row)
-    first = 0
+    last = end - 1  # index of the row's token, as far as this piece can tell: all before it is seen
     if WINDOW > 0:
-        first = tl.maximum(length - WINDOW, 0) // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(length - first, n_splits), BLOCK_N) * BLOCK_N
-    begin = first + split * share
-    end = tl.minimum(begin + share, length)
+        last = tl.load(kv_len + row) - 1
 
     m = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, D_PAD)
     head = group * REPEAT + m
     real = m < REPEAT
     mask = real[:, None] & (dims < D)[None, :]
-    if SPLIT:
-        lse_place = partial_lse + (row * N_HEADS + head) * n_splits + split
-        if begin >= length:
-            tl.store(lse_place, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=real)
-            return
     queries = tl.load(q + row * q_stride + head[:, None] * D + dims[None, :], mask=mask, other=0.0)
     if UPCAST:
         queries = queries.to(tl.float32)
-    index = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
+    index = tl.zeros([BLOCK_M], tl.int32) + last
     table = block_table + row * table_stride
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     row_max = tl.full([BLOCK_M], HIDDEN, tl.float32)
@@ -300,38 +364,59 @@ def _decode_kernel(
         N_GROUPS, D, D_PAD, BLOCK_SIZE, BLOCK_N, False, WIDE, True, WINDOW, SOFTCAP, UPCAST,
     )  # fmt: skip
     acc = acc / row_sum[:, None]
-    if SPLIT:
-        place = ((row * N_HEADS + head) * n_splits + split)[:, None] * D + dims[None, :]
-        tl.store(partial + place, acc, mask=mask)
-        tl.store(lse_place, row_max + tl.log2(row_sum), mask=real)
-    else:
+    if n_pieces == 1:
         place = out + (row * N_HEADS + head)[:, None] * D + dims[None, :]
         tl.store(place, acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        slot = piece.to(tl.int64) * N_HEADS + head
+        tl.store(partial + slot[:, None] * D + dims[None, :], acc, mask=mask)
+        tl.store(partial_lse + slot, row_max + tl.log2(row_sum), mask=real)
+        tl.debug_barrier()  # all of this program's stores come before its arrival
+        counter = arrived + row * N_GROUPS + group
+        if tl.atomic_add(counter, 1, sem="acq_rel") == n_pieces - 1:
+            tl.store(counter, 0)
+            first = (piece - which % (2 * MAX_PIECES)).to(tl.int64)
+            _add_up(
+                partial, partial_lse, out + row * N_HEADS * D, first, n_pieces, group * REPEAT,
+                N_HEADS, REPEAT, HEADS, D, D_PAD, max(1, 32 // HEADS),
+            )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["n_splits"],
-)
-def _combine_kernel(
-    partial, partial_lse, out, n_splits,
-    D: tl.constexpr, D_PAD: tl.constexpr, MOST: tl.constexpr,
+@triton.jit
+def _add_up(
+    partial, partial_lse, out, first, n_pieces, first_head,
+    N_HEADS: tl.constexpr, REPEAT: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the splits of one row and head by their sums. Grid (rows * heads,)."""
-    place = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, MOST)
+    """Weigh pieces [first, first + n_pieces) of one row by their sums, for the heads of a group.
+
+    HEADS is REPEAT, raised to a power of 2; so many pieces AT_ONCE are read.
+    """
+    h = tl.arange(0, HEADS)
     dims = tl.arange(0, D_PAD)
-    lse = tl.load(
-        partial_lse + place * n_splits + splits, mask=splits < n_splits, other=float("-inf")
-    )
-    weights = tl.exp2(lse - tl.max(lse, 0))
-    weights = weights / tl.sum(weights, 0)
-    values = tl.load(
-        partial + (place * n_splits + splits)[:, None] * D + dims[None, :],
-        mask=(lse > float("-inf"))[:, None] & (dims < D)[None, :],
-        other=0.0,
-    )
-    total = tl.sum(values * weights[:, None], 0)
-    tl.store(out + place * D + dims, total.to(out.dtype.element_ty), mask=dims < D)
+    total = tl.zeros([HEADS, D_PAD], tl.float32)
+    largest = tl.full([HEADS], HIDDEN, tl.float32)
+    weight = tl.zeros([HEADS], tl.float32)
+    for begin in range(0, n_pieces, AT_ONCE):
+        numbers = begin + tl.arange(0, AT_ONCE)
+        there = (numbers < n_pieces)[:, None] & (h < REPEAT)[None, :]
+        slots = (first + numbers)[:, None] * N_HEADS + (first_head + h)[None, :]
+        # Past the nearest cache, which may hold what stood there before.
+        lse = tl.load(partial_lse + slots, mask=there, other=float("-inf"), cache_modifier=".cg")
+        values = tl.load(
+            partial + slots[:, :, None] * D + dims[None, None, :],
+            mask=there[:, :, None] & (dims < D)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        higher = tl.maximum(largest, tl.max(lse, 0))
+        shrink, weights = tl.exp2(largest - higher), tl.exp2(lse - higher[None, :])
+        total = total * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
+        weight = weight * shrink + tl.sum(weights, 0)
+        largest = higher
+    place = out + (first_head + h)[:, None] * D + dims[None, :]
+    mask = (h < REPEAT)[:, None] & (dims < D)[None, :]
+    tl.store(place, (total / weight[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 def paged_attention_triton(
@@ -433,20 +518,23 @@ def _span_launch(shape: Shape, bulk: bool, lse: bool) -> tuple[Launch, Tile, int
 
 
 @cache
-def _decode_launch(shape: Shape, split: bool) -> Launch:
+def _decode_launch(shape: Shape) -> Launch:
     tile = decode_tile(shape.head_dim, shape.dtype)
     return Launch(
         _decode_kernel,
-        BLOCK_M=max(tile.m, power_of_2(shape.repeat)), BLOCK_N=tile.n, SPLIT=split,
+        BLOCK_M=max(tile.m, power_of_2(shape.repeat)), BLOCK_N=tile.n,
+        HEADS=power_of_2(shape.repeat), MAX_PIECES=MAX_PIECES,
         num_warps=tile.warps, num_stages=tile.stages, **shape.constants(),
     )  # fmt: skip
 
 
 @cache
-def _combine_launch(shape: Shape) -> Launch:
+def _cut_launch(n_groups: int, per_group: int, block_n: int, window: int, rows: int) -> Launch:
     return Launch(
-        _combine_kernel, D=shape.head_dim, D_PAD=shape.head_dim_pad, MOST=MAX_SPLITS, num_warps=4
-    )
+        _cut_kernel,
+        N_GROUPS=n_groups, PER_GROUP=per_group, BLOCK_N=block_n, WINDOW=window,
+        MAX_PIECES=MAX_PIECES, ROWS=rows, num_warps=4,
+    )  # fmt: skip
 
 
 def _attend_spans(
@@ -490,17 +578,35 @@ def _attend_decodes(
     shape: Shape,
 ) -> None:
     _, n_heads, head_dim = q.shape
-    n_rows, n_groups = layout.n_decode, k_cache.shape[2]
-    n_splits = n_splits_for(n_rows, n_groups)
-    partial = partial_lse = out
-    if n_splits > 1:
-        size = (n_rows, n_heads, n_splits)
-        partial = torch.empty((*size, head_dim), dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(size, dtype=torch.float32, device=q.device)
-    _decode_launch(shape, n_splits > 1)(
-        (n_rows, n_groups, n_splits),
-        q, k_cache, v_cache, out, partial, partial_lse, layout.kv_len, layout.block_table,
+    tile = decode_tile(head_dim, q.dtype)
+    cuts = decode_cuts(layout, shape.n_groups, tile.n, shape.window)
+    most = cuts.pieces.shape[1]
+    partial = torch.empty((most, n_heads, head_dim), dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty((most, n_heads), dtype=torch.float32, device=q.device)
+    _decode_launch(shape)(
+        (most, shape.n_groups),
+        q, k_cache, v_cache, out, partial, partial_lse, *cuts, layout.kv_len, layout.block_table,
         scale, softcap, q.stride(0), layout.block_table.stride(0),
     )  # fmt: skip
-    if n_splits > 1:
-        _combine_launch(shape)((n_rows * n_heads,), partial, partial_lse, out, n_splits)
+
+
+class DecodeCuts(NamedTuple):
+    """Pieces of the keys of a batch's decodes, see :func:`_cut_kernel`."""
+
+    pieces: torch.Tensor
+    arrived: torch.Tensor
+
+
+def decode_cuts(layout: PagedLayout, n_groups: int, block_n: int, window: int) -> DecodeCuts:
+    """How the keys of the decodes are cut: once a layout, window and tile."""
+    key = ("decode cuts", n_groups, block_n, window)
+    found: DecodeCuts | None = layout.prepared.get(key)
+    if found is None:
+        n_rows = layout.n_decode
+        most = most_pieces(n_rows, n_groups)
+        sizes = ((4, most), (n_rows, n_groups))
+        found = DecodeCuts(*(layout.kv_len.new_empty(size) for size in sizes))
+        launch = _cut_launch(n_groups, max(1, PROGRAMS // n_groups), block_n, window, CUT_ROWS)
+        launch((1,), layout.kv_len, *found, n_rows, most)
+        layout.prepared[key] = found
+    return found
