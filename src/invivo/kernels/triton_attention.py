@@ -315,7 +315,7 @@ def _decode_kernel(
     kv_len, block_table, scale, softcap, q_stride, table_stride,
     N_GROUPS: tl.constexpr, REPEAT: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HEADS: tl.constexpr, MAX_PIECES: tl.constexpr, WIDE: tl.constexpr,
+    MAX_PIECES: tl.constexpr, WIDE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One piece of the keys of one row, for the heads of one group. Grid (most pieces, N_GROUPS).
@@ -377,46 +377,60 @@ def _decode_kernel(
             tl.store(counter, 0)
             first = (piece - which % (2 * MAX_PIECES)).to(tl.int64)
             _add_up(
-                partial, partial_lse, out + row * N_HEADS * D, first, n_pieces, group * REPEAT,
-                N_HEADS, REPEAT, HEADS, D, D_PAD, max(1, 32 // HEADS),
+                partial, partial_lse, out + row * N_HEADS * D, first, n_pieces, head, real,
+                N_HEADS, D, D_PAD, BLOCK_M,
             )  # fmt: skip
 
 
 @triton.jit
 def _add_up(
-    partial, partial_lse, out, first, n_pieces, first_head,
-    N_HEADS: tl.constexpr, REPEAT: tl.constexpr, HEADS: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, AT_ONCE: tl.constexpr,
+    partial, partial_lse, out, first, n_pieces, head, real,
+    N_HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Weigh pieces [first, first + n_pieces) of one row by their sums, for the heads of a group.
-
-    HEADS is REPEAT, raised to a power of 2; so many pieces AT_ONCE are read.
-    """
-    h = tl.arange(0, HEADS)
+    """Weigh pieces [first, first + n_pieces) of one row by their sums, for heads ``head``."""
     dims = tl.arange(0, D_PAD)
-    total = tl.zeros([HEADS, D_PAD], tl.float32)
-    largest = tl.full([HEADS], HIDDEN, tl.float32)
-    weight = tl.zeros([HEADS], tl.float32)
-    for begin in range(0, n_pieces, AT_ONCE):
-        numbers = begin + tl.arange(0, AT_ONCE)
-        there = (numbers < n_pieces)[:, None] & (h < REPEAT)[None, :]
-        slots = (first + numbers)[:, None] * N_HEADS + (first_head + h)[None, :]
-        # Past the nearest cache, which may hold what stood there before.
-        lse = tl.load(partial_lse + slots, mask=there, other=float("-inf"), cache_modifier=".cg")
-        values = tl.load(
-            partial + slots[:, :, None] * D + dims[None, None, :],
-            mask=there[:, :, None] & (dims < D)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
+    mask = real[:, None] & (dims < D)[None, :]
+    total = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    largest = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    for number in range(0, n_pieces, 4):  # at a time: reading is waiting
+        slot = (first + number) * N_HEADS + head
+        s0, v0 = _piece(partial, partial_lse, slot, dims, real, mask, True, D)
+        s1, v1 = _piece(
+            partial, partial_lse, slot + N_HEADS, dims, real, mask, number + 1 < n_pieces, D
         )
-        higher = tl.maximum(largest, tl.max(lse, 0))
-        shrink, weights = tl.exp2(largest - higher), tl.exp2(lse - higher[None, :])
-        total = total * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
-        weight = weight * shrink + tl.sum(weights, 0)
+        s2, v2 = _piece(
+            partial, partial_lse, slot + 2 * N_HEADS, dims, real, mask, number + 2 < n_pieces, D
+        )
+        s3, v3 = _piece(
+            partial, partial_lse, slot + 3 * N_HEADS, dims, real, mask, number + 3 < n_pieces, D
+        )
+        higher = tl.maximum(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), largest)
+        shrink = tl.exp2(largest - higher)
+        w0, w1 = tl.exp2(s0 - higher), tl.exp2(s1 - higher)
+        w2, w3 = tl.exp2(s2 - higher), tl.exp2(s3 - higher)
+        total = total * shrink[:, None] + v0 * w0[:, None] + v1 * w1[:, None]
+        total += v2 * w2[:, None] + v3 * w3[:, None]
+        weight = weight * shrink + w0 + w1 + w2 + w3
         largest = higher
-    place = out + (first_head + h)[:, None] * D + dims[None, :]
-    mask = (h < REPEAT)[:, None] & (dims < D)[None, :]
+    place = out + head[:, None] * D + dims[None, :]
     tl.store(place, (total / weight[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _piece(partial, partial_lse, slot, dims, real, mask, there, D: tl.constexpr):
+    """Log-sum-exp (-inf where the piece is not ``there``) and values of one piece.
+
+    Read past the nearest cache, which may hold what stood there before.
+    """
+    lse = tl.load(partial_lse + slot, mask=real & there, other=float("-inf"), cache_modifier=".cg")
+    values = tl.load(
+        partial + slot[:, None] * D + dims[None, :],
+        mask=mask & there,
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    return lse, values
 
 
 def paged_attention_triton(
@@ -522,8 +536,7 @@ def _decode_launch(shape: Shape) -> Launch:
     tile = decode_tile(shape.head_dim, shape.dtype)
     return Launch(
         _decode_kernel,
-        BLOCK_M=max(tile.m, power_of_2(shape.repeat)), BLOCK_N=tile.n,
-        HEADS=power_of_2(shape.repeat), MAX_PIECES=MAX_PIECES,
+        BLOCK_M=max(tile.m, power_of_2(shape.repeat)), BLOCK_N=tile.n, MAX_PIECES=MAX_PIECES,
         num_warps=tile.warps, num_stages=tile.stages, **shape.constants(),
     )  # fmt: skip
 
