@@ -6,7 +6,8 @@ Rank 16 on down_proj, one text of 2,048 tokens a step, AdamW: forward, loss, bac
 The rival is transformers' LlamaForCausalLM with peft's LoRA (scaled_dot_product_attention), with
 and without gradient checkpointing; where peft is missing a plain LoRA module stands in and the
 row says so. Ours runs layer by layer, once keeping whatever spares a large product and then with
-the tape cut until the whole step takes an eighth (a quarter) of what peft takes beside the weights.
+the tape cut until the whole step takes an eighth (a quarter) of what peft takes beside the weights;
+in rows with "host" a part of the tape waits in page-locked host memory, whose bytes are told.
 The attention backward is the engine's own choice (cuDNN's for such texts), unless a row says
 otherwise; other kernels for it and for the forward are candidates.
 
@@ -38,6 +39,8 @@ import torch
 from gpu_timing import event_ms, measure_ceilings, relative_error
 from invivo.engine import layer_backward
 from invivo.engine.bypasses import BypassSpec, init_parameters
+from invivo.engine.host_placement import HostRoom
+from invivo.engine.host_shelf import HostShelf
 from invivo.engine.job_spec import JobSpec
 from invivo.engine.optimizer import Optimizer, total_norm
 from invivo.engine.recording import Recording
@@ -66,6 +69,7 @@ LLAMA_8B = ModelConfig(
 )
 RANK, ALPHA = 16, 32
 LENGTH, LONG = 2048, 8192
+HOST_BYTES = 3 << 30  # page-locked, where a row says "host"
 EARLIER_PEFT_GIB = 14.8  # where peft cannot be measured
 GIB = 2**30
 
@@ -171,6 +175,7 @@ def main() -> None:
         for what, options in (
             ("ours, everything kept", {}),
             ("ours, an eighth of peft's memory", {"limit": limit}),
+            ("the same, a part on the host", {"limit": limit, "host": HOST_BYTES}),
             ("the same, backward in halves", {"limit": limit, "rows": length // 2}),
             ("the same, torch's flash backward", {"limit": limit, "by": torch_flash_backward}),
             ("the same, our own backward", {"limit": limit, "by": our_own_backward}),
@@ -430,6 +435,7 @@ class Ours:
         limit: int | None = None,
         rows: int | None = None,
         by: Callable[..., Any] | None = None,
+        host: int = 0,
     ) -> dict[str, Any]:
         """Median time of a step and peak memory.
 
@@ -437,13 +443,15 @@ class Ours:
             limit: bytes beside the weights; the tape is cut until the peak stays below.
             rows: of a backward unit; None = all.
             by: in place of the engine's attention backward.
+            host: bytes of host memory that the tape may use.
         """
+        shelf = HostShelf(HostRoom(host), self.decoder.embed.device) if host else None
         before = layer_backward.attention_backward
         if by is not None:
             layer_backward.attention_backward = by
         try:
-            budget = None if limit is None else self.budget_within(limit, length, rows)
-            job = Job(self.decoder, length, budget, rows, self.device)
+            budget = None if limit is None else self.budget_within(limit, length, rows, shelf)
+            job = Job(self.decoder, length, budget, rows, self.device, shelf)
             job.step()
             job.step()
             self.device.watch()
@@ -458,6 +466,7 @@ class Ours:
                 losses.append(loss)
             row = figures(what, length, times, self.device.peak() - self.base, losses, floor)
             row["tape_bytes"] = job.tape_bytes
+            row["host_bytes"] = job.host_bytes
             row["run_again"] = job.run_again()
             row["parts_ms"] = {
                 name: statistics.median(part[name] for part in parts) for name in parts[0]
@@ -468,19 +477,22 @@ class Ours:
         print(brief(row), flush=True)
         return row
 
-    def budget_within(self, limit: int, length: int, rows: int | None) -> int:
+    def budget_within(
+        self, limit: int, length: int, rows: int | None, shelf: HostShelf | None = None
+    ) -> int:
         """The largest tape with which a step stays below ``limit`` bytes beside the weights."""
         least = Job.least_tape(self.decoder, length)
         budget = least
         if not self.device.is_cuda:
             return budget
-        for _ in range(3):
-            job = Job(self.decoder, length, budget, rows, self.device)
+        for _ in range(4):
+            job = Job(self.decoder, length, budget, rows, self.device, shelf)
             self.device.watch()
             job.step()
             job.step()
             spare = limit - (self.device.peak() - self.base)
-            held = job.tape_bytes
+            # Beside copies under way the tape never fills its budget.
+            held = budget if job.host_bytes else job.tape_bytes
             del job
             self.device.clean()
             if 0 <= spare < limit // 50:
@@ -516,6 +528,7 @@ class Job:
         budget: int | None,
         rows: int | None,
         device: Device,
+        shelf: HostShelf | None = None,
     ) -> None:
         config = decoder.config
         spec = BypassSpec("lora", ("down",), RANK, alpha=float(ALPHA))
@@ -534,15 +547,16 @@ class Job:
             ).items()
         }
         self.trainer = WindowTrainer(
-            decoder, self.cache, [spec], self.parameters, order="layer", tape_bytes=budget
-        )
+            decoder, self.cache, [spec], self.parameters,
+            order="layer", tape_bytes=budget, shelf=shelf,
+        )  # fmt: skip
         self.optimizer = Optimizer(JobSpec("bench", (spec,), steps=100), self.parameters)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(config.vocab_size, (length,), generator=generator).to(device.name)
         blocks = list(range(blocks_needed([length])))
         self.sequence = TrainSequence(tokens, next_token_labels(tokens), blocks)
         self.layout = contiguous_layout([length], device=device.name)
-        self.tape_bytes = 0
+        self.tape_bytes = self.host_bytes = 0
 
     @staticmethod
     def least_tape(decoder: Decoder, length: int) -> int:
@@ -583,6 +597,8 @@ class Job:
             sequence.tokens, self.layout, self.cache, bypass=recording.bypass, taps=recording
         )
         self.tape_bytes = sequence.tape.n_bytes
+        hosted = sequence.tape.hosted
+        self.host_bytes = 0 if hosted is None else hosted.n_bytes
         marks.mark("loss")
         trainer.forward_done(sequence, 0, self.length, hidden)
         del hidden

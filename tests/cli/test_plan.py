@@ -75,6 +75,25 @@ def test_a_tape_is_cut_to_the_bytes_allowed(invivo: Invivo, config_file: str) ->
     assert "tape_bytes" in ran.err
 
 
+def test_what_the_device_has_no_room_for_is_shown_on_the_host(
+    invivo: Invivo, config_file: str
+) -> None:
+    given = ("plan", config_file, "--lora", "r=4", "--on", "down_proj", "--length", "128")
+    whole = invivo(*given, "--json").json()["totals"]["compressed"]
+    host = ("--tape-bytes", str(whole // 2), "--host-bytes", "10000000", "--host-gb-per-s", "1e9")
+    told = invivo(*given, *host, "--json").json()
+    assert told["totals"]["hosted"] > 0
+    assert told["totals"]["compressed"] <= whole // 2
+    last = told["schedules"][-1]["parts"]
+    assert last["tape"] + last["copies"] == whole // 2
+    shown = invivo(*given, *host).out
+    assert "kept (host)" in shown
+    assert "and in host memory" in shown
+    ran = invivo(*given, "--host-bytes", "10000000")
+    assert ran.code != 0
+    assert "tape_bytes" in ran.err
+
+
 def test_bypasses_can_be_combined_and_put_on_some_layers(invivo: Invivo, config_file: str) -> None:
     both = invivo(
         "plan", config_file, "--lora", "r=4", "--steering", "--prefix", "n=2", "--layers", "1-2",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from invivo.engine import layer_backward
 from invivo.engine.bypasses import BypassSpec, init_parameters
 from invivo.engine.graph_pruning import differentiate
+from invivo.engine.host_placement import HostRoom
+from invivo.engine.host_shelf import HostShelf
 from invivo.engine.recording import Recording
 from invivo.engine.tape_budget import Budgets
 from invivo.engine.train_sequence import TrainSequence, next_token_labels
@@ -44,13 +49,19 @@ def config_of(qk_norm: str) -> ModelConfig:
 
 
 def gradients(
-    decoder: Decoder, share: float | None, rows: int, *, length: int = LENGTH
+    decoder: Decoder,
+    share: float | None,
+    rows: int,
+    *,
+    length: int = LENGTH,
+    shelf: HostShelf | None = None,
 ) -> dict[str, torch.Tensor]:
     """Of one text that ran forward as a whole in inference mode.
 
     Args:
         share: of the way from the smallest tape to the largest; None: no bound.
         rows: of a backward unit.
+        shelf: memory of the host for what then has no room.
     """
     config, device, dtype = decoder.config, decoder.embed.device, decoder.embed.dtype
     draws = init_parameters(SPECS[0], config, seed=1)
@@ -69,11 +80,13 @@ def gradients(
         parameters,
         order="layer",
         tape_bytes=None if share is None else bytes_at(share, config, dtype, length),
+        shelf=shelf,
     )
     tokens = torch.randint(config.vocab_size, (length,), generator=generator).to(device)
     sequence = TrainSequence(tokens, next_token_labels(tokens), list(range(n_blocks)))
     layout = contiguous_layout([length], device=str(device))
     trainer.begin(sequence)
+    assert shelf is None or shelf.lent > 0
     assert trainer.bypass is not None
     inner = TrainingRows(None, [Rows(0, length, trainer.bypass.window(0, length))])
     recording = Recording(decoder, cache, inner, [trainer.piece(sequence, 0, length, 0)])
@@ -101,6 +114,13 @@ def distance(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> f
     """Of all gradients together, relative."""
     mine, exact = (torch.cat([x[name].flatten() for name in wanted]) for x in (got, wanted))
     return float((mine - exact).norm() / exact.norm())
+
+
+def own_attention_backward(*arguments: Any, **options: Any) -> torch.Tensor | None:
+    """By our own kernels, whose sums do not change from run to run."""
+    from invivo.kernels.triton_attention_backward import attention_backward_triton
+
+    return attention_backward_triton(*arguments, **options)
 
 
 def decoders(qk_norm: str, dtype: torch.dtype) -> tuple[Decoder, Decoder]:
@@ -132,3 +152,42 @@ def test_texts_that_cudnn_serves(rows: int, caplog: pytest.LogCaptureFixture) ->
         assert distance(gradients(on_device, share, rows, length=WHOLE), wanted) < 5e-2
     if torch.cuda.get_device_capability() == (9, 0):
         assert any(message.endswith("by cudnn") for message in caplog.messages) == (rows != 300)
+
+
+@pytest.mark.parametrize("rows", [WHOLE, 300])
+@pytest.mark.parametrize("share", [0.02, 0.4])
+def test_what_waits_on_the_host_comes_back_in_time(
+    share: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Again and again, the device's queue full: a copy that somebody does not wait for shows."""
+    monkeypatch.setattr(layer_backward, "attention_backward", own_attention_backward)
+    on_device, _ = decoders("none", torch.bfloat16)
+    wanted = gradients(on_device, None, rows, length=WHOLE)
+    shelf = HostShelf(HostRoom(64 << 20, 1e12), torch.device(DEVICE))
+    assert distance(gradients(on_device, share, rows, length=WHOLE, shelf=shelf), wanted) < 2e-2
+    first = gradients(on_device, share, rows, length=WHOLE, shelf=shelf)
+    blocker = torch.randn(4096, 4096, device=DEVICE)
+    for _ in range(5):
+        for _ in range(20):
+            blocker = torch.tanh(blocker @ blocker)
+        again = gradients(on_device, share, rows, length=WHOLE, shelf=shelf)
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert shelf.lent == 0
+
+
+def test_memory_of_the_host_is_locked_and_unlocked() -> None:
+    shelf = HostShelf(HostRoom(8 << 20), torch.device(DEVICE))
+    start = shelf.lend(1 << 20)
+    assert start == 0
+    value = torch.randn(1 << 18, device=DEVICE)
+    kept = value.clone()
+    copy = shelf.send(value, start)
+    copy.wait()
+    value.zero_()
+    back, arrived = shelf.bring(start, (1 << 18,), torch.float32, copy)
+    arrived.wait()
+    assert torch.equal(back, kept)
+    memory = shelf._memory
+    assert memory.is_pinned()
+    del shelf
+    assert not memory.is_pinned()

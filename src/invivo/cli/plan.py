@@ -85,6 +85,19 @@ def plan(
             rich_help_panel=SEQUENCE,
         ),
     ] = None,
+    host_bytes: Annotated[
+        int,
+        typer.Option(
+            "--host-bytes",
+            min=0,
+            help="Host memory for what the tape's bytes have no room for (layer order).",
+            rich_help_panel=SEQUENCE,
+        ),
+    ] = 0,
+    host_gb_per_s: Annotated[
+        float,
+        typer.Option("--host-gb-per-s", help="What is copied there.", rich_help_panel=SEQUENCE),
+    ] = 55.0,
     dtype: Annotated[str, typer.Option("--dtype", help="Of weights and activations.")] = "bfloat16",
     every: Annotated[bool, typer.Option("--all", help="Show dropped tensors too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
@@ -115,6 +128,8 @@ def plan(
         window=window,
         rerun=words(rerun),
         tape_bytes=tape_bytes,
+        host_bytes=host_bytes,
+        host_gb_per_s=host_gb_per_s,
         dtype=dtype,
     )
     if as_json:
@@ -191,6 +206,8 @@ def show(made: MemoryPlan, every: bool) -> None:
         ("+ rematerialisation", t.rebuilt),
         ("+ compression", t.compressed),
     ]
+    if t.hosted:
+        steps.append(("  and in host memory", t.hosted))
     if any(row.held == "window" for row in made.rows):  # recurrent layers: there is no tape
         steps[2:] = [("as one window that runs again", t.pruned)]
     print_table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from invivo.engine.host_placement import GB_PER_S
 from invivo.errors import InvalidRequest
 
 
@@ -39,6 +40,10 @@ class EngineConfig:
             the promise.
         policy: how fine-tuning shares the device with requests (:mod:`invivo.engine.policies`).
         max_jobs: fine-tuning jobs at once.
+        host_bytes: host memory, locked when the engine starts, in which jobs in layer order put
+            what their ``tape_bytes`` have no room for; 0 = none.
+        host_gb_per_s: what is copied there and back, beside a GPU as fast as an H200: how much is
+            worth the way.
         fan_out: whether runs of programs skip layers and tokens that another run has computed, or
             that nobody wants of them.
         max_capture_bytes: bytes that the captures of one request may take, and what its program
@@ -64,6 +69,8 @@ class EngineConfig:
     burst: float = 2.5
     policy: str = "co-serve"
     max_jobs: int = 4
+    host_bytes: int = 0
+    host_gb_per_s: float = GB_PER_S
     fan_out: bool = True
     max_capture_bytes: int = 256 << 20
 
@@ -71,6 +78,7 @@ class EngineConfig:
         for name, least in (
             ("block_size", 1),
             ("max_waiting", 0),
+            ("host_bytes", 0),
             ("max_adapters", 1),
             ("max_lora_rank", 1),
             ("max_jobs", 1),
@@ -87,6 +95,13 @@ class EngineConfig:
         ):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), least)
+        if not isinstance(self.host_gb_per_s, int | float) or not self.host_gb_per_s > 0:
+            raise InvalidRequest(
+                "must lie above 0",
+                field="host_gb_per_s",
+                given=self.host_gb_per_s,
+                remedy="Set host_bytes to 0 where nothing is to go there",
+            )
         share = self.memory_fraction
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise InvalidRequest(

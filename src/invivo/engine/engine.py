@@ -27,6 +27,7 @@ from invivo.engine.detokenize import backend
 from invivo.engine.finetune import FineTuning, JobHandle, Riders
 from invivo.engine.grammar import GrammarCompiler, Matcher
 from invivo.engine.graphs import DecodeGraphs
+from invivo.engine.host_placement import HostRoom
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent
 from invivo.engine.latency import LatencyModel
 from invivo.engine.memory import limits_of, room_to_pack
@@ -197,6 +198,7 @@ class Engine:
             max_rows=max_batch_tokens,
             max_jobs=c.max_jobs,
             max_kept_bytes=c.max_capture_bytes,
+            host=HostRoom(c.host_bytes, c.host_gb_per_s) if c.host_bytes else None,
             wake=self._wake,
         )
         self._busy_until: float | None = None  # when the step in flight will be done

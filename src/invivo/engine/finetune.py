@@ -24,6 +24,8 @@ from invivo.engine.adapters import AdapterStore
 from invivo.engine.checkpoint import CheckpointWriter, checkpoints, read_checkpoint, step_of
 from invivo.engine.closings import Part
 from invivo.engine.coserve import Coserver, Sizes, servable, work_of
+from invivo.engine.host_placement import HostRoom
+from invivo.engine.host_shelf import HostShelf
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent
 from invivo.engine.latency import LatencyModel, Sample
 from invivo.engine.latency_profile import ENOUGH, first_profile
@@ -192,6 +194,7 @@ class FineTuning:
         max_jobs: jobs at once; paused ones keep their parameters and no place. One that is resumed
             while all places are taken stands in line, before newcomers.
         max_kept_bytes: most that the runs of a trained program keep for each other.
+        host: memory for the jobs' tapes.
         wake: called when the engine's thread has something to do.
     """
 
@@ -208,6 +211,7 @@ class FineTuning:
         max_rows: int,
         max_jobs: int,
         max_kept_bytes: int,
+        host: HostRoom | None,
         wake: Callable[[], None],
     ) -> None:
         self._decoder = decoder
@@ -220,6 +224,7 @@ class FineTuning:
         self._max_rows = max_rows
         self._max_jobs = max_jobs
         self._max_kept_bytes = max_kept_bytes
+        self._shelf = None if host is None else HostShelf(host, decoder.embed.device)
         self._wake = wake
         self._lock = threading.Lock()
         self._jobs: list[TuningJob] = []  # that have not ended
@@ -265,6 +270,7 @@ class FineTuning:
             validation,
             self._max_kept_bytes,
             self._max_rows,
+            self._shelf,
         )
         if job.program is None:
             self._adapters.check(spec.name, job.specs, job.parameters)

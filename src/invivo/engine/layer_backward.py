@@ -67,6 +67,8 @@ class LayerBackward:
         window = _Window(self._decoder, self._cache, self._hooks, sequence, bypass, rows)
         with torch.no_grad():
             for layer in reversed(range(*layers)):
+                if sequence.tape is not None:
+                    sequence.tape.look_ahead(layer)
                 window.enter(layer)
                 assert dx is not None
                 if layer == self._decoder.config.n_layers - 1:
@@ -549,10 +551,12 @@ class _Window:
             return None
         gate, up = self.get("mlp.gate"), self.get("mlp.up")
         n, width = d_neuron.shape
-        d_up = gate if gate._base is None else gate._base
-        in_place = d_up is up._base and d_up.shape == (n, 2 * width) and not self.held("mlp.gate")
-        if not in_place:
-            d_up = torch.empty(n, 2 * width, dtype=gate.dtype, device=gate.device)
+        d_up = self.tape.lend(self.index, self.start, self.stop)
+        if d_up is None:
+            d_up = gate if gate._base is None else gate._base
+            free = not self.held("mlp.gate")
+            if d_up is not up._base or d_up.shape != (n, 2 * width) or not free:
+                d_up = torch.empty(n, 2 * width, dtype=gate.dtype, device=gate.device)
         neuron = gated_activation_backward(d_neuron, gate, up, self.config.activation, d_up)
         if late:
             for part in inner:

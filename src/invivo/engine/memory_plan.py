@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from invivo.engine.graph_pruning import Gradient, Kept, Pieces, choose_kept, differentiate
+from invivo.engine.host_placement import GB_PER_S, HostRoom
 from invivo.engine.tape_budget import Budgets
 from invivo.engine.trainable import Trainable
 from invivo.engine.training_graph import BITS, RULES, Graph, Tensor, build_graph
@@ -23,7 +24,7 @@ from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig
 
 Verdict = Literal["kept", "rebuilt", "compressed", "dropped"]
-Held = Literal["tape", "cache", "window", ""]
+Held = Literal["tape", "host", "cache", "window", ""]
 _RERUNNABLE = ("q", "k", "v", "o", "gate", "up", "attention")
 HEAD_CHUNK = 256  # rows whose logits exist at one time
 
@@ -96,8 +97,9 @@ class Row:
         bytes_per_token: in one layer.
         n_bytes: for the whole sequence and all these layers; what is dropped counts too, so that
             the column tells what the verdict saves.
-        held: where a kept tensor lies: "tape" (from forward to backward), "cache", or "window"
-            (for one window at a time, while it runs again); "" if it is not kept.
+        held: where a kept tensor lies: "tape" (from forward to backward), "host" (the same, in
+            host memory), "cache", or "window" (for one window at a time, while it runs again); ""
+            if it is not kept.
     """
 
     name: str
@@ -121,6 +123,7 @@ class Totals:
         pruned: by fused operations after graph pruning, nothing rebuilt.
         rebuilt: after rematerialisation.
         compressed: and with bits for what is read only by sign: the tape of this plan.
+        hosted: of that in host memory; ``compressed`` is what lies on the device.
 
     Models with recurrent layers keep no tape: there the last three are what one window as long as
     the sequence would hold when it runs again.
@@ -131,6 +134,7 @@ class Totals:
     pruned: int
     rebuilt: int
     compressed: int
+    hosted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,8 @@ class Schedule:
     Attributes:
         name: ``v1`` reruns a window's forward, ``v2`` reads the tape; ``window-outer`` takes all
             layers of a window before the next window, ``layer-outer`` the other way round.
-        parts: what lives for the whole sequence, by purpose (keys and values included).
+        parts: what lives for the whole sequence, by purpose (keys and values included); "copies"
+            is the most that is on its way to host memory and back.
         window: what lives for one window.
     """
 
@@ -210,6 +215,8 @@ def plan_activations(
     window: int = 512,
     rerun: Sequence[str] = (),
     tape_bytes: int | None = None,
+    host_bytes: int = 0,
+    host_gb_per_s: float = GB_PER_S,
     dtype: str = "bfloat16",
     adapter_dtype: str = "float32",
 ) -> MemoryPlan:
@@ -221,12 +228,17 @@ def plan_activations(
             again where that saves memory: a smaller tape for more arithmetic.
         tape_bytes: most bytes of the tape; what runs again is then chosen layer by layer instead
             (:mod:`invivo.engine.tape_budget`).
+        host_bytes: of host memory, for what ``tape_bytes`` have no room for; then the plan's
+            tensors and totals are those of layer order, the only one that uses it.
+        host_gb_per_s: what is copied there and back, see
+            :class:`~invivo.engine.host_placement.HostRoom`.
         adapter_dtype: in which the plain-code comparison (``Totals.naive``, ``frozen``) runs its
             bypasses; this engine's run in ``dtype``.
 
     Raises:
         InvalidRequest: see :func:`invivo.engine.training_graph.build_graph`; a length or window
-            below 1; a tape that cannot be so small, or any tape of a recurrent model.
+            below 1; a tape that cannot be so small, or any tape of a recurrent model; host memory
+            without a budget for the device's.
     """
     for name, value in (("length", length), ("window", window)):
         if value < 1:
@@ -249,6 +261,15 @@ def plan_activations(
                 field=name,
                 remedy="Choose the window: it bounds what is held",
             )
+    if not host_gb_per_s > 0:
+        raise InvalidRequest("must lie above 0", field="host_gb_per_s", given=host_gb_per_s)
+    if host_bytes < 0 or (host_bytes and tape_bytes is None):
+        raise InvalidRequest(
+            "is for what does not fit a tape of so many bytes on the device",
+            field="host_bytes",
+            given=host_bytes,
+            remedy="Give tape_bytes too",
+        )
     spelling: Literal["fused", "rerun"] = "rerun" if recurrent else "fused"
     graph = build_graph(config, trainables, length=length, dtype=dtype, spelling=spelling)
     nodes = differentiate(graph)
@@ -256,12 +277,20 @@ def plan_activations(
     rebuilt = pruned
     if not recurrent:
         rebuilt = choose_kept(graph, nodes, rebuild=True, compress=False)
+    away: frozenset[str] = frozenset()
+    unaided = final = pruned
     if recurrent:
-        final = pruned
+        pass
     elif tape_bytes is None:
         final = choose_kept(graph, nodes, rebuild=True, compress=True, rerun=rerun)
     else:
-        final, _ = Budgets(config, graph, nodes).within(length=length, max_bytes=tape_bytes)
+        budgets = Budgets(config, graph, nodes)
+        unaided = final = budgets.within(length=length, max_bytes=tape_bytes)[0]
+        if host_bytes:
+            room = HostRoom(host_bytes, host_gb_per_s)
+            layers = budgets.hosted(length=length, max_bytes=tape_bytes, room=room)
+            final, _ = budgets.within(length=length, max_bytes=tape_bytes, hosted=layers)
+            away = frozenset[str]().union(*(budgets.product(layer) for layer in layers))
 
     def tape(keys: Iterable[str]) -> int:
         return _bytes(sum(graph.tensors[k].bits for k in keys), length)
@@ -271,15 +300,25 @@ def plan_activations(
         frozen=_eager_tape(config, trainables, length, dtype, adapter_dtype, frozen=True),
         pruned=tape(pruned.tape),
         rebuilt=tape(rebuilt.tape),
-        compressed=tape(final.tape),
+        compressed=tape(final.tape - away),
+        hosted=tape(away),
     )
+    schedules = _schedules(config, graph, nodes, pruned, final, length, window, dtype)
+    if away:  # in the last order, and in no other
+        assert tape_bytes is not None
+        last = schedules[-1]
+        on_device = {"tape": totals.compressed, "copies": tape_bytes - totals.compressed}
+        schedules = (
+            *_schedules(config, graph, nodes, pruned, unaided, length, window, dtype)[:-1],
+            Schedule(last.name, last.parts | on_device, last.window),
+        )
     return MemoryPlan(
         length=length,
         window=window,
         dtype=dtype,
-        rows=_rows(graph, nodes, final, length, kept_in="window" if recurrent else "tape"),
+        rows=_rows(graph, nodes, final, length, away, kept_in="window" if recurrent else "tape"),
         totals=totals,
-        schedules=_schedules(config, graph, nodes, pruned, final, length, window, dtype),
+        schedules=schedules,
         trained=_trained(graph, dtype),
     )
 
@@ -435,8 +474,15 @@ _Likeness = tuple[str, tuple[int, ...], str, Verdict, Held, str]
 
 
 def _rows(
-    graph: Graph, nodes: Sequence[Gradient], held: Kept, length: int, *, kept_in: Held
+    graph: Graph,
+    nodes: Sequence[Gradient],
+    held: Kept,
+    length: int,
+    away: frozenset[str],
+    *,
+    kept_in: Held,
 ) -> tuple[Row, ...]:
+    """``away``: keys of what waits in host memory."""
     readers: dict[str, list[str]] = defaultdict(list)
     spared: dict[str, set[str]] = defaultdict(set)
     for node in nodes:
@@ -462,6 +508,8 @@ def _rows(
             place = kept_in if key in held.tape else "cache"
             if tensor.name == "loss.grad":  # found in the forward, whatever runs again
                 place = "tape"
+            if key in away:
+                place = "host"
             verdict = "compressed" if tensor.dtype == "bit" else "kept"
             reason = "for " + _some(readers[key])
             if not readers[key]:

@@ -1,8 +1,9 @@
 """What a forward pass keeps for the hand-written backward: the tensors that the memory plan says.
 
 The plan (:mod:`invivo.engine.memory_plan`) decides which tensors of which layers are kept; a
-:class:`Tape` holds them for one sequence. Mixtures of experts keep less than planned: their
-feed-forward is rerun from its input.
+:class:`Tape` holds them for one sequence, on the device or in host memory
+(:mod:`invivo.engine.host_tape`). Mixtures of experts keep less than planned: their feed-forward is
+rerun from its input.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from invivo.engine.graph_pruning import Kept, choose_kept, differentiate
+from invivo.engine.host_placement import HostRoom
+from invivo.engine.host_tape import HostTape
 from invivo.engine.tape_budget import Budgets
 from invivo.engine.trainable import Trainable
 from invivo.engine.trained_hooks import TrainedHooks
@@ -48,11 +51,14 @@ class TapePlan:
         rerun: by layer, the maps (and "attention") that the backward runs again.
         scaled: outputs of maps that a trained vector scales, by layer and name: the backward
             reads them as they were before.
+        hosted: layers whose feed-forward product waits in host memory; its entries are among the
+            others.
     """
 
     entries: dict[tuple[int, str], Entry]
     rerun: dict[int, frozenset[str]] = field(default_factory=dict)
     scaled: frozenset[tuple[int, str]] = frozenset()
+    hosted: frozenset[int] = frozenset()
 
 
 class TapePlanner:
@@ -66,8 +72,13 @@ class TapePlanner:
         dtype: torch.dtype,
         input_gradients: bool = False,
         max_bytes: int | None = None,
+        host: HostRoom | None = None,
     ) -> None:
-        """``max_bytes``: of one tape; None keeps whatever only a large product could rebuild."""
+        """
+        Args:
+            max_bytes: of one tape; None keeps whatever only a large product could rebuild.
+            host: memory for what does not fit ``max_bytes``; None: there is none.
+        """
         name_of = {kind: name for name, kind in DTYPES.items()}
         if input_gradients and all(each.kind != "soft_prompt" for each in trainables):
             # Keeps what a gradient by the embeddings needs.
@@ -77,16 +88,17 @@ class TapePlanner:
         self._max_bytes = max_bytes
         self._budgets: Budgets | None = None
         self._whole: TapePlan | None = None
-        self._planned: dict[int, TapePlan] = {}
+        self._planned: dict[tuple[int, bool], TapePlan] = {}
+        self._host = host
         if max_bytes is None:
             kept = choose_kept(self._graph, nodes, rebuild=True, compress=True)
             self._whole = self._plan(kept, {})
         else:
             self._budgets = Budgets(config, self._graph, nodes)
 
-    def plan(self, length: int) -> TapePlan:
+    def plan(self, length: int, *, hosted: bool = True) -> TapePlan:
         """For a sequence of ``length`` rows: the tensors of the memory plan, without the loss's
-        gradient and the insides of mixtures.
+        gradient and the insides of mixtures. Without ``hosted`` all lie on the device.
 
         What attention's queries are called depends on norm, clip and rotary embedding; the ones
         that meet the keys are "attn.q.final" here.
@@ -98,13 +110,19 @@ class TapePlanner:
             return self._whole
         assert self._budgets is not None
         assert self._max_bytes is not None
-        if length not in self._planned:
-            self._planned[length] = self._plan(
-                *self._budgets.within(length=length, max_bytes=self._max_bytes)
-            )
-        return self._planned[length]
+        asked = length, hosted and self._host is not None
+        if asked not in self._planned:
+            budgets, limit = self._budgets, self._max_bytes
+            away: frozenset[int] = frozenset()
+            if hosted and self._host is not None:
+                away = budgets.hosted(length=length, max_bytes=limit, room=self._host)
+            kept, rerun = budgets.within(length=length, max_bytes=limit, hosted=away)
+            self._planned[asked] = self._plan(kept, rerun, away)
+        return self._planned[asked]
 
-    def _plan(self, kept: Kept, rerun: dict[int, frozenset[str]]) -> TapePlan:
+    def _plan(
+        self, kept: Kept, rerun: dict[int, frozenset[str]], hosted: frozenset[int] = frozenset()
+    ) -> TapePlan:
         graph = self._graph
         final = {op.inputs[0] for op in graph.ops if op.kind == "attention"}
         entries = {}
@@ -119,7 +137,7 @@ class TapePlanner:
             for tensor in graph.tensors.values()
             if tensor.name.endswith(".unscaled")
         }
-        return TapePlan(dict(sorted(entries.items())), rerun, frozenset(scaled))
+        return TapePlan(dict(sorted(entries.items())), rerun, frozenset(scaled), hosted)
 
 
 def _before_hook(layer: int, name: str) -> tuple[int, str]:
@@ -144,32 +162,64 @@ class Tape:
 
     Attributes:
         entries: what is to be kept; ``held`` has what was written so far.
+        hosted: what waits in host memory.
+        n_bytes: of the device, without what is on its way to the host and back.
     """
 
     plan: TapePlan
     length: int
     entries: dict[tuple[int, str], Entry]
+    hosted: HostTape | None = None
     held: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    n_bytes: int = 0
 
     @classmethod
-    def of(cls, plan: TapePlan, length: int) -> Tape:
-        return cls(plan, length, dict(plan.entries))
+    def of(cls, plan: TapePlan, length: int, hosted: HostTape | None = None) -> Tape:
+        assert bool(plan.hosted) == (hosted is not None)
+        return cls(plan, length, dict(plan.entries), hosted)
 
     def let_go(self, layer: int) -> None:
         """Drop what only ``layer`` and those above it read."""
         # Entries are in the order of layers.
         while self.entries and (last := next(reversed(self.entries)))[0] >= layer:
             del self.entries[last]
-            self.held.pop(last, None)
+            gone = self.held.pop(last, None)
+            self.n_bytes -= 0 if gone is None else gone.nbytes
+        if self.hosted is not None:
+            self.hosted.let_go(layer)
 
-    @property
-    def n_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.held.values())
+    def close(self) -> None:
+        """The text is through or given up: wait for copies under way, give host memory back."""
+        self.held = {}
+        self.n_bytes = 0
+        if self.hosted is not None:
+            self.hosted.close()
+
+    def look_ahead(self, layer: int) -> None:
+        """The backward is at ``layer``."""
+        if self.hosted is not None:
+            self.hosted.look_ahead(layer, self.n_bytes)
+
+    def lend(self, layer: int, start: int, stop: int) -> torch.Tensor | None:
+        """Memory of the product of rows [start, stop) that came from the host, to be written over;
+        None where it did not. They are not to be read again."""
+        if self.hosted is None or layer not in self.plan.hosted:
+            return None
+        return self.hosted.lend(layer, start, stop)
+
+    def _hold(self, layer: int, name: str, value: torch.Tensor) -> None:
+        self.held[layer, name] = value
+        self.n_bytes += value.nbytes
+        if self.hosted is not None:
+            self.hosted.make_room(layer, self.n_bytes)
 
     def write(self, layer: int, name: str, start: int, value: torch.Tensor) -> None:
         """Rows [start, start + n): value [n, ...], bools where the plan keeps bits."""
         entry = self.entries.get((layer, name))
         if entry is None:
+            return
+        if self.hosted is not None and self.hosted.has(layer, name):
+            self._send(layer, name, start, value.clone())
             return
         shape, dtype = entry.shape, DTYPES.get(entry.dtype, torch.uint8)
         if entry.dtype == "bit":
@@ -178,7 +228,7 @@ class Tape:
         held = self.held.get((layer, name))
         if held is None:  # every row is written before any is read
             held = torch.empty(self.length, *shape, dtype=dtype, device=value.device)
-            self.held[layer, name] = held
+            self._hold(layer, name, held)
         n_rows = value.shape[0]
         rows = held if n_rows == self.length else held[start : start + n_rows]
         rows.copy_(value if value.shape == rows.shape else value.reshape(rows.shape))
@@ -189,17 +239,27 @@ class Tape:
         entry = self.entries.get((layer, name))
         if entry is None:
             return
+        if self.hosted is not None and self.hosted.has(layer, name):
+            self._send(layer, name, start, value)
+            return
         half = name in _HALVES and all((layer, other) in self.entries for other in _HALVES)
         whole = value.shape[0] == self.length and value.dtype == DTYPES.get(entry.dtype)
         exact = value.untyped_storage().nbytes() == value.nbytes * (1 + half)
         if whole and exact and (value.stride(-1) == 1 if half else value.is_contiguous()):
             same = value.shape[1:] == entry.shape
-            self.held[layer, name] = value if same else value.view(self.length, *entry.shape)
+            self._hold(layer, name, value if same else value.view(self.length, *entry.shape))
         else:
             self.write(layer, name, start, value)
 
+    def _send(self, layer: int, name: str, start: int, value: torch.Tensor) -> None:
+        assert self.hosted is not None
+        self.hosted.write(layer, name, start, value)
+        self.hosted.make_room(layer, self.n_bytes)
+
     def read(self, layer: int, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Rows [start, stop) of a kept tensor, None if it is not kept. Bits come as bools."""
+        if self.hosted is not None and self.hosted.has(layer, name):
+            return self.hosted.read(layer, name, start, stop)
         held = self.held.get((layer, name))
         if held is None:
             return None

@@ -12,12 +12,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from invivo.engine.graph_pruning import Gradient, Kept, choose_kept
+from invivo.engine.host_placement import HostRoom, LayerCost, Timeline, choose_hosted
 from invivo.engine.training_graph import Graph, Op
 from invivo.errors import InvalidRequest
 from invivo.models.config import ModelConfig
@@ -33,6 +34,12 @@ ATTENTION_RATE = 0.25
 # 393e12 a second, about 4e12 bytes).
 PRODUCTS_A_BYTE = 100
 MOST_UNITS = 20_000  # in which the knapsack counts bytes
+# A layer's backward takes this much of its forward (H200: 57 and 47 ms).
+BACKWARD_WORK = 1.2
+# A budget leaves one part in so many to copies on their way to the host and back.
+UNDER_WAY = 12
+# What may wait in host memory, by whether the feed-forward is gated: one product.
+_PRODUCT = {True: ("mlp.gate", "mlp.up"), False: ("mlp.up",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +121,87 @@ class Budgets:
             for layer in range(self._last + 1)
         ]
 
-    def within(self, *, length: int, max_bytes: int) -> tuple[Kept, dict[int, frozenset[str]]]:
+    def product(self, layer: int) -> frozenset[str]:
+        """The tensors of a layer that may wait in host memory; none where a tape without
+        arithmetic keeps none or only a part of them."""
+        keys = frozenset(f"{layer}.{name}" for name in _PRODUCT[self._config.gated_mlp])
+        return keys if keys <= self.options[0].kept.tape else frozenset()
+
+    def hosted(self, *, length: int, max_bytes: int, room: HostRoom) -> frozenset[int]:
+        """Layers whose product had better wait in host memory while a tape of ``length`` tokens has
+        ``max_bytes`` on the device; none where nothing would run again anyway, or nothing fits."""
+        budget = 8 * max_bytes // length
+        if not self.least_bits <= budget < self.most_bits:
+            return frozenset()
+        spare = self._spare(budget)
+        n = self._config.n_layers
+        forward = [0] * n
+        for op in self.graph.ops:  # without what the kernels fuse
+            if op.layer >= 0 and not op.cheap:
+                forward[op.layer] += self._work(op, length)
+        lowest = min((self.graph.ops[node.op].layer for node in self._nodes), default=0)
+        producers = self.graph.producers()
+        costs = []
+        for layer in range(n):
+            keys = self.product(layer)
+            makers = {id(producers[key]): producers[key] for key in keys}
+            costs.append(
+                LayerCost(
+                    forward[layer],
+                    forward[layer] * BACKWARD_WORK if layer >= lowest else 0.0,
+                    sum(self._work(op, length) for op in makers.values()),
+                    sum(self.graph.tensors[key].bits for key in keys),
+                )
+            )
+        timeline = Timeline(
+            costs,
+            2 * self._config.vocab_size * self._config.d_model,
+            room.products_a_byte / 8,
+            # The tape of the layers below takes its share, those above are not there.
+            [spare + (budget - spare) * (1 - (layer + 1) / n) for layer in range(n)],
+        )
+        found = choose_hosted(timeline, 8 * room.n_bytes // length)
+        least = sum(min(own.values()) for own in self._bits(found))
+        return found if least <= budget - spare else frozenset()
+
+    def _spare(self, budget: int) -> int:
+        """Bits a token that are left to copies under way."""
+        return max(0, min(budget // UNDER_WAY, budget - self.least_bits))
+
+    def _bits(self, hosted: Collection[int]) -> list[dict[int, int]]:
+        """Bits a token that lie on the device by layer and option, of those that there are."""
+        found = []
+        for layer in range(self._last + 1):
+            away = self.product(layer) if layer in hosted else frozenset()
+            bits = sum(self.graph.tensors[key].bits for key in away)
+            own = {
+                i: option.bits[layer] - bits
+                for i, option in enumerate(self.options)
+                if away <= option.kept.tape
+            }
+            found.append(own)
+        return found
+
+    def within(
+        self, *, length: int, max_bytes: int, hosted: Collection[int] = ()
+    ) -> tuple[Kept, dict[int, frozenset[str]]]:
         """The fastest tape of ``length`` tokens that fits, and what runs again, by layer.
+
+        Args:
+            hosted: layers whose :meth:`product` is kept in host memory: its bytes do not count, but
+                a part of the rest is left to copies under way.
 
         Raises:
             InvalidRequest: even the smallest does not fit.
         """
-        chosen = knapsack(self.choices(length), 8 * max_bytes // length)
-        if chosen is None:
+        bits = self._bits(hosted)
+        choices = [
+            [Choice(n, own[i].work) for i, n in there.items()]
+            for own, there in zip(self.choices(length), bits, strict=True)
+        ]
+        budget = 8 * max_bytes // length
+        picked = knapsack(choices, budget - self._spare(budget) if hosted else budget)
+        if picked is None:
             least = -(-self.least_bits * length // 8)
             raise InvalidRequest(
                 f"a text of {length} tokens must keep at least {least} bytes",
@@ -129,6 +209,7 @@ class Budgets:
                 given=max_bytes,
                 remedy="Allow more bytes, or train shorter texts",
             )
+        chosen = [list(there)[at] for there, at in zip(bits, picked, strict=True)]
         tape, cached, read = set(), set(), set()
         for layer, at in enumerate(chosen):
             kept = self.options[at].kept

@@ -113,6 +113,12 @@ class TrainSequence:
         """Rows at which its texts begin."""
         return (0,) if self.packing is None else self.packing.begins
 
+    def drop_tape(self) -> None:
+        """Let go of the tape, wherever it lies."""
+        if self.tape is not None:
+            self.tape.close()
+        self.tape = None
+
     def table_of(self, part: Part) -> torch.Tensor:
         """Blocks of a part's text, and those behind them."""
         assert self.table is not None

@@ -28,6 +28,7 @@ from invivo.engine.bypasses import (
 )
 from invivo.engine.checkpoint import CheckpointWriter, Snapshot
 from invivo.engine.closings import Closing, Part
+from invivo.engine.host_shelf import HostShelf
 from invivo.engine.job_spec import DataSource, JobSpec, OnEvent, Text, check_text
 from invivo.engine.kept_rows import KeptRows
 from invivo.engine.optimizer import Optimizer, clip_factor, learning_rate, total_norm
@@ -114,12 +115,14 @@ class TuningJob:
         validation: DataSource | None = None,
         max_kept_bytes: int = 1 << 30,
         pack_rows: int = 0,
+        shelf: HostShelf | None = None,
     ) -> None:
         """
         Args:
             validation: held-out texts, from the first to the last at every look.
             max_kept_bytes: what the runs of a program may read of each other, in each text.
             pack_rows: most rows of texts that run as one sequence.
+            shelf: host memory for tapes.
 
         Raises:
             InvalidRequest: the bypasses do not fit the model or each other.
@@ -167,6 +170,7 @@ class TuningJob:
             order=order,
             tape_bytes=spec.tape_bytes,
             hooks=hooks,
+            shelf=shelf,
         )
         self.optimizer = Optimizer(spec, self.parameters)
         self.n_layers = config.n_layers - self.trainer.bottom
@@ -447,7 +451,8 @@ class TuningJob:
         self._clear()
         sequence.blocks, sequence.table = [], None
         self.trainer.rewind(sequence)
-        sequence.tape, sequence.dx, sequence.sums = None, None, {}
+        sequence.drop_tape()
+        sequence.dx, sequence.sums = None, {}
         self.n_restarts += 1
 
     def through(self) -> bool:

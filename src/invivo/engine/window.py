@@ -31,11 +31,13 @@ from typing import Literal
 import torch
 
 from invivo.engine.bypasses import BypassSpec, Parameters, TrainBypass
+from invivo.engine.host_shelf import HostShelf
+from invivo.engine.host_tape import HostTape, Product
 from invivo.engine.layer_backward import LayerBackward, differentiable
 from invivo.engine.packing import parts
 from invivo.engine.recording import Piece
 from invivo.engine.rerun import States, replay, rerun_backward
-from invivo.engine.tape import Tape, TapePlan, TapePlanner, layer_inputs
+from invivo.engine.tape import DTYPES, Tape, TapePlan, TapePlanner, layer_inputs
 from invivo.engine.train_sequence import TrainSequence
 from invivo.engine.trained_hooks import TrainedHooks, trained_hooks
 from invivo.engine.transfer import index_on
@@ -67,6 +69,7 @@ class WindowTrainer:
         input_gradients: bool = False,
         tape_bytes: int | None = None,
         hooks: TrainedHooks | None = None,
+        shelf: HostShelf | None = None,
     ) -> None:
         """Plan what is kept.
 
@@ -80,6 +83,8 @@ class WindowTrainer:
                 spares a large product is kept.
             hooks: what is trained is in the programs of the sequences, and there are no specs;
                 ``rerun`` in window order.
+            shelf: host memory for what ``tape_bytes`` have no room for, in layer order; None:
+                there is none.
 
         Raises:
             InvalidRequest: see :func:`invivo.engine.trained_hooks.trained_hooks`.
@@ -112,6 +117,9 @@ class WindowTrainer:
         self._recurrent = config.recurrent
         dtype = decoder.embed.dtype
         self._wide = torch.float64 if dtype == torch.float64 else torch.float32
+        # A backward in window order goes through all layers for every few rows.
+        self._shelf = shelf if (mode, order) == ("tape", "layer") else None
+        self._tape_bytes = tape_bytes
         self._planner: TapePlanner | None = None
         self._inputs: TapePlan | None = None
         self._backward: LayerBackward | None = None
@@ -122,6 +130,7 @@ class WindowTrainer:
                 dtype=dtype,
                 input_gradients=input_gradients,
                 max_bytes=tape_bytes,
+                host=None if self._shelf is None else self._shelf.room,
             )
             self._backward = LayerBackward(decoder, cache, self._hooks)
         elif order == "layer":
@@ -171,12 +180,26 @@ class WindowTrainer:
         if not sequence.held_out:
             shape = (n, decoder.config.d_model)
             sequence.dx = torch.empty(shape, dtype=decoder.embed.dtype, device=device)
-        sequence.tape = None
+        sequence.drop_tape()
         if plan is not None and plan.entries:
-            sequence.tape = Tape.of(plan, n)
+            sequence.tape = self._tape(plan, n)
         sequence.sums = {}
         sequence.d_embeddings = None
         self.rewind(sequence)
+
+    def _tape(self, plan: TapePlan, length: int) -> Tape:
+        """Room for what is planned; where the host has none at the moment, more runs again."""
+        if not plan.hosted:
+            return Tape.of(plan, length)
+        assert self._shelf is not None
+        assert self._tape_bytes is not None
+        assert self._planner is not None
+        hosted = HostTape.lent_by(
+            self._shelf, product_of(plan), sorted(plan.hosted), length, self._tape_bytes
+        )
+        if hosted is None:
+            plan = self._planner.plan(length, hosted=False)
+        return Tape.of(plan, length, hosted)
 
     def rewind(self, sequence: TrainSequence) -> None:
         """Nothing of ``sequence`` has run: its units can be planned from here on."""
@@ -405,7 +428,16 @@ class WindowTrainer:
                 sequence.d_embeddings = sequence.dx
             sequence.sums = {}
             sequence.entering = {}
-            sequence.tape = sequence.dx = None
+            sequence.drop_tape()
+            sequence.dx = None
+
+
+def product_of(plan: TapePlan) -> Product:
+    """What a plan keeps in host memory of each of its layers."""
+    layer = min(plan.hosted)
+    names = ("mlp.gate", "mlp.up") if (layer, "mlp.gate") in plan.entries else ("mlp.up",)
+    entry = plan.entries[layer, "mlp.up"]
+    return Product(names, entry.shape[0], DTYPES[entry.dtype])
 
 
 def _is_whole(sequence: TrainSequence, unit: BackwardUnit) -> bool:
