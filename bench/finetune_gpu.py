@@ -69,7 +69,7 @@ LLAMA_8B = ModelConfig(
 )
 RANK, ALPHA = 16, 32
 LENGTH, LONG = 2048, 8192
-HOST_BYTES = 3 << 30  # page-locked, where a row says "host"
+HOST_BYTES = 4 << 30  # page-locked, where a row says "host"
 EARLIER_PEFT_GIB = 14.8  # where peft cannot be measured
 GIB = 2**30
 
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument("--only", nargs="+", default=[], help="parts, by their names; all")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, on any device")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
@@ -151,6 +152,7 @@ def main() -> None:
         )  # fmt: skip
         length, long = 40, 96
     results = Results(args.out, description(device))
+    wanted = set(args.only)
     rate = 0.0
     if device.is_cuda:
         with results.part("ceilings"):
@@ -158,13 +160,15 @@ def main() -> None:
             rate = ceilings.flops_per_s
             results.body["matmul_tflops"] = rate / 1e12
         device.clean()
-    with results.part("kernels"):
-        results.body["kernels"] = time_kernels(config, device, length)
-    device.clean()
+    if not wanted or "kernels" in wanted:
+        with results.part("kernels"):
+            results.body["kernels"] = time_kernels(config, device, length)
+        device.clean()
     floor = floor_of(config, length, rate)
-    with results.part("peft"):
-        results.body["rows"] += time_rivals(config, device, length, args.steps, floor)
-    device.clean()
+    if not wanted or "peft" in wanted:
+        with results.part("peft"):
+            results.body["rows"] += time_rivals(config, device, length, args.steps, floor)
+        device.clean()
     plain = next((row for row in results.body["rows"] if row["what"].startswith("peft")), None)
     limit = int(EARLIER_PEFT_GIB * GIB / 8) if plain is None else plain["peak_bytes"] // 8
     results.body["limit_bytes"] = limit
@@ -175,26 +179,32 @@ def main() -> None:
         for what, options in (
             ("ours, everything kept", {}),
             ("ours, an eighth of peft's memory", {"limit": limit}),
-            ("the same, a part on the host", {"limit": limit, "host": HOST_BYTES}),
             ("the same, backward in halves", {"limit": limit, "rows": length // 2}),
             ("the same, torch's flash backward", {"limit": limit, "by": torch_flash_backward}),
             ("the same, our own backward", {"limit": limit, "by": our_own_backward}),
+            ("ours, an eighth, a part on the host", {"limit": limit, "host": HOST_BYTES}),
             ("ours, a quarter of peft's memory", {"limit": 2 * limit}),
+            ("ours, a quarter, a part on the host", {"limit": 2 * limit, "host": HOST_BYTES}),
             ("ours, everything kept, our own backward", {"by": our_own_backward}),
         ):
-            if "by" in options and not device.is_cuda:
+            if ("by" in options and not device.is_cuda) or (wanted and what not in wanted):
                 continue
             with results.part(what):
                 row = ours.measure(what, length, args.steps, floor, **options)
                 results.body["rows"].append(row)
             device.clean()
-        with results.part(f"ours, {long} tokens"):
-            far = floor_of(config, long, rate)
-            results.body["rows"].append(
-                ours.measure(f"ours, {long} tokens", long, 2, far, limit=4 * limit, rows=length)
-            )
-        device.clean()
-        if device.is_cuda:
+        for what, options in (
+            (f"ours, {long} tokens", {}),
+            (f"ours, {long} tokens, a part on the host", {"host": 3 * HOST_BYTES}),
+        ):
+            if wanted and what not in wanted:
+                continue
+            with results.part(what):
+                far = floor_of(config, long, rate)
+                options |= {"limit": 4 * limit, "rows": length}
+                results.body["rows"].append(ours.measure(what, long, 2, far, **options))
+            device.clean()
+        if device.is_cuda and (not wanted or "profile" in wanted):
             with results.part("profile"):
                 results.body["profile"] = ours.profile(length, limit)
     show(results.body)

@@ -97,7 +97,7 @@ def plan(
     host_gb_per_s: Annotated[
         float,
         typer.Option("--host-gb-per-s", help="What is copied there.", rich_help_panel=SEQUENCE),
-    ] = 55.0,
+    ] = 52.0,
     dtype: Annotated[str, typer.Option("--dtype", help="Of weights and activations.")] = "bfloat16",
     every: Annotated[bool, typer.Option("--all", help="Show dropped tensors too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,

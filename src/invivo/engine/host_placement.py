@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-# An H200 copies 55e9 bytes a second over PCIe 5 (52e9 where both ways are busy), and makes 360e12
+# An H200 copies 55e9 bytes a second over PCIe 5, 52e9 where both ways are busy, and makes 360e12
 # multiplications in step after step. What counts is the one against the other.
-GB_PER_S = 55.0
+GB_PER_S = 52.0
 PRODUCTS_PER_S = 360e12
 
 
