@@ -59,17 +59,17 @@ def whole_text_backward(
     n_rows = q.shape[0]
     k, v = gather_text(k_cache, v_cache, blocks, n_rows)
     # torch keeps one plan for all layouts of the outputs: each tensor must always have the same.
-    given = (x.contiguous().transpose(0, 1)[None] for x in (dz, q, k, v, z))
-    d_q, d_k, d_v = _backward(*given, lse=lse.T.contiguous()[None], scale=scale)
+    given = (x.contiguous().transpose(0, 1).unsqueeze(0) for x in (dz, q, k, v, z))
+    d_q, d_k, d_v = _backward(*given, lse=lse.T.contiguous().unsqueeze(0), scale=scale)
     for total, gradient in ((dk, d_k), (dv, d_v)):
         if total is None:
             continue
-        own = gradient[0].transpose(0, 1)
+        own = gradient.squeeze(0).transpose(0, 1)
         if fresh:
             total[:n_rows] = own
         else:
             total[:n_rows] += own
-    return d_q[0].transpose(0, 1)
+    return d_q.squeeze(0).transpose(0, 1)
 
 
 def _backward(
@@ -85,15 +85,21 @@ def _backward(
     """dz, q, z [1, H, s, D], k and v [1, G, s, D], lse [1, H, s] float32: gradients by q, k, v."""
     if _sums_have_a_last_dimension(q.device):
         lse = lse[..., None]
-    unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # seed and offset of a dropout
     n = q.shape[2]
     gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = (
         torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dz, q, k, v, z, lse, unused[0], unused[1], None, None, None, n, n, 0.0, True,
+            dz, q, k, v, z, lse, *_no_dropout(q.device), None, None, None, n, n, 0.0, True,
             scale=scale,
         )
     )  # fmt: skip
     return gradients
+
+
+@cache
+def _no_dropout(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seed and offset of a dropout that there is not."""
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    return zero, zero
 
 
 @cache

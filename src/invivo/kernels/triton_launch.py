@@ -12,7 +12,7 @@ Tensors must lie where the kernel runs; only the first launch of a form checks i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,26 @@ class Launch:
 
     def _plainly(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> Any:
         return self._kernel[grid](*args, **self._sizes)
+
+
+def start_at(
+    compiled: Any, grid: tuple[int, int, int]
+) -> Callable[[Sequence[Any], int], object] | None:
+    """A call (arguments, stream) that starts what Triton's launch gave back.
+
+    Args:
+        compiled: the call takes the place of ``compiled[grid]``.
+
+    Returns:
+        None for what was not compiled.
+    """
+    if not hasattr(compiled, "packed_metadata"):
+        return None
+    if not triton.__version__.startswith(VERSION):
+        runner = compiled[grid]
+        return lambda arguments, stream: runner(*arguments, stream=stream)
+    starter = Starter.of(compiled, ())
+    return lambda arguments, stream: starter.call(*grid, stream, *starter.first, *arguments)
 
 
 def hooks_are_set() -> bool:

@@ -7,11 +7,14 @@ adapters it contains. Rows without adapter cost the reading of their index.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
 from invivo.kernels.rounding import ceil_div, power_of_2
+from invivo.kernels.triton_launch import Launch
 
 # Up to this many rows each reads its own matrices.
 ROWS_EACH = 256
@@ -189,28 +192,52 @@ def lora_add_triton(
         width = max(16, SHRINK_SIZE // rank_pad)
         pieces = ceil_div(d_in, width)
         partial = torch.empty((n_rows, pieces, rank), dtype=torch.float32, device=x.device)
-        _shrink_rows_kernel[(n_rows, pieces)](
-            x, a, index, partial, n_slots, x.stride(0),
-            D_IN=d_in, RANK=rank, RANK_PAD=rank_pad, WIDTH=width, num_warps=4,
-        )  # fmt: skip
+        shrink = _shrink_rows(d_in, rank, width)
+        shrink((n_rows, pieces), x, a, index, partial, n_slots, x.stride(0))
         width = max(16, EXPAND_SIZE // rank_pad)
-        _expand_rows_kernel[(n_rows, ceil_div(d_out, width))](
-            y, b, index, partial, n_slots, pieces, y.stride(0),
-            D_OUT=d_out, RANK=rank, RANK_PAD=rank_pad, WIDTH=width,
-            PIECES_PAD=power_of_2(pieces), num_warps=4,
-        )  # fmt: skip
+        expand = _expand_rows(d_out, rank, width, pieces)
+        grid = (n_rows, ceil_div(d_out, width))
+        expand(grid, y, b, index, partial, n_slots, pieces, y.stride(0))
         return y
     upcast = x.device.type == "cpu" and x.dtype == torch.bfloat16  # for the interpreter
     shrunk = torch.empty((n_rows, rank), dtype=x.dtype, device=x.device)
     tiles = ceil_div(n_rows, TILE_ROWS)
-    _shrink_tile_kernel[(tiles,)](
-        x, a, index, shrunk, n_rows, n_slots, x.stride(0),
-        D_IN=d_in, RANK=rank, RANK_PAD=rank_pad, ROWS=TILE_ROWS, WIDTH=128,
-        UPCAST=upcast, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    _expand_tile_kernel[(tiles, ceil_div(d_out, TILE_WIDTH))](
-        y, b, index, shrunk, n_rows, n_slots, y.stride(0),
-        D_OUT=d_out, RANK=rank, RANK_PAD=rank_pad, ROWS=TILE_ROWS, WIDTH=TILE_WIDTH,
-        UPCAST=upcast, num_warps=4,
-    )  # fmt: skip
+    shrink = _shrink_tile(d_in, rank, upcast)
+    shrink((tiles,), x, a, index, shrunk, n_rows, n_slots, x.stride(0))
+    expand = _expand_tile(d_out, rank, upcast)
+    grid = (tiles, ceil_div(d_out, TILE_WIDTH))
+    expand(grid, y, b, index, shrunk, n_rows, n_slots, y.stride(0))
     return y
+
+
+@cache
+def _shrink_rows(d_in: int, rank: int, width: int) -> Launch:
+    return Launch(_shrink_rows_kernel, D_IN=d_in, WIDTH=width, num_warps=4, **_ranks(rank))
+
+
+@cache
+def _expand_rows(d_out: int, rank: int, width: int, pieces: int) -> Launch:
+    return Launch(
+        _expand_rows_kernel, D_OUT=d_out, WIDTH=width, PIECES_PAD=power_of_2(pieces), num_warps=4,
+        **_ranks(rank),
+    )  # fmt: skip
+
+
+@cache
+def _shrink_tile(d_in: int, rank: int, upcast: bool) -> Launch:
+    return Launch(
+        _shrink_tile_kernel, D_IN=d_in, ROWS=TILE_ROWS, WIDTH=128, UPCAST=upcast,
+        num_warps=4, num_stages=3, **_ranks(rank),
+    )  # fmt: skip
+
+
+@cache
+def _expand_tile(d_out: int, rank: int, upcast: bool) -> Launch:
+    return Launch(
+        _expand_tile_kernel, D_OUT=d_out, ROWS=TILE_ROWS, WIDTH=TILE_WIDTH, UPCAST=upcast,
+        num_warps=4, **_ranks(rank),
+    )  # fmt: skip
+
+
+def _ranks(rank: int) -> dict[str, int]:
+    return {"RANK": rank, "RANK_PAD": max(16, power_of_2(rank))}
