@@ -150,7 +150,10 @@ def test_pieces_of_keys_are_of_one_length_and_as_many_as_the_device_wants(
 
 @pytest.mark.parametrize(("head_dim", "n_groups", "block_size"), [(80, 3, 16), (64, 1, 32)])
 @pytest.mark.parametrize("window", [None, 50])
-def test_attention_over_keys_gathered_for_bulk_reads(head_dim, n_groups, block_size, window):
+def test_attention_over_keys_gathered_for_bulk_reads(
+    head_dim, n_groups, block_size, window, monkeypatch
+):
+    monkeypatch.setattr(triton_attention, "BULK_PAIRS", 1)
     shape = AttentionShape(n_heads=6, n_groups=n_groups, head_dim=head_dim, block_size=block_size)
     spans = [(1, 40), (1, 3), (200, 200), (2, 129), (60, 300)]
     check_attention(spans, shape, dtype=torch.float16, window=window)
@@ -159,6 +162,7 @@ def test_attention_over_keys_gathered_for_bulk_reads(head_dim, n_groups, block_s
 @pytest.mark.parametrize("kept", [0, 2**25])
 def test_rooms_for_gathered_keys_serve_one_layer_after_the_other(kept, monkeypatch):
     monkeypatch.setattr(triton_pages, "KEPT_BYTES", kept)
+    monkeypatch.setattr(triton_attention, "BULK_PAIRS", 1)
     shape = AttentionShape(n_heads=2, n_groups=1, head_dim=64)
     case = make_attention_case([(1, 9), (257, 300)], shape, dtype=torch.float16)
     q, k_cache, _, layout = on_device(case)
