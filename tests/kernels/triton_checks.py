@@ -458,6 +458,21 @@ def test_heads_turned_and_turned_back(head_dim, half):
     assert relative_error(back, wide) < 1e-6
 
 
+@pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (80, 20), (48, 24)])
+def test_gradients_before_the_rotary_embedding(head_dim, half):
+    n_heads, n_groups = 5, 2
+    dq = random(7, n_heads, head_dim, dtype=torch.float16)
+    dk, dv = (random(9, n_groups, head_dim, seed=s)[1:8] for s in (1, 2))
+    angles = random(40, half, seed=3)
+    positions = torch.tensor([3, 39, 0, 7, 7, 8, 9], device=DEVICE)
+    tables = (angles.cos(), angles.sin(), positions)
+    wanted = torch.empty(7, n_heads + 2 * n_groups, head_dim, dtype=torch.float64, device=DEVICE)
+    rotary.turn_back(dq.double(), dk.double(), dv.double(), *tables, wanted)
+    got = torch.full_like(wanted, torch.nan, dtype=torch.float32)
+    triton_rotary.turn_back_triton(dq, dk, dv, *tables, got)
+    assert relative_error(got, wanted) < 1e-6
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_cross_entropy(softcap, weighted, monkeypatch):

@@ -28,7 +28,7 @@ from invivo.kernels.linear import linear as linear_map
 from invivo.kernels.norm import rms_norm
 from invivo.kernels.norm_backward import layer_norm_backward, rms_norm_backward
 from invivo.kernels.paging import PagedLayout
-from invivo.kernels.rotary import turn_heads
+from invivo.kernels.rotary import turn_back, turn_heads
 from invivo.models.cache import KVCache
 from invivo.models.decoder import Decoder, Layer
 from invivo.models.feedforward.mlp import MLP
@@ -607,23 +607,11 @@ class _Window:
         dq = found[0] if len(found) == 1 else _joined(found)
         for name in ("attn.q.final", "attn.z", "attn.lse"):
             self.made.pop(name, None)
-        # Every part is written where the map's gradient reads it.
-        d_qkv = d_z.new_empty(d_z.shape[0], sum(mixer.split), mixer.head_dim)
-        to_q, to_k, to_v = d_qkv.split_with_sizes(mixer.split, 1)
-        d_q = self.turned(dq, to_q, backward=True) if queries and dq is not None else None
-        d_k = d_v = None
-        if dk is not None:
-            own = self.turned(self.rows_in(dk), to_k, backward=True)
-            d_k = self.rows_vjp("attn.kvhead.k", own)
-        if dv is not None:
-            d_v = self.rows_vjp("attn.kvhead.v", to_v.copy_(self.rows_in(dv)))
+        d_qkv = d_z.new_empty((d_z.shape[0], sum(mixer.split), mixer.head_dim))
+        self.split_backward(dq if queries else None, dk, dv, d_qkv)
         if self.is_last("attn.kvhead.k"):
             return None
-        self.map_output_backward("attn.q", d_q, to_q)
-        self.map_output_backward("attn.k", d_k, to_k)
-        self.map_output_backward("attn.v", d_v, to_v)
-        d_qkv = d_qkv.flatten(1)
-        d_in = self.linear_vjp("qkv", mixer.qkv, d_qkv)
+        d_in = self.linear_vjp("qkv", mixer.qkv, d_qkv.flatten(1))
         d_in = None if d_in is None else self.rows_vjp("attn.in", d_in)
         if d_in is None:
             return None
@@ -632,6 +620,36 @@ class _Window:
             return self.rows_vjp("resid.pre", d_mid + d_in)
         before = self.get("resid.pre")
         return self.rows_vjp("resid.pre", norm_backward(norm, d_in, before, d_mid))
+
+    def split_backward(
+        self,
+        dq: torch.Tensor | None,
+        dk: torch.Tensor | None,
+        dv: torch.Tensor | None,
+        d_qkv: torch.Tensor,
+    ) -> None:
+        """From queries as they attend, and the sums of keys and values, back to what the map gave:
+        every part is written where the map's gradient reads it, ``d_qkv`` [s, H + 2 G, D]."""
+        mixer, rope = self.mixer, self.decoder.rope_of(self.index)
+        own_k, own_v = (None if d is None else self.rows_in(d) for d in (dk, dv))
+        hooked = not self.hooked.isdisjoint(("attn.kvhead.k", "attn.kvhead.v"))
+        straight = mixer.qk_norm == "none" and mixer.qkv_clip is None and not hooked
+        if straight and not (rope is None or dq is None or own_k is None or own_v is None):
+            positions = self.sequence.positions(self.start, self.stop)
+            turn_back(dq, own_k, own_v, *rope, positions, d_qkv)
+            return
+        to_q, to_k, to_v = d_qkv.split_with_sizes(mixer.split, 1)
+        d_q = None if dq is None else self.turned(dq, to_q, backward=True)
+        d_k = d_v = None
+        if own_k is not None:
+            d_k = self.rows_vjp("attn.kvhead.k", self.turned(own_k, to_k, backward=True))
+        if own_v is not None:
+            d_v = self.rows_vjp("attn.kvhead.v", to_v.copy_(own_v))
+        if self.is_last("attn.kvhead.k"):
+            return
+        self.map_output_backward("attn.q", d_q, to_q)
+        self.map_output_backward("attn.k", d_k, to_k)
+        self.map_output_backward("attn.v", d_v, to_v)
 
     def map_output_backward(self, name: str, d: torch.Tensor | None, out: torch.Tensor) -> None:
         """Back through clip and QK-norm to what the map gave, into ``out`` [s, heads, D].

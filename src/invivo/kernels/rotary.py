@@ -61,6 +61,31 @@ def turn_heads(
     out.copy_(turn_rows(x, c, -s if backward else s))
 
 
+def turn_back(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Gradients by queries and keys before the rotary embedding, and by values, side by side.
+
+    From those behind it, dq [T, H, D], and dk and dv [T, G, D] of dtypes of their own, into
+    ``out`` [T, H + 2 G, D], contiguous; one kernel on a GPU.
+    """
+    if runs_triton(dq, dk, dv, out):
+        from invivo.kernels.triton_rotary import turn_back_triton
+
+        turn_back_triton(dq, dk, dv, cos, sin, positions, out)
+        return
+    to_q, to_k, to_v = out.split_with_sizes([x.shape[1] for x in (dq, dk, dv)], 1)
+    turn_heads(dq, cos, sin, positions, to_q, backward=True)
+    turn_heads(dk, cos, sin, positions, to_k, backward=True)
+    to_v.copy_(dv)
+
+
 def rotary_rows(
     cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -110,7 +110,7 @@ def _store_launch(n_heads: int, n_groups: int, head_dim: int, half: int) -> Laun
 
 
 def _head_sizes(head_dim: int, half: int) -> dict[str, int]:
-    """Constants of both kernels."""
+    """Constants of all kernels."""
     rest = head_dim - 2 * half
     return {
         "D": head_dim,
@@ -171,3 +171,78 @@ def turn_heads_triton(
 @cache
 def _turn_launch(n_heads: int, head_dim: int, half: int) -> Launch:
     return Launch(_turn_kernel, N_HEADS=n_heads, **_head_sizes(head_dim, half))
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions"])
+def _turn_back_kernel(
+    dq, dk, dv, cos, sin, positions, out, q_stride, k_stride, v_stride,
+    N_HEADS: tl.constexpr, N_GROUPS: tl.constexpr, D: tl.constexpr,
+    HALF: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr,
+    HEADS_EACH: tl.constexpr,
+):  # fmt: skip
+    """One row and some of its heads: queries first, then keys, then values.
+
+    Grid (rows, cdiv(N_HEADS + 2 N_GROUPS, HEADS_EACH)).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS_EACH + tl.arange(0, HEADS_EACH)
+    is_q = (head < N_HEADS)[:, None]
+    is_k = ((head >= N_HEADS) & (head < N_HEADS + N_GROUPS))[:, None]
+    is_v = ((head >= N_HEADS + N_GROUPS) & (head < N_HEADS + 2 * N_GROUPS))[:, None]
+    q_row = (dq + row * q_stride + head * D)[:, None]
+    k_row = (dk + row * k_stride + (head - N_HEADS) * D)[:, None]
+    v_row = (dv + row * v_stride + (head - N_HEADS - N_GROUPS) * D)[:, None]
+    target = (out + row * ((N_HEADS + 2 * N_GROUPS) * D) + head * D)[:, None]
+    kind = out.dtype.element_ty
+
+    pair = tl.arange(0, HALF_PAD)
+    inside = (pair < HALF)[None, :]
+    angle = tl.load(positions + row) * HALF + pair
+    c = tl.load(cos + angle, mask=pair < HALF, other=1.0).to(tl.float32)[None, :]
+    s = tl.load(sin + angle, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
+    first, second = pair[None, :], pair[None, :] + HALF
+    a = tl.load(q_row + first, mask=is_q & inside, other=0.0).to(tl.float32)
+    b = tl.load(q_row + second, mask=is_q & inside, other=0.0).to(tl.float32)
+    a += tl.load(k_row + first, mask=is_k & inside, other=0.0).to(tl.float32)
+    b += tl.load(k_row + second, mask=is_k & inside, other=0.0).to(tl.float32)
+    turns = (is_q | is_k) & inside
+    tl.store(target + first, (a * c + b * s).to(kind), mask=turns)
+    tl.store(target + second, (b * c - a * s).to(kind), mask=turns)
+    a = tl.load(v_row + first, mask=is_v & inside, other=0.0)
+    b = tl.load(v_row + second, mask=is_v & inside, other=0.0)
+    tl.store(target + first, a.to(kind), mask=is_v & inside)
+    tl.store(target + second, b.to(kind), mask=is_v & inside)
+    if REST_PAD > 0:  # dimensions that do not turn
+        rest = 2 * HALF + tl.arange(0, REST_PAD)[None, :]
+        inside = rest < D
+        value = tl.load(q_row + rest, mask=is_q & inside, other=0.0).to(tl.float32)
+        value += tl.load(k_row + rest, mask=is_k & inside, other=0.0).to(tl.float32)
+        value += tl.load(v_row + rest, mask=is_v & inside, other=0.0).to(tl.float32)
+        tl.store(target + rest, value.to(kind), mask=(is_q | is_k | is_v) & inside)
+
+
+def turn_back_triton(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """The function of ``turn_back`` in ``rotary.py``; cos and sin are whole tables."""
+    n_rows, n_heads, head_dim = dq.shape
+    n_groups = dk.shape[1]
+    assert all(x.stride()[1:] == (head_dim, 1) for x in (dq, dk, dv))
+    assert out.is_contiguous()
+    _back_launch(n_heads, n_groups, head_dim, cos.shape[1])(
+        (n_rows, ceil_div(n_heads + 2 * n_groups, HEADS_EACH)),
+        dq, dk, dv, cos, sin, positions, out, dq.stride(0), dk.stride(0), dv.stride(0),
+    )  # fmt: skip
+
+
+@cache
+def _back_launch(n_heads: int, n_groups: int, head_dim: int, half: int) -> Launch:
+    return Launch(
+        _turn_back_kernel, N_HEADS=n_heads, N_GROUPS=n_groups, **_head_sizes(head_dim, half)
+    )
