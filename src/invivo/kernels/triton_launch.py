@@ -149,7 +149,8 @@ class Launch:
         starter = pattern.starters.get(form)
         if starter is None:
             compiled = self._plainly(grid, args)
-            pattern.starters[form] = Starter.of(compiled, self._constants)
+            if compiled is not None:  # a hook may keep Triton from compiling
+                pattern.starters[form] = Starter.of(compiled, self._constants)
             return
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         stream = driver.active.get_current_stream(device)
