@@ -23,6 +23,7 @@ from invivo.kernels.triton_launch import Launch
 LOG2E = tl.constexpr(1.4426950408889634)
 # Programs to aim at: a few for each of the 132 multiprocessors of an H200.
 PROGRAMS = 528
+SUMMED = 1024  # numbers that one program adds up
 
 
 class Tile(NamedTuple):
@@ -194,6 +195,30 @@ def _key_kernel(
         tl.store(dv + place, sum_v, mask=mask)
 
 
+@triton.jit
+def _sum_kernel(
+    parts, other_parts, total, other, n,
+    PARTS: tl.constexpr, FRESH: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Add the parts [PARTS, n] of one sum. Grid (cdiv(n, N), 1 or both sums)."""
+    source, target = parts, total
+    if tl.program_id(1) == 1:
+        source, target = other_parts, other
+    place = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    mask = place < n
+    value = tl.load(source + place, mask=mask)
+    for part in range(1, PARTS):
+        value += tl.load(source + part * n.to(tl.int64) + place, mask=mask)
+    if not FRESH:
+        value += tl.load(target + place, mask=mask)
+    tl.store(target + place, value, mask=mask)
+
+
+@cache
+def _sum_launch(parts: int, fresh: bool) -> Launch:
+    return Launch(_sum_kernel, PARTS=parts, FRESH=fresh, N=SUMMED, num_warps=4)
+
+
 def attention_backward_triton(
     dz: torch.Tensor,
     q: torch.Tensor,
@@ -260,12 +285,12 @@ def attention_backward_triton(
         scale, cap, start, n_rows, low, n_keys, q.stride(0), dz.stride(0),
     )  # fmt: skip
     if each < repeat:
-        for total, parts in zip(into, sums, strict=True):
-            if total is not None and parts is not None:
-                if fresh:
-                    torch.sum(parts, 0, out=total)
-                else:
-                    total += parts.sum(0)
+        pairs = [(a, b) for a, b in zip(sums, into, strict=True) if a is not None and b is not None]
+        (parts, total), (other_parts, other) = pairs[0], pairs[-1]
+        _sum_launch(repeat // each, fresh)(
+            (ceil_div(total.numel(), SUMMED), len(pairs)),
+            parts, other_parts, total, other, total.numel(),
+        )  # fmt: skip
     return dq
 
 
