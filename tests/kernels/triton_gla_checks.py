@@ -117,8 +117,13 @@ def test_gates_from_logits():
 
 
 def test_spans_cut_into_segments(monkeypatch):
-    monkeypatch.setattr(passes, "segment_rows_for", lambda *_: 64)
-    check([70, 0, 1, 130])
+    monkeypatch.setattr(passes, "segment_rows_for", lambda *_: 128)
+    check([70, 0, 1, 300])
+
+
+def test_outputs_from_kept_states(monkeypatch):
+    monkeypatch.setattr(passes, "STREAMED", 0)
+    check([5, 200, 0, 128, 1])
 
 
 def test_some_chunks_steep_and_some_mild():
@@ -304,11 +309,12 @@ def test_passes_launched_again_on_another_stream_and_in_a_graph(monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [[0], [63, 1], [0, 0, 200, 0, 64]])
-@pytest.mark.parametrize("segment_rows", [0, 128])
+@pytest.mark.parametrize("segment_rows", [0, 256])
 def test_every_row_lies_in_one_chunk_and_one_segment(lengths, segment_rows):
     start = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
     laid = tables.lay_out(Room(start.device), start, sum(lengths), segment_rows)
-    for table, unit in ((laid.chunks, 64), (laid.segments, segment_rows or 10**6)):
+    units = {64: laid.chunks, 128: laid.couples, segment_rows or 10**6: laid.segments}
+    for unit, table in units.items():
         found = [(a, a + n) for a, n, *_ in table.tolist() if n]
         wanted = [
             (at, min(at + unit, stop))
@@ -316,6 +322,13 @@ def test_every_row_lies_in_one_chunk_and_one_segment(lengths, segment_rows):
             for at in range(begin, stop, unit)
         ]
         assert found == wanted
-    chunk_rows = [a for a, _ in laid.chunks.tolist()]
-    for first, n, slot in laid.segments.tolist():
+    chunk_rows = [a for a, *_ in laid.chunks.tolist()]
+    for first, n, slot in [*laid.couples.tolist(), *laid.segments.tolist()]:
         assert n == 0 or chunk_rows[slot] == first
+    for first, n, slot in laid.couples.tolist():
+        for second in range(-(-n // 64)):
+            assert laid.chunks[slot + second].tolist() == [
+                first + 64 * second,
+                min(n - 64 * second, 64),
+                second,
+            ]

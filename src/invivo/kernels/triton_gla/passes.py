@@ -13,19 +13,14 @@ import torch
 from invivo.kernels.rounding import ceil_div
 from invivo.kernels.triton_gla.gradient import gradient
 from invivo.kernels.triton_gla.loads import aligned, by_rows
+from invivo.kernels.triton_gla.outputs import outputs
 from invivo.kernels.triton_gla.pairs import within_chunks
+from invivo.kernels.triton_gla.states import keep_states
 from invivo.kernels.triton_gla.stream import stream
-from invivo.kernels.triton_gla.tables import (
-    WANTED,
-    WANTED_WIDE,
-    WIDE_VALUES,
-    Chunks,
-    lay_out,
-    padded,
-    segment_rows_for,
-    stream_tile,
-)
+from invivo.kernels.triton_gla.tables import Chunks, lay_out, padded, segment_rows_for
 from invivo.kernels.triton_replay import Room, Tensors, run
+
+STREAMED = 128  # key channels up to which the forward pass carries its states in registers
 
 _Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -85,7 +80,11 @@ def _forward(
     end = room.result(_state_shape(q, v, span_start), torch.float32) if want_state else None
     chunks = _lay_out(room, q, v, span_start)
     within = within_chunks(room, q, k, v, g, chunks, scale=scale, tau=tau, kind=_product_kind(q))
-    stream(room, v, within, chunks, span_start, q.shape[2], start=start, end=end, out=out)
+    if padded(q.shape[2]) <= STREAMED:
+        stream(room, v, within, chunks, span_start, q.shape[2], out, start=start, end=end)
+    else:
+        kept = keep_states(room, v, within, chunks, span_start, q.shape[2], start=start, end=end)
+        outputs(room, v, within, kept, chunks, out)
     return out, end
 
 
@@ -109,13 +108,11 @@ def _backward(
         d_start = room.result(_state_shape(q, v, span_start), torch.float32)
     dv = room.result(v.shape, v.dtype)
     within = within_chunks(room, q, k, v, g, chunks, scale=scale, tau=tau, kind=kind, dz=dz)
-    kept = stream(room, v, within, chunks, span_start, channels, start=start, keep=True)
-    d_kept = stream(
-        room, dz, within, chunks, span_start, channels,
-        reverse=True, start=d_end, end=d_start, keep=True, out=dv,
-    )  # fmt: skip
-    assert kept is not None
-    assert d_kept is not None
+    kept = keep_states(room, v, within, chunks, span_start, channels, start=start)
+    d_kept = keep_states(
+        room, dz, within, chunks, span_start, channels, reverse=True, start=d_end, end=d_start
+    )
+    outputs(room, dz, within, d_kept, chunks, dv, reverse=True)
     dq, dk, dg = gradient(room, q, k, v, g, dz, within, kept, d_kept, chunks, scale=scale, tau=tau)
     return dq, dk, dv, dg, d_start
 
@@ -137,10 +134,6 @@ def _product_kind(q: torch.Tensor) -> torch.dtype:
 
 
 def _lay_out(room: Room, q: torch.Tensor, v: torch.Tensor, span_start: torch.Tensor) -> Chunks:
-    n_spans, n_heads, width = span_start.shape[0] - 1, q.shape[1], v.shape[2]
-    wide = _product_kind(q) == torch.float32
-    tile = stream_tile(padded(q.shape[2]), width, wide=wide, tracks=n_spans * n_heads)
-    programs = n_heads * ceil_div(width, tile.v)
-    wanted = WANTED_WIDE if tile.v == WIDE_VALUES else WANTED
-    rows = segment_rows_for(q.shape[0], n_spans, programs, wanted)
+    tracks = q.shape[1] * ceil_div(padded(q.shape[2]), 64) * ceil_div(v.shape[2], 64)
+    rows = segment_rows_for(q.shape[0], span_start.shape[0] - 1, tracks)
     return lay_out(room, span_start, q.shape[0], rows)
