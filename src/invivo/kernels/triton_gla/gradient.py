@@ -118,9 +118,10 @@ def _gradient_kernel(
         # The diagonal alone is wanted; the matrix units have the time.
         products = tl.dot(tl.trans(state), d_state, products, input_precision=PRECISION)
         read = tl.dot(dz_rows, state, read, input_precision=PRECISION)
-        # n is not 0; but the product is waited for, before the next tiles come into the place of
-        # its operands (of states, Triton 3.6 has one place less than it needs for that).
-        written = tl.where(n == 0, 0.0, written)
+        # n is not below 0; but so the products are waited for before tiles to come are read into
+        # the place of theirs (Triton 3.6 has one place too few for tiles that are also read into
+        # registers, as those of states are above).
+        written = tl.where(n < 0, 0.0, written)
         written = tl.dot(v_rows, d_state, written, input_precision=PRECISION)
 
     dims = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -165,8 +166,8 @@ def _gradient_kernel(
 
 @triton.jit
 def _rows_gradient(
-    q, k, g, dq, dk, dg, read, d_written, passing, d_pairs, d_rest, lower, d_own, chunk_ends, place, first, n,
-    dims, head, scale, tau, q_stride, k_stride, g_stride,
+    q, k, g, dq, dk, dg, read, d_written, passing, d_pairs, d_rest, lower, d_own, chunk_ends,
+    place, first, n, dims, head, scale, tau, q_stride, k_stride, g_stride,
     N_HEADS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, C: tl.constexpr,
     FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -218,16 +219,16 @@ def _steep_gradient_kernel(
         return
     for tile in range(tl.cdiv(K, BLOCK_K)):
         _steep_gradient(
-            q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, d_rest, d_own, chunks, place, n, head, slot,
-            tile, scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
+            q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, d_rest, d_own, chunks, place, n, head,
+            slot, tile, scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
             N_HEADS, K, V, V_PAD, C, SUB_ROWS, BLOCK_K, BLOCK_V, FROM_LOGITS, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _steep_gradient(
-    q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, d_rest, d_own, chunks, place, n, head, slot,
-    tile, scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
+    q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, d_rest, d_own, chunks, place, n, head,
+    slot, tile, scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
     N_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, V_PAD: tl.constexpr,
     C: tl.constexpr, SUB_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr,

@@ -54,10 +54,12 @@ def _outputs_kernel(
         far_rows = readers.load([far * C, begin])
         between = writers.load([near * C, begin])
         factor = tl.load(decay + near.to(tl.int64) * K_PAD + begin + tl.arange(0, BLOCK_K))
-        read = tl.dot(near_rows, state, read, input_precision=PRECISION)
-        across = tl.dot(far_rows, tl.trans(between), across, input_precision=PRECISION)
         decayed = (far_rows.to(tl.float32) * factor[None, :]).to(kind)
         far_read = tl.dot(decayed, state, far_read, input_precision=PRECISION)
+        read = tl.dot(near_rows, state, read, input_precision=PRECISION)
+        # Waited for, as in the gradient's kernel: n is not below 0.
+        across = tl.where(n < 0, 0.0, across)
+        across = tl.dot(far_rows, tl.trans(between), across, input_precision=PRECISION)
 
     values = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     row = near_part * C + at

@@ -97,7 +97,7 @@ def pair_tile(k: int, v: int, *, wide: bool) -> PairTile:
     """wide: the products are of float32."""
     if wide:
         return PairTile(min(32, k), min(32, padded(v)), 4, 1)
-    return PairTile(min(64, k), min(64, padded(v)), 4, 3)
+    return PairTile(min(32, k), min(64, padded(v)), 4, 3)
 
 
 def stream_tile(k: int, v: int, *, wide: bool) -> StreamTile:
