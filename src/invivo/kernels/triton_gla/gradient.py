@@ -219,8 +219,8 @@ def _steep_gradient_kernel(
         return
     for tile in range(tl.cdiv(K, BLOCK_K)):
         _steep_gradient(
-            q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, d_rest, d_own, chunks, place, n, head,
-            slot, tile, scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
+            q, k, g, v, dz, dq, dk, dg, kept, d_kept, d_pairs, d_rest, d_own, chunks, place, n,
+            head, slot, tile, scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
             N_HEADS, K, V, V_PAD, C, SUB_ROWS, BLOCK_K, BLOCK_V, FROM_LOGITS, PRECISION,
         )  # fmt: skip
 

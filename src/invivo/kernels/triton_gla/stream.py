@@ -82,7 +82,7 @@ def stream(
         end = None
     n_heads, width = v.shape[1:]
     k_pad, wide = padded(channels), within.queries.dtype == torch.float32
-    tile = stream_tile(k_pad, width, wide=wide)
+    tile = stream_tile(k_pad, width, wide=wide, tracks=n_heads * chunks.n_segments)
     none = within.decay  # stands for what is not wanted
     rows = TensorDescriptor.from_tensor(within.pairs.view(-1, CHUNK), [CHUNK, CHUNK])
     queries, keys = (

@@ -100,11 +100,15 @@ def pair_tile(k: int, v: int, *, wide: bool) -> PairTile:
     return PairTile(min(32, k), min(64, padded(v)), 4, 3)
 
 
-def stream_tile(k: int, v: int, *, wide: bool) -> StreamTile:
-    v_tile = min(padded(v), 64)
+def stream_tile(k: int, v: int, *, wide: bool, tracks: int) -> StreamTile:
+    """tracks: segments times heads."""
     if wide:
-        return StreamTile(v_tile, 8, 1)
-    return StreamTile(v_tile, 4, 3 if k <= 128 else 2)
+        return StreamTile(min(padded(v), 64), 8, 1)
+    # The widest of which enough programs keep the device busy.
+    for v_tile, stages in ((256, 2), (128, 3)):
+        if v % v_tile == 0 and tracks * (v // v_tile) >= ENOUGH:
+            return StreamTile(v_tile, 8, stages)
+    return StreamTile(min(padded(v), 64), 4, 2)
 
 
 def walk_tile(k: int, v: int, *, wide: bool, tracks: int) -> WalkTile:
