@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from tests.kernels.cases import relative_error
 
 from invivo.kernels import triton_replay
-from invivo.kernels.gla import gla_reference, gla_step, log_gates
+from invivo.kernels.gla import gla_chunked, gla_reference, gla_step, log_gates
 from invivo.kernels.triton_gla import ops, passes, tables
 from invivo.kernels.triton_replay import Room, run_plainly
 
@@ -228,6 +228,24 @@ def test_operators_give_what_the_call_gives():
             assert torch.equal(value, wanted), name
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cannot multiply bfloat16")
+@pytest.mark.parametrize("tau", [16.0, 0.1])
+@pytest.mark.parametrize(("channels", "width"), [(256, 512), (128, 256), (72, 136)])
+def test_bfloat16_keeps_what_it_can(tau, channels, width):
+    lengths = [70, 1, 0, 129, 64, 65, 127, 128, 300]
+    rows, _, start = inputs(lengths, heads=2, channels=channels, width=width)
+    rows = [*(x.to(torch.bfloat16) for x in rows[:3]), log_gates(rows[3], tau)]
+    start = start.to(DEVICE, torch.int32)
+    got = results(ops.gla_triton, rows, None, start)
+
+    def definition(*tensors, span_start, **options):
+        return gla_chunked(*tensors, span_start=span_start.tolist(), **options)
+
+    wanted = results(definition, [x.double() for x in rows], None, start)
+    for name, value, exact in zip(NAMES, got, wanted, strict=False):
+        assert relative_error(value, exact) < (5e-3 if name == "dg" else 3e-3), name
+
+
 # Lengths, heads, sizes, tau, dtype; few, for on a card each is compiled. The third is cut into
 # segments there.
 REPEATED = [([9, 3], 1, 16, 16, None, torch.float32)]
@@ -327,8 +345,5 @@ def test_every_row_lies_in_one_chunk_and_one_segment(lengths, segment_rows):
         assert n == 0 or chunk_rows[slot] == first
     for first, n, slot in laid.couples.tolist():
         for second in range(-(-n // 64)):
-            assert laid.chunks[slot + second].tolist() == [
-                first + 64 * second,
-                min(n - 64 * second, 64),
-                second,
-            ]
+            rows, part = min(n - 64 * second, 64), 1 if second else 2 * (n > 64)
+            assert laid.chunks[slot + second].tolist() == [first + 64 * second, rows, part]

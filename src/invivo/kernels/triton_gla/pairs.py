@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from invivo.kernels.triton_gla.loads import load_gates, load_rows, log2_gates, running
+from invivo.kernels.triton_gla.loads import load_gates, load_rows, log2_gates
 from invivo.kernels.triton_gla.tables import CHUNK, STEEP, SUB, Chunks, padded, pair_tile
 from invivo.kernels.triton_replay import Room
 
@@ -45,8 +44,8 @@ class Within(NamedTuple):
     """What streaming and gradients read of each chunk; N slots, C = 64 rows, K padded.
 
     Attributes:
-        queries: [N, H, C, K] scale * q * exp(gc).
-        keys: [N, H, C, K] k * exp(gn - gc), gn the last of gc.
+        writers: [2, N, H, C, K] what writes states forwards and backwards: keys
+            k * exp(gn - gc), gn the last of gc, and queries scale * q * exp(gc).
         pairs: [N, H, C, C] P, zero above the diagonal.
         decay: [N, H, K] exp(gn), float32.
         ends: [N, H, 2, K] the first and the last of gc, in units of log 2, float32.
@@ -54,23 +53,29 @@ class Within(NamedTuple):
         d_pairs: of the backward pass alone.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
+    writers: torch.Tensor
     pairs: torch.Tensor
     decay: torch.Tensor
     ends: torch.Tensor
     steep: torch.Tensor
     d_pairs: PairGradients | None
 
+    @property
+    def keys(self) -> torch.Tensor:
+        return self.writers[0]
+
+    @property
+    def queries(self) -> torch.Tensor:
+        return self.writers[1]
+
 
 @triton.jit
 def _pairs_kernel(
-    q, k, g, v, dz, chunks, lower, queries, keys, pairs, d_pairs, d_rest, d_own, d_across, decay,
+    q, k, g, v, dz, chunks, queries, keys, pairs, d_pairs, d_rest, d_own, d_across, decay,
     ends, steep, scale, tau, q_stride, k_stride, g_stride, v_stride, dz_stride,
     N_HEADS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     FROM_LOGITS: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
-    PARTS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head. Grid (N_HEADS, slots)."""
     head, slot = tl.program_id(0), tl.program_id(1)
@@ -86,13 +91,12 @@ def _pairs_kernel(
 
     total = tl.zeros([C, C], tl.float32)
     widest = tl.zeros([BLOCK_K], tl.float32)
-    ones = lower.load([0, 0])
     for begin in range(0, K_PAD, BLOCK_K):
         dims = begin + tl.arange(0, BLOCK_K)
         gates = load_gates(g, row, real, dims, head, g_stride, tau, K, FROM_LOGITS)
         q_rows = load_rows(q, row, real, dims, head, q_stride, K).to(tl.float32) * scale
         k_rows = load_rows(k, row, real, dims, head, k_stride, K).to(tl.float32)
-        sums, last = running(gates, ones, False, PARTS), tl.sum(gates, 0)
+        sums, last = tl.cumsum(gates, 0), tl.sum(gates, 0)
         top = tl.load(g + first.to(tl.int64) * g_stride + head * K + dims,
                       mask=dims < K, other=0.0)  # fmt: skip
         top = tl.where(dims < K, log2_gates(top, tau, FROM_LOGITS), 0.0)
@@ -118,7 +122,7 @@ def _pairs_kernel(
     if BACKWARD:
         total = tl.zeros([C, C], tl.float32)
         across = tl.zeros([C, C], tl.float32)
-        is_second = tl.load(chunks + 3 * slot + 2) != 0
+        is_second = tl.load(chunks + 3 * slot + 2) == 1
         for begin in range(0, V, BLOCK_V):
             dims = begin + tl.arange(0, BLOCK_V)
             dz_rows = load_rows(dz, row, real, dims, head, dz_stride, V).to(kind)
@@ -277,8 +281,7 @@ def within_chunks(
         return room.scratch(slots, n_heads, *shape, dtype=dtype)
 
     out = Within(
-        queries=empty(CHUNK, k_pad, dtype=kind),
-        keys=empty(CHUNK, k_pad, dtype=kind),
+        writers=room.scratch(2, slots, n_heads, CHUNK, k_pad, dtype=kind),
         pairs=empty(CHUNK, CHUNK, dtype=kind),
         decay=empty(k_pad, dtype=torch.float32),
         ends=empty(2, k_pad, dtype=torch.float32),
@@ -303,13 +306,12 @@ def within_chunks(
     divisor = 1.0 if tau is None else tau
     room.launch(
         _pairs_kernel, (n_heads, slots),
-        q, k, g, v, v if dz is None else dz, chunks.chunks,
-        TensorDescriptor.from_tensor(chunks.ones, [CHUNK, CHUNK]), out.queries, out.keys, out.pairs,
+        q, k, g, v, v if dz is None else dz, chunks.chunks, out.queries, out.keys, out.pairs,
         *d_pairs, out.decay, out.ends, out.steep, scale, divisor,
         q.stride(0), k.stride(0), g.stride(0), v.stride(0),
         0 if dz is None else dz.stride(0),
         V=v.shape[2], BLOCK_K=tile.k, BLOCK_V=tile.v, BACKWARD=dz is not None,
-        PRECISION="tf32x3" if wide else "tf32", PARTS=0 if wide else 3,
+        PRECISION="tf32x3" if wide else "tf32",
         warps=tile.warps, stages=tile.stages, **common,
     )  # fmt: skip
     room.launch(

@@ -15,12 +15,12 @@ from invivo.kernels.triton_gla.gradient import gradient
 from invivo.kernels.triton_gla.loads import aligned, by_rows
 from invivo.kernels.triton_gla.outputs import outputs
 from invivo.kernels.triton_gla.pairs import within_chunks
-from invivo.kernels.triton_gla.states import keep_states
+from invivo.kernels.triton_gla.states import Way, keep_states
 from invivo.kernels.triton_gla.stream import stream
 from invivo.kernels.triton_gla.tables import Chunks, lay_out, padded, segment_rows_for
 from invivo.kernels.triton_replay import Room, Tensors, run
 
-STREAMED = 128  # key channels up to which the forward pass carries its states in registers
+STREAMED = 256  # key channels up to which the forward pass carries its states in registers
 
 _Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -78,12 +78,13 @@ def _forward(
     scale, tau, want_state = key
     out = room.result(v.shape, v.dtype)
     end = room.result(_state_shape(q, v, span_start), torch.float32) if want_state else None
-    chunks = _lay_out(room, q, v, span_start)
+    chunks = _lay_out(room, q, v, span_start, ceil_div(v.shape[2], 64))
     within = within_chunks(room, q, k, v, g, chunks, scale=scale, tau=tau, kind=_product_kind(q))
     if padded(q.shape[2]) <= STREAMED:
         stream(room, v, within, chunks, span_start, q.shape[2], out, start=start, end=end)
     else:
-        kept = keep_states(room, v, within, chunks, span_start, q.shape[2], start=start, end=end)
+        ways = (Way(v, start, end),)
+        kept = keep_states(room, ways, within, chunks, span_start, q.shape[2])[0]
         outputs(room, v, within, kept, chunks, out)
     return out, end
 
@@ -102,16 +103,15 @@ def _backward(
 ) -> Tensors:
     scale, tau = key
     kind, channels = _product_kind(q), q.shape[2]
-    chunks = _lay_out(room, q, v, span_start)
+    programs = 2 * ceil_div(padded(channels), 64) * ceil_div(v.shape[2], 64)
+    chunks = _lay_out(room, q, v, span_start, programs)
     d_start = None
     if start is not None:
         d_start = room.result(_state_shape(q, v, span_start), torch.float32)
     dv = room.result(v.shape, v.dtype)
     within = within_chunks(room, q, k, v, g, chunks, scale=scale, tau=tau, kind=kind, dz=dz)
-    kept = keep_states(room, v, within, chunks, span_start, channels, start=start)
-    d_kept = keep_states(
-        room, dz, within, chunks, span_start, channels, reverse=True, start=d_end, end=d_start
-    )
+    ways = (Way(v, start, None), Way(dz, d_end, d_start))
+    kept, d_kept = keep_states(room, ways, within, chunks, span_start, channels)
     outputs(room, dz, within, d_kept, chunks, dv, reverse=True)
     dq, dk, dg = gradient(room, q, k, v, g, dz, within, kept, d_kept, chunks, scale=scale, tau=tau)
     return dq, dk, dv, dg, d_start
@@ -133,7 +133,9 @@ def _product_kind(q: torch.Tensor) -> torch.dtype:
     return torch.float32 if plain else torch.bfloat16
 
 
-def _lay_out(room: Room, q: torch.Tensor, v: torch.Tensor, span_start: torch.Tensor) -> Chunks:
-    tracks = q.shape[1] * ceil_div(padded(q.shape[2]), 64) * ceil_div(v.shape[2], 64)
-    rows = segment_rows_for(q.shape[0], span_start.shape[0] - 1, tracks)
+def _lay_out(
+    room: Room, q: torch.Tensor, v: torch.Tensor, span_start: torch.Tensor, programs: int
+) -> Chunks:
+    """programs: that may work on one track, a head of a span."""
+    rows = segment_rows_for(q.shape[0], span_start.shape[0] - 1, q.shape[1] * programs)
     return lay_out(room, span_start, q.shape[0], rows)

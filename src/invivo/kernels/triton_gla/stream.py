@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from invivo.kernels.rounding import ceil_div
 from invivo.kernels.triton_gla.loads import load_rows, store_rows
 from invivo.kernels.triton_gla.pairs import Within
-from invivo.kernels.triton_gla.states import segment_starts
+from invivo.kernels.triton_gla.states import Way, segment_starts
 from invivo.kernels.triton_gla.tables import CHUNK, Chunks, padded, stream_tile
 from invivo.kernels.triton_replay import Room
 
@@ -45,8 +45,12 @@ def _stream_kernel(
         state = tl.load(start + turned, mask=state_mask, other=0.0)
     else:
         state = tl.zeros([BLOCK_V, K_PAD], tl.float32)
-    for chunk in range(tl.cdiv(n_rows, C)):
-        place = ((first_slot + chunk) * N_HEADS + head).to(tl.int64)
+    steps = tl.cdiv(n_rows, C)
+    place = (first_slot * N_HEADS + head).to(tl.int64)
+    factor = tl.load(decay + place * K_PAD + channels)  # a step ahead, as in ``states``
+    for chunk in range(steps):
+        place = ((first_slot + tl.minimum(chunk + 1, steps - 1)) * N_HEADS + head).to(tl.int64)
+        next_factor = tl.load(decay + place * K_PAD + channels)
         at_chunk = ((first_slot + chunk) * N_HEADS + head) * C
         row = chunk * C + at
         x_rows = load_rows(x, first + row, row < n_rows, values, head, x_stride, V).to(kind)
@@ -56,10 +60,10 @@ def _stream_kernel(
         read = tl.dot(tl.trans(x_rows), tl.trans(weights), read, input_precision=PRECISION)
         store_rows(out, tl.trans(read), first + row, row < n_rows, values, head, N_HEADS * V, V)
         writers = keys.load([at_chunk, 0])
-        factor = tl.load(decay + place * K_PAD + channels)
         state = tl.dot(
             tl.trans(x_rows), writers, state * factor[None, :], input_precision=PRECISION
         )
+        factor = next_factor
     if ENDS:
         tl.store(end + turned, state, mask=state_mask)
 
@@ -78,7 +82,8 @@ def stream(
 ) -> None:
     """Writes ``out`` [T, H, V], and ``end`` where it is given; arguments as in ``keep_states``."""
     if chunks.segment_rows:
-        start = segment_starts(room, v, within, chunks, span_start, channels, start=start, end=end)
+        ways = (Way(v, start, end),)
+        (start,) = segment_starts(room, ways, within, chunks, span_start, channels)
         end = None
     n_heads, width = v.shape[1:]
     k_pad, wide = padded(channels), within.queries.dtype == torch.float32

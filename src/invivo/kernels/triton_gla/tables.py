@@ -72,13 +72,20 @@ class OutputTile(NamedTuple):
     stages: int
 
 
-class GradientTile(NamedTuple):
+class ReadTile(NamedTuple):
     """Channels of keys a program, of values a step, warps, pipeline stages."""
 
     k: int
     v: int
     warps: int
     stages: int
+
+
+class GradientTile(NamedTuple):
+    """Channels of keys a program, warps."""
+
+    k: int
+    warps: int
 
 
 class StepTile(NamedTuple):
@@ -104,10 +111,8 @@ def stream_tile(k: int, v: int, *, wide: bool, tracks: int) -> StreamTile:
     """tracks: segments times heads."""
     if wide:
         return StreamTile(min(padded(v), 64), 8, 1)
-    # The widest of which enough programs keep the device busy.
-    for v_tile, stages in ((256, 2), (128, 3)):
-        if v % v_tile == 0 and tracks * (v // v_tile) >= ENOUGH:
-            return StreamTile(v_tile, 8, stages)
+    if v % 128 == 0 and tracks * (v // 128) >= ENOUGH:
+        return StreamTile(128, 8, 3 if k <= 128 else 2)
     return StreamTile(min(padded(v), 64), 4, 2)
 
 
@@ -115,23 +120,25 @@ def walk_tile(k: int, v: int, *, wide: bool, tracks: int) -> WalkTile:
     """tracks: segments times heads."""
     if wide:
         return WalkTile(min(64, k), min(64, padded(v)), 4, 1)
-    # The widest of which enough programs keep the device busy.
-    for k_tile, v_tile, warps in ((128, 128, 8), (64, 128, 4)):
-        if tracks * ceil_div(k, k_tile) * ceil_div(v, v_tile) >= ENOUGH:
-            return WalkTile(min(k_tile, k), min(v_tile, padded(v)), warps, 3)
-    return WalkTile(min(64, k), min(64, padded(v)), 4, 3)
+    # The wider, if there are enough to keep the device busy.
+    v_tile = 128 if tracks * ceil_div(k, 64) * ceil_div(v, 128) >= ENOUGH else 64
+    return WalkTile(min(64, k), min(v_tile, padded(v)), 4, 3)
 
 
 def output_tile(k: int, v: int, *, wide: bool) -> OutputTile:
     if wide:
         return OutputTile(min(32, k), min(32, padded(v)), 4, 1)
-    return OutputTile(min(64, k), min(64, padded(v)), 4, 3)
+    return OutputTile(min(64, k), min(128, padded(v)), 4, 3)
 
 
-def gradient_tile(k: int, v: int, *, wide: bool) -> GradientTile:
+def read_tile(k: int, v: int, *, wide: bool) -> ReadTile:
     if wide:
-        return GradientTile(min(32, k), min(32, padded(v)), 4, 1)
-    return GradientTile(min(32, k), min(64, padded(v)), 4, 3)
+        return ReadTile(min(32, k), min(32, padded(v)), 4, 1)
+    return ReadTile(min(64, k), min(64, padded(v)), 8, 3)
+
+
+def gradient_tile(k: int) -> GradientTile:
+    return GradientTile(min(32, k), 4)
 
 
 def step_tile(k: int, v: int) -> StepTile:
@@ -142,8 +149,8 @@ class Chunks(NamedTuple):
     """Slots of the chunks and segments of packed spans.
 
     Attributes:
-        chunks: [n_chunks, 3] int32: first row, rows (0 where a slot is unused), and 1 for the
-            second of a couple.
+        chunks: [n_chunks, 3] int32: first row, rows (0 where a slot is unused), and 2 for the
+            first, 1 for the second of a couple, 0 for the first where there is no second.
         couples: [n_couples, 3] int32: first row, rows, slot of the first chunk.
         segments: [n_segments, 3] int32: the same.
         segment_rows: rows of a segment, a multiple of 128; 0: a segment is a span.
@@ -199,7 +206,9 @@ def _lay_out_kernel(
     mask = index < n_chunks
     tl.store(chunks + 3 * index, start, mask=mask)
     tl.store(chunks + 3 * index + 1, rest, mask=mask)
-    tl.store(chunks + 3 * index + 2, local % (COUPLE_ROWS // CHUNK_ROWS), mask=mask)
+    has_second = tl.load(span_start + span + 1) - start > CHUNK_ROWS
+    part = tl.where(local % 2 == 1, 1, tl.where(has_second, 2, 0))
+    tl.store(chunks + 3 * index + 2, part, mask=mask)
     if tl.program_id(0) == 0:
         row, column = tl.arange(0, CHUNK_ROWS)[:, None], tl.arange(0, CHUNK_ROWS)[None, :]
         tl.store(ones + row * CHUNK_ROWS + column, (column <= row).to(ones.dtype.element_ty))
