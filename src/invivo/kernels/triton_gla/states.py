@@ -76,7 +76,9 @@ def _walk_kernel(
     # Decays and flags are read a step ahead: waited for, they would be most of its time.
     chunk = tl.where(way == 0, 0, tl.maximum(steps - 1, 0))
     place = ((first_slot + chunk) * N_HEADS + head).to(tl.int64)
-    factor, flag = tl.load(decay + place * K_PAD + channels), tl.load(steep + place)
+    any_step = steps > 0  # a segment of no rows may lie beyond the last chunk
+    factor = tl.load(decay + place * K_PAD + channels, mask=any_step & (channels >= 0), other=0.0)
+    flag = tl.load(steep + place, mask=any_step, other=0)
     for step in range(steps):
         chunk = tl.where(way == 0, step, steps - 1 - step)
         after = tl.where(way == 0, tl.minimum(step + 1, steps - 1), tl.maximum(chunk - 1, 0))

@@ -47,7 +47,9 @@ def _stream_kernel(
         state = tl.zeros([BLOCK_V, K_PAD], tl.float32)
     steps = tl.cdiv(n_rows, C)
     place = (first_slot * N_HEADS + head).to(tl.int64)
-    factor = tl.load(decay + place * K_PAD + channels)  # a step ahead, as in ``states``
+    # A step ahead, as in ``states``.
+    any_step = (steps > 0) & (channels >= 0)
+    factor = tl.load(decay + place * K_PAD + channels, mask=any_step, other=0.0)
     for chunk in range(steps):
         place = ((first_slot + tl.minimum(chunk + 1, steps - 1)) * N_HEADS + head).to(tl.int64)
         next_factor = tl.load(decay + place * K_PAD + channels)
