@@ -121,8 +121,7 @@ def test_spans_cut_into_segments(monkeypatch):
     check([70, 0, 1, 300])
 
 
-def test_outputs_from_kept_states(monkeypatch):
-    monkeypatch.setattr(passes, "STREAMED", 0)
+def test_couples_of_two_chunks_of_one_and_of_part_of_one():
     check([5, 200, 0, 128, 1])
 
 
@@ -345,5 +344,5 @@ def test_every_row_lies_in_one_chunk_and_one_segment(lengths, segment_rows):
         assert n == 0 or chunk_rows[slot] == first
     for first, n, slot in laid.couples.tolist():
         for second in range(-(-n // 64)):
-            rows, part = min(n - 64 * second, 64), 1 if second else 2 * (n > 64)
-            assert laid.chunks[slot + second].tolist() == [first + 64 * second, rows, part]
+            rows = min(n - 64 * second, 64)
+            assert laid.chunks[slot + second].tolist() == [first + 64 * second, rows, second]

@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from invivo.kernels.rounding import ceil_div
 from invivo.kernels.triton_gla.loads import (
     anchored,
+    halves,
     load_gates,
     load_rows,
     running,
@@ -32,8 +33,7 @@ from invivo.kernels.triton_gla.loads import (
     truncated,
 )
 from invivo.kernels.triton_gla.pairs import Within
-from invivo.kernels.triton_gla.reads import reads
-from invivo.kernels.triton_gla.tables import CHUNK, SUB, Chunks, gradient_tile, padded
+from invivo.kernels.triton_gla.tables import CHUNK, COUPLE, SUB, Chunks, gradient_tile, padded
 from invivo.kernels.triton_replay import Room
 
 
@@ -87,44 +87,93 @@ def _store_gates(
     store_rows(dg, value, row, real, dims, head, N_HEADS * K, K)
 
 
-@triton.jit(do_not_specialize=["n_slots"])
+@triton.jit
 def _gradient_kernel(
-    q, k, g, dq, dk, dg, reads, queries, keys, d_pairs, d_rest, d_across, lower, d_own, passing,
-    decay, chunk_ends, steep, chunks, scale, tau, q_stride, k_stride, g_stride, n_slots,
-    N_HEADS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, C: tl.constexpr,
-    BLOCK_K: tl.constexpr, FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
-    PARTS: tl.constexpr,
+    q, k, g, v_tiles, dz_tiles, dq, dk, dg, kept, d_kept, queries, keys,
+    d_pairs, d_rest, d_across, lower, d_own, decay, chunk_ends, steep, couples,
+    scale, tau, q_stride, k_stride, g_stride,
+    N_HEADS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, V: tl.constexpr,
+    V_PAD: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Chunks that are not flagged. Grid (tiles of K, N_HEADS, slots)."""
-    tile, head, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n, part = tl.load(chunks + 3 * slot + 1), tl.load(chunks + 3 * slot + 2)
-    first = tl.load(chunks + 3 * slot)
+    """Couples of chunks; what is flagged of them is not written. Grid (tiles of K, N_HEADS,
+    couples)."""
+    tile, head, couple = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tl.load(couples + 3 * couple + 1)
     if n == 0:
         return
-    place = slot * N_HEADS + head
-    if tl.load(steep + place) != 0:
-        return
+    first, slot = tl.load(couples + 3 * couple), tl.load(couples + 3 * couple + 2)
+    has_both = n > C
+    # Where there is no second chunk, its place is the first's, its rows are none and its share 0.
+    here, there = slot * N_HEADS + head, (slot + has_both.to(tl.int32)) * N_HEADS + head
+    kind = kept.dtype
+    read = tl.zeros([2 * C, BLOCK_K], tl.float32)
+    written = tl.zeros([2 * C, BLOCK_K], tl.float32)
+    products = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
+    for begin in range(0, V, BLOCK_V):
+        state = kept.load([here * V_PAD + begin, tile * BLOCK_K])
+        d_state = d_kept.load([there * V_PAD + begin, tile * BLOCK_K])
+        dz_rows = dz_tiles.load([first, head * V + begin]).to(kind)
+        v_rows = v_tiles.load([first, head * V + begin]).to(kind)
+        # The diagonal alone is wanted; the matrix units have the time.
+        products = tl.dot(tl.trans(state), d_state, products, input_precision=PRECISION)
+        read = tl.dot(dz_rows, state, read, input_precision=PRECISION)
+        # n is not below 0; but so the products are waited for before tiles to come are read into
+        # the place of theirs (Triton 3.6 has one place too few for tiles that are also read into
+        # registers, as those of states are above).
+        written = tl.where(n < 0, 0.0, written)
+        written = tl.dot(v_rows, d_state, written, input_precision=PRECISION)
+
     dims = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    factor = tl.load(decay + here.to(tl.int64) * K_PAD + dims)
+    factor_2 = tl.load(decay + there.to(tl.int64) * K_PAD + dims)
+    factor_2 = tl.where(has_both, factor_2, 1.0)
+    channel = tl.arange(0, BLOCK_K)
+    both = tl.sum(tl.where(channel[:, None] == channel[None, :], products, 0.0), 0)
+    # Rows beyond the chunks are those of other spans.
+    real = (tl.arange(0, 2 * C) < n)[:, None]
+    read, read_2 = halves(tl.where(real, read, 0.0))
+    written, written_2 = halves(tl.where(real, written, 0.0))
+    # What the chunks of a couple give each other. The square is 0 where there is but one.
+    keys_1 = keys.load([here * C, tile * BLOCK_K])
+    queries_2 = queries.load([there * C, tile * BLOCK_K])
+    passing_2 = factor_2 * (factor * both + tl.sum(keys_1.to(tl.float32) * written, 0))
+    passing = factor * (factor_2 * both + tl.sum(queries_2.to(tl.float32) * read_2, 0))
+    if has_both:
+        read_2 = tl.dot(
+            d_across.load([there * C, 0]), keys_1, read_2 * factor[None, :],
+            input_precision=PRECISION,
+        )  # fmt: skip
+        if tl.load(steep + there) == 0:
+            _rows_gradient(
+                q, k, g, dq, dk, dg, read_2, written_2, passing_2,
+                d_pairs, d_rest, lower, d_own, chunk_ends, there, first + C, n - C, dims, head,
+                scale, tau, q_stride, k_stride, g_stride,
+                N_HEADS, K, K_PAD, C, FROM_LOGITS, PRECISION, PARTS,
+            )  # fmt: skip
+    if tl.load(steep + here) == 0:
+        written = tl.dot(
+            tl.trans(d_across.load([there * C, 0])), queries_2, written * factor_2[None, :],
+            input_precision=PRECISION,
+        )  # fmt: skip
+        _rows_gradient(
+            q, k, g, dq, dk, dg, read, written, passing,
+            d_pairs, d_rest, lower, d_own, chunk_ends, here, first, n, dims, head,
+            scale, tau, q_stride, k_stride, g_stride,
+            N_HEADS, K, K_PAD, C, FROM_LOGITS, PRECISION, PARTS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _rows_gradient(
+    q, k, g, dq, dk, dg, read, d_written, passing, d_pairs, d_rest, lower, d_own, chunk_ends,
+    place, first, n, dims, head, scale, tau, q_stride, k_stride, g_stride,
+    N_HEADS: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, C: tl.constexpr,
+    FROM_LOGITS: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One mild chunk, of which ``dO S^T``, ``V dS^T`` and ``exp(gn) rowsum(S dS)`` are known."""
     at = tl.arange(0, C)
     row, real = first + at, at < n
-    own_rows = reads + (place.to(tl.int64) * C + at)[:, None] * K_PAD + dims[None, :]
-    read = tl.load(own_rows, mask=real[:, None], other=0.0)
-    own_rows += n_slots.to(tl.int64) * (N_HEADS * C * K_PAD)
-    d_written = tl.load(own_rows, mask=real[:, None], other=0.0)
-    # What the other chunk of the couple gives to this one.
-    if part == 1:
-        factor = tl.load(decay + (place - N_HEADS).to(tl.int64) * K_PAD + dims)
-        read = tl.dot(
-            d_across.load([place * C, 0]), keys.load([(place - N_HEADS) * C, tile * BLOCK_K]),
-            read * factor[None, :], input_precision=PRECISION,
-        )  # fmt: skip
-    if part == 2:
-        other = place + N_HEADS
-        factor = tl.load(decay + other.to(tl.int64) * K_PAD + dims)
-        d_written = tl.dot(
-            tl.trans(d_across.load([other * C, 0])), queries.load([other * C, tile * BLOCK_K]),
-            d_written * factor[None, :], input_precision=PRECISION,
-        )  # fmt: skip
     # Each tile is read as late as it can be: few of them fit the registers at once.
     gates = load_gates(g, row, real, dims, head, g_stride, tau, K, FROM_LOGITS)
     ones = lower.load([0, 0])
@@ -136,8 +185,7 @@ def _gradient_kernel(
     down, up = tl.exp2(sums - middle[None, :]), tl.exp2(middle[None, :] - sums)
     k_rows = load_rows(k, row, real, dims, head, k_stride, K).to(tl.float32)
     d_written = d_written * (up * tl.exp2(last - middle)[None, :])
-    carry = tl.load(passing + place.to(tl.int64) * K_PAD + dims)
-    carry += tl.sum(k_rows * d_written, 0)
+    carry = passing + tl.sum(k_rows * d_written, 0)
     weights, rest = d_pairs.load([place * C, 0]), d_rest.load([place * C, 0])
     from_keys = _weighed(weights, rest, k_rows * up, PRECISION)
     own = tl.load(d_own + place.to(tl.int64) * C + at)[:, None] * scale
@@ -330,38 +378,46 @@ def gradient(
     assert within.d_pairs is not None
     n_heads, channels = q.shape[1:]
     k_pad, wide = padded(channels), kept.dtype == torch.float32
-    tile = gradient_tile(k_pad)
+    tile = gradient_tile(k_pad, v.shape[2], wide=wide)
     dq, dk, dg = (room.result(t.shape, t.dtype) for t in (q, k, g))
-    found = reads(room, v, dz, within, kept, d_kept, chunks)
     below, rest, own, across = within.d_pairs
     sizes = {
         "N_HEADS": n_heads,
         "K": channels,
+        "V": v.shape[2],
+        "V_PAD": kept.shape[2],
         "C": CHUNK,
         "FROM_LOGITS": tau is not None,
         "PRECISION": "tf32x3" if wide else "tf32",
     }
     divisor = 1.0 if tau is None else tau
     room.launch(
-        _gradient_kernel, (ceil_div(k_pad, tile.k), n_heads, chunks.n_chunks),
-        q, k, g, dq, dk, dg, found.rows,
+        _gradient_kernel, (ceil_div(k_pad, tile.k), n_heads, chunks.n_couples),
+        q, k, g, *(_row_tiles(t, tile.v) for t in (v, dz)), dq, dk, dg,
+        *(_tiles(t, tile.v, tile.k) for t in (kept, d_kept)),
         *(_tiles(t, CHUNK, tile.k) for t in (within.queries, within.keys)),
         *(_tiles(t, CHUNK, CHUNK) for t in (below, rest, across, chunks.ones)),
-        own, found.passing, within.decay, within.ends, within.steep, chunks.chunks, scale, divisor,
-        q.stride(0), k.stride(0), g.stride(0), chunks.n_chunks,
-        K_PAD=k_pad, BLOCK_K=tile.k, PARTS=0 if wide else 3, warps=tile.warps, stages=1, **sizes,
+        own, within.decay, within.ends, within.steep, chunks.couples, scale, divisor,
+        q.stride(0), k.stride(0), g.stride(0),
+        K_PAD=k_pad, BLOCK_K=tile.k, BLOCK_V=tile.v, PARTS=0 if wide else 3,
+        warps=tile.warps, stages=tile.stages, **sizes,
     )  # fmt: skip
-    block, block_v = min(32, k_pad), min(32, padded(v.shape[2]))
+    block, block_v = min(32, k_pad), min(32, tile.v)
     room.launch(
         _steep_gradient_kernel, (n_heads, chunks.n_chunks),
         q, k, g, v, dz, dq, dk, dg, *(_tiles(t, block_v, block) for t in (kept, d_kept)),
         below, rest, own, within.steep, chunks.chunks, scale, divisor,
         q.stride(0), k.stride(0), g.stride(0), v.stride(0), dz.stride(0),
-        V=v.shape[2], V_PAD=kept.shape[2], SUB_ROWS=SUB, BLOCK_K=block, BLOCK_V=block_v,
-        warps=4, stages=1, **sizes,
+        SUB_ROWS=SUB, BLOCK_K=block, BLOCK_V=block_v, warps=4, stages=1, **sizes,
     )  # fmt: skip
     return dq, dk, dg
 
 
 def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [rows, columns])
+
+
+def _row_tiles(x: torch.Tensor, width: int) -> TensorDescriptor:
+    """Tiles of a couple's rows and ``width`` channels of x [T, H, V]; zeros beyond the last row."""
+    size = [x.shape[0], x.shape[1] * x.shape[2]]
+    return TensorDescriptor(x, size, [x.stride(0), 1], [COUPLE, width])

@@ -83,6 +83,13 @@ def truncated(x):
 
 
 @triton.jit
+def halves(x):
+    """[2 C, K] as its first and its second C rows."""
+    rows: tl.constexpr = x.shape[0] // 2
+    return tl.split(tl.permute(tl.reshape(x, [2, rows, x.shape[1]]), [1, 2, 0]))
+
+
+@triton.jit
 def anchored(gates):
     """Of log gates [C, K]: their sums, the last, the middle of their range, and the range."""
     last, middle, span = ends(gates)

@@ -13,14 +13,12 @@ import torch
 from invivo.kernels.rounding import ceil_div
 from invivo.kernels.triton_gla.gradient import gradient
 from invivo.kernels.triton_gla.loads import aligned, by_rows
-from invivo.kernels.triton_gla.outputs import outputs
 from invivo.kernels.triton_gla.pairs import within_chunks
 from invivo.kernels.triton_gla.states import Way, keep_states
 from invivo.kernels.triton_gla.stream import stream
 from invivo.kernels.triton_gla.tables import Chunks, lay_out, padded, segment_rows_for
+from invivo.kernels.triton_gla.values import value_gradient
 from invivo.kernels.triton_replay import Room, Tensors, run
-
-STREAMED = 256  # key channels up to which the forward pass carries its states in registers
 
 _Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -80,12 +78,7 @@ def _forward(
     end = room.result(_state_shape(q, v, span_start), torch.float32) if want_state else None
     chunks = _lay_out(room, q, v, span_start, ceil_div(v.shape[2], 64))
     within = within_chunks(room, q, k, v, g, chunks, scale=scale, tau=tau, kind=_product_kind(q))
-    if padded(q.shape[2]) <= STREAMED:
-        stream(room, v, within, chunks, span_start, q.shape[2], out, start=start, end=end)
-    else:
-        ways = (Way(v, start, end),)
-        kept = keep_states(room, ways, within, chunks, span_start, q.shape[2])[0]
-        outputs(room, v, within, kept, chunks, out)
+    stream(room, v, within, chunks, span_start, q.shape[2], out, start=start, end=end)
     return out, end
 
 
@@ -112,7 +105,7 @@ def _backward(
     within = within_chunks(room, q, k, v, g, chunks, scale=scale, tau=tau, kind=kind, dz=dz)
     ways = (Way(v, start, None), Way(dz, d_end, d_start))
     kept, d_kept = keep_states(room, ways, within, chunks, span_start, channels)
-    outputs(room, dz, within, d_kept, chunks, dv, reverse=True)
+    value_gradient(room, dz, within, d_kept, chunks, dv)
     dq, dk, dg = gradient(room, q, k, v, g, dz, within, kept, d_kept, chunks, scale=scale, tau=tau)
     return dq, dk, dv, dg, d_start
 

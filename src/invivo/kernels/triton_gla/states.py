@@ -12,7 +12,7 @@ adds to a zero state, and a scan over segments gives the states they start from.
 
 States are written for whole *couples* of chunks alone: entering the first, and backwards at the
 end of the second. What a chunk gives to the other of its couple is told from both without a state
-(``outputs``, ``gradient``), for half the bytes.
+(``values``, ``gradient``), for half the bytes.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def _walk_kernel(
         tl.store(end_decay + at_end, passed, mask=channels < K)
 
 
-@triton.jit(do_not_specialize=["first_decay"])
+@triton.jit
 def _scan_kernel(
-    states, decays, initial, final, span_start, first_decay,
+    states, decays, initial, final, span_start,
     N_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SEGMENT_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, REVERSE: tl.constexpr,
     STARTS: tl.constexpr, ENDS: tl.constexpr,
@@ -135,9 +135,7 @@ def _scan_kernel(
             segment = first + count - 1 - step
         place = (segment * N_HEADS + head).to(tl.int64)
         added = tl.load(states + place * (K * V) + tile, mask=mask, other=0.0)
-        factor = tl.load(
-            decays + (first_decay * N_HEADS + place) * K + channels, mask=channels < K, other=0.0
-        )
+        factor = tl.load(decays + place * K + channels, mask=channels < K, other=0.0)
         tl.store(states + place * (K * V) + tile, state, mask=mask)
         state = state * factor[:, None] + added
     if ENDS:
@@ -206,8 +204,8 @@ def segment_starts(
     for i, (way, state) in enumerate(zip(ways, states, strict=True)):
         room.launch(
             _scan_kernel, (grid, n_heads, span_start.shape[0] - 1),
-            state, decays, state if way.start is None else way.start,
-            state if way.end is None else way.end, span_start, i * chunks.n_segments,
+            state, decays[i], state if way.start is None else way.start,
+            state if way.end is None else way.end, span_start,
             N_HEADS=n_heads, K=channels, V=width, SEGMENT_ROWS=chunks.segment_rows,
             BLOCK_K=block_k, BLOCK_V=block_v, REVERSE=i == 1, STARTS=way.start is not None,
             ENDS=way.end is not None, warps=4, stages=2,

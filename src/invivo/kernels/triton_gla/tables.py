@@ -63,7 +63,7 @@ class WalkTile(NamedTuple):
     stages: int
 
 
-class OutputTile(NamedTuple):
+class ValueTile(NamedTuple):
     """Channels of keys a step, of values a program, warps, pipeline stages."""
 
     k: int
@@ -72,20 +72,13 @@ class OutputTile(NamedTuple):
     stages: int
 
 
-class ReadTile(NamedTuple):
+class GradientTile(NamedTuple):
     """Channels of keys a program, of values a step, warps, pipeline stages."""
 
     k: int
     v: int
     warps: int
     stages: int
-
-
-class GradientTile(NamedTuple):
-    """Channels of keys a program, warps."""
-
-    k: int
-    warps: int
 
 
 class StepTile(NamedTuple):
@@ -125,20 +118,16 @@ def walk_tile(k: int, v: int, *, wide: bool, tracks: int) -> WalkTile:
     return WalkTile(min(64, k), min(v_tile, padded(v)), 4, 3)
 
 
-def output_tile(k: int, v: int, *, wide: bool) -> OutputTile:
+def value_tile(k: int, v: int, *, wide: bool) -> ValueTile:
     if wide:
-        return OutputTile(min(32, k), min(32, padded(v)), 4, 1)
-    return OutputTile(min(64, k), min(128, padded(v)), 4, 3)
+        return ValueTile(min(32, k), min(32, padded(v)), 4, 1)
+    return ValueTile(min(64, k), min(128, padded(v)), 4, 3)
 
 
-def read_tile(k: int, v: int, *, wide: bool) -> ReadTile:
+def gradient_tile(k: int, v: int, *, wide: bool) -> GradientTile:
     if wide:
-        return ReadTile(min(32, k), min(32, padded(v)), 4, 1)
-    return ReadTile(min(64, k), min(64, padded(v)), 8, 3)
-
-
-def gradient_tile(k: int) -> GradientTile:
-    return GradientTile(min(32, k), 4)
+        return GradientTile(min(32, k), min(32, padded(v)), 4, 1)
+    return GradientTile(min(32, k), min(64, padded(v)), 4, 3)
 
 
 def step_tile(k: int, v: int) -> StepTile:
@@ -149,8 +138,8 @@ class Chunks(NamedTuple):
     """Slots of the chunks and segments of packed spans.
 
     Attributes:
-        chunks: [n_chunks, 3] int32: first row, rows (0 where a slot is unused), and 2 for the
-            first, 1 for the second of a couple, 0 for the first where there is no second.
+        chunks: [n_chunks, 3] int32: first row, rows (0 where a slot is unused), and 1 for the
+            second of a couple, 0 for the first.
         couples: [n_couples, 3] int32: first row, rows, slot of the first chunk.
         segments: [n_segments, 3] int32: the same.
         segment_rows: rows of a segment, a multiple of 128; 0: a segment is a span.
@@ -206,9 +195,7 @@ def _lay_out_kernel(
     mask = index < n_chunks
     tl.store(chunks + 3 * index, start, mask=mask)
     tl.store(chunks + 3 * index + 1, rest, mask=mask)
-    has_second = tl.load(span_start + span + 1) - start > CHUNK_ROWS
-    part = tl.where(local % 2 == 1, 1, tl.where(has_second, 2, 0))
-    tl.store(chunks + 3 * index + 2, part, mask=mask)
+    tl.store(chunks + 3 * index + 2, local % (COUPLE_ROWS // CHUNK_ROWS), mask=mask)
     if tl.program_id(0) == 0:
         row, column = tl.arange(0, CHUNK_ROWS)[:, None], tl.arange(0, CHUNK_ROWS)[None, :]
         tl.store(ones + row * CHUNK_ROWS + column, (column <= row).to(ones.dtype.element_ty))
