@@ -89,7 +89,8 @@ def stream(
         end = None
     n_heads, width = v.shape[1:]
     k_pad, wide = padded(channels), within.queries.dtype == torch.float32
-    tile = stream_tile(k_pad, width, wide=wide, tracks=n_heads * chunks.n_segments)
+    states, tracks = start is not None and end is not None, n_heads * chunks.n_segments
+    tile = stream_tile(k_pad, width, wide=wide, tracks=tracks, states=states)
     none = within.decay  # stands for what is not wanted
     rows = TensorDescriptor.from_tensor(within.pairs.view(-1, CHUNK), [CHUNK, CHUNK])
     queries, keys = (

@@ -100,10 +100,10 @@ def pair_tile(k: int, v: int, *, wide: bool) -> PairTile:
     return PairTile(min(32, k), min(64, padded(v)), 4, 3)
 
 
-def stream_tile(k: int, v: int, *, wide: bool, tracks: int) -> StreamTile:
-    """tracks: segments times heads."""
-    if wide:
-        return StreamTile(min(padded(v), 64), 8, 1)
+def stream_tile(k: int, v: int, *, wide: bool, tracks: int, states: bool) -> StreamTile:
+    """tracks: segments times heads; states: some are given and some wanted, and take registers."""
+    if wide or (k > 128 and states):
+        return StreamTile(min(padded(v), 64), 8, 1 if wide else 2)
     if v % 128 == 0 and tracks * (v // 128) >= ENOUGH:
         return StreamTile(128, 8, 3 if k <= 128 else 2)
     return StreamTile(min(padded(v), 64), 4, 2)
