@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from tests.kernels.cases import relative_error
 
 from invivo.kernels import triton_replay
-from invivo.kernels.gla import gla_reference, gla_step, log_gates
+from invivo.kernels.gla import gla_chunked, gla_reference, gla_step, log_gates
 from invivo.kernels.triton_gla import ops, passes, tables
 from invivo.kernels.triton_replay import Room, run_plainly
 
@@ -117,8 +117,12 @@ def test_gates_from_logits():
 
 
 def test_spans_cut_into_segments(monkeypatch):
-    monkeypatch.setattr(passes, "segment_rows_for", lambda *_: 64)
-    check([70, 0, 1, 130])
+    monkeypatch.setattr(passes, "segment_rows_for", lambda *_: 128)
+    check([70, 0, 1, 300])
+
+
+def test_couples_of_two_chunks_of_one_and_of_part_of_one():
+    check([5, 200, 0, 128, 1])
 
 
 def test_some_chunks_steep_and_some_mild():
@@ -223,6 +227,24 @@ def test_operators_give_what_the_call_gives():
             assert torch.equal(value, wanted), name
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cannot multiply bfloat16")
+@pytest.mark.parametrize("tau", [16.0, 0.1])
+@pytest.mark.parametrize(("channels", "width"), [(256, 512), (128, 256), (72, 136)])
+def test_bfloat16_keeps_what_it_can(tau, channels, width):
+    lengths = [70, 1, 0, 129, 64, 65, 127, 128, 300]
+    rows, _, start = inputs(lengths, heads=2, channels=channels, width=width)
+    rows = [*(x.to(torch.bfloat16) for x in rows[:3]), log_gates(rows[3], tau)]
+    start = start.to(DEVICE, torch.int32)
+    got = results(ops.gla_triton, rows, None, start)
+
+    def definition(*tensors, span_start, **options):
+        return gla_chunked(*tensors, span_start=span_start.tolist(), **options)
+
+    wanted = results(definition, [x.double() for x in rows], None, start)
+    for name, value, exact in zip(NAMES, got, wanted, strict=False):
+        assert relative_error(value, exact) < (5e-3 if name == "dg" else 3e-3), name
+
+
 # Lengths, heads, sizes, tau, dtype; few, for on a card each is compiled. The third is cut into
 # segments there.
 REPEATED = [([9, 3], 1, 16, 16, None, torch.float32)]
@@ -304,11 +326,12 @@ def test_passes_launched_again_on_another_stream_and_in_a_graph(monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [[0], [63, 1], [0, 0, 200, 0, 64]])
-@pytest.mark.parametrize("segment_rows", [0, 128])
+@pytest.mark.parametrize("segment_rows", [0, 256])
 def test_every_row_lies_in_one_chunk_and_one_segment(lengths, segment_rows):
     start = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
     laid = tables.lay_out(Room(start.device), start, sum(lengths), segment_rows)
-    for table, unit in ((laid.chunks, 64), (laid.segments, segment_rows or 10**6)):
+    units = {64: laid.chunks, 128: laid.couples, segment_rows or 10**6: laid.segments}
+    for unit, table in units.items():
         found = [(a, a + n) for a, n, *_ in table.tolist() if n]
         wanted = [
             (at, min(at + unit, stop))
@@ -316,6 +339,10 @@ def test_every_row_lies_in_one_chunk_and_one_segment(lengths, segment_rows):
             for at in range(begin, stop, unit)
         ]
         assert found == wanted
-    chunk_rows = [a for a, _ in laid.chunks.tolist()]
-    for first, n, slot in laid.segments.tolist():
+    chunk_rows = [a for a, *_ in laid.chunks.tolist()]
+    for first, n, slot in [*laid.couples.tolist(), *laid.segments.tolist()]:
         assert n == 0 or chunk_rows[slot] == first
+    for first, n, slot in laid.couples.tolist():
+        for second in range(-(-n // 64)):
+            rows = min(n - 64 * second, 64)
+            assert laid.chunks[slot + second].tolist() == [first + 64 * second, rows, second]

@@ -147,14 +147,16 @@ class _Recorder(Room):
         tensors = (*self._inputs, *self._results)
         memories = {id(t): i for i, t in enumerate(tensors) if t is not None}
         scratch = len(tensors)
-        pieces = {t.data_ptr(): offset for t, offset in self._pieces}
+        pieces = [(t.data_ptr(), t.nbytes, offset) for t, offset in self._pieces]
 
         def place(tensor: Any) -> tuple[int, int]:
             if id(tensor) in memories:
                 return memories[id(tensor)], 0
-            if tensor.data_ptr() not in pieces:
-                raise _Unrepeatable("a tensor that is neither an input nor the room's")
-            return scratch, pieces[tensor.data_ptr()]
+            address = tensor.data_ptr()
+            for begin, size, offset in pieces:  # or a part of one
+                if begin <= address < begin + size:
+                    return scratch, offset + address - begin
+            raise _Unrepeatable("a tensor that is neither an input nor the room's")
 
         launches = []
         for start, values in self._launches:

@@ -43,7 +43,7 @@ def log2_gates(raw, tau, FROM_LOGITS: tl.constexpr):
         x = (tl.minimum(x, 0.0) * LOG2E - tl.log2(1.0 + tl.exp2(-tl.abs(x) * LOG2E))) / tau
     else:
         x = x * LOG2E
-    return tl.where(x < FLOOR, FLOOR, x)
+    return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -51,9 +51,42 @@ def load_gates(
     g, row, real, dims, head, stride, tau, WIDTH: tl.constexpr, FROM_LOGITS: tl.constexpr
 ):
     """Log gates [rows, dims] in units of log 2; 0 (nothing decays) where there is no gate."""
-    raw = load_rows(g, row, real, dims, head, stride, WIDTH)
-    there = real[:, None] & (dims < WIDTH)[None, :]
-    return tl.where(there, log2_gates(raw, tau, FROM_LOGITS), 0.0)
+    gates = log2_gates(load_rows(g, row, real, dims, head, stride, WIDTH), tau, FROM_LOGITS)
+    if FROM_LOGITS:  # otherwise what is read there is 0 already
+        there = real[:, None] & (dims < WIDTH)[None, :]
+        gates = tl.where(there, gates, 0.0)
+    return gates
+
+
+@triton.jit
+def running(x, ones, REVERSE: tl.constexpr, PARTS: tl.constexpr):
+    """Sums of the rows of x up to each row (REVERSE: from it on).
+
+    By products with ``ones`` (see ``Chunks``), of PARTS numbers of bfloat16 that make up each of x:
+    faster than a scan, and of 3 with the digits of float32. PARTS 0: by a scan.
+    """
+    if PARTS == 0:
+        return tl.cumsum(x, 0, reverse=REVERSE)
+    total = tl.zeros(x.shape, tl.float32)
+    for _ in tl.static_range(PARTS):
+        part = truncated(x)
+        total = tl.dot(tl.trans(ones) if REVERSE else ones, part.to(tl.bfloat16), total)
+        x -= part
+    return total
+
+
+@triton.jit
+def truncated(x):
+    """The digits of x that bfloat16 holds, still in float32: a cheaper instruction than rounding
+    where the rest is wanted too."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def halves(x):
+    """[2 C, K] as its first and its second C rows."""
+    rows: tl.constexpr = x.shape[0] // 2
+    return tl.split(tl.permute(tl.reshape(x, [2, rows, x.shape[1]]), [1, 2, 0]))
 
 
 @triton.jit

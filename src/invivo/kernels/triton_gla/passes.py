@@ -14,18 +14,13 @@ from invivo.kernels.rounding import ceil_div
 from invivo.kernels.triton_gla.gradient import gradient
 from invivo.kernels.triton_gla.loads import aligned, by_rows
 from invivo.kernels.triton_gla.pairs import within_chunks
+from invivo.kernels.triton_gla.states import Way, keep_states
 from invivo.kernels.triton_gla.stream import stream
-from invivo.kernels.triton_gla.tables import (
-    WANTED,
-    WANTED_WIDE,
-    WIDE_VALUES,
-    Chunks,
-    lay_out,
-    padded,
-    segment_rows_for,
-    stream_tile,
-)
+from invivo.kernels.triton_gla.tables import Chunks, lay_out, padded, segment_rows_for
+from invivo.kernels.triton_gla.values import value_gradient
 from invivo.kernels.triton_replay import Room, Tensors, run
+
+SMALLEST = 64  # keys and values of a head whose products are of bfloat16
 
 _Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -83,9 +78,9 @@ def _forward(
     scale, tau, want_state = key
     out = room.result(v.shape, v.dtype)
     end = room.result(_state_shape(q, v, span_start), torch.float32) if want_state else None
-    chunks = _lay_out(room, q, v, span_start)
-    within = within_chunks(room, q, k, v, g, chunks, scale=scale, tau=tau, kind=_product_kind(q))
-    stream(room, v, within, chunks, span_start, q.shape[2], start=start, end=end, out=out)
+    chunks = _lay_out(room, q, v, span_start, ceil_div(v.shape[2], 64))
+    within = within_chunks(room, q, k, v, g, chunks, scale=scale, tau=tau, kind=_product_kind(q, v))
+    stream(room, v, within, chunks, span_start, q.shape[2], out, start=start, end=end)
     return out, end
 
 
@@ -102,20 +97,17 @@ def _backward(
     start: torch.Tensor | None,
 ) -> Tensors:
     scale, tau = key
-    kind, channels = _product_kind(q), q.shape[2]
-    chunks = _lay_out(room, q, v, span_start)
+    kind, channels = _product_kind(q, v), q.shape[2]
+    programs = 2 * ceil_div(padded(channels), 64) * ceil_div(v.shape[2], 64)
+    chunks = _lay_out(room, q, v, span_start, programs)
     d_start = None
     if start is not None:
         d_start = room.result(_state_shape(q, v, span_start), torch.float32)
     dv = room.result(v.shape, v.dtype)
     within = within_chunks(room, q, k, v, g, chunks, scale=scale, tau=tau, kind=kind, dz=dz)
-    kept = stream(room, v, within, chunks, span_start, channels, start=start, keep=True)
-    d_kept = stream(
-        room, dz, within, chunks, span_start, channels,
-        reverse=True, start=d_end, end=d_start, keep=True, out=dv,
-    )  # fmt: skip
-    assert kept is not None
-    assert d_kept is not None
+    ways = (Way(v, start, None), Way(dz, d_end, d_start))
+    kept, d_kept = keep_states(room, ways, within, chunks, span_start, channels)
+    value_gradient(room, dz, within, d_kept, chunks, dv)
     dq, dk, dg = gradient(room, q, k, v, g, dz, within, kept, d_kept, chunks, scale=scale, tau=tau)
     return dq, dk, dv, dg, d_start
 
@@ -129,18 +121,18 @@ def _whole(state: torch.Tensor | None) -> torch.Tensor | None:
     return None if state is None else state.float().contiguous()
 
 
-def _product_kind(q: torch.Tensor) -> torch.dtype:
+def _product_kind(q: torch.Tensor, v: torch.Tensor) -> torch.dtype:
     # float16 cannot hold the factors of the anchored product; the interpreter, which stands in for
-    # a GPU on a CPU, cannot multiply bfloat16.
-    plain = q.dtype == torch.float32 or q.device.type == "cpu"
+    # a GPU on a CPU, cannot multiply bfloat16. Of small heads the gradients came out wrong in
+    # bfloat16 on an H200 (16 keys, 32 values); the sizes that are right there begin at 64.
+    small = padded(q.shape[2]) < SMALLEST or padded(v.shape[2]) < SMALLEST
+    plain = q.dtype == torch.float32 or q.device.type == "cpu" or small
     return torch.float32 if plain else torch.bfloat16
 
 
-def _lay_out(room: Room, q: torch.Tensor, v: torch.Tensor, span_start: torch.Tensor) -> Chunks:
-    n_spans, n_heads, width = span_start.shape[0] - 1, q.shape[1], v.shape[2]
-    wide = _product_kind(q) == torch.float32
-    tile = stream_tile(padded(q.shape[2]), width, wide=wide, tracks=n_spans * n_heads)
-    programs = n_heads * ceil_div(width, tile.v)
-    wanted = WANTED_WIDE if tile.v == WIDE_VALUES else WANTED
-    rows = segment_rows_for(q.shape[0], n_spans, programs, wanted)
+def _lay_out(
+    room: Room, q: torch.Tensor, v: torch.Tensor, span_start: torch.Tensor, programs: int
+) -> Chunks:
+    """programs: that may work on one track, a head of a span."""
+    rows = segment_rows_for(q.shape[0], span_start.shape[0] - 1, q.shape[1] * programs)
     return lay_out(room, span_start, q.shape[0], rows)
