@@ -147,7 +147,8 @@ def serve(
         drain: wait for all answers; otherwise what is left at the end is cut off, and judged if
             it has ENOUGH tokens.
     """
-    rng = random.Random(number)
+    # Of their own for every point: else all but the first would find them in the prefix cache.
+    rng = random.Random(f"{policy}-{rate:g}-{number}")
     vocabulary = engine.model.config.vocab_size
     prompts = [tuple(rng.randrange(vocabulary) for _ in range(a.prompt)) for a in arrivals]
     served = [Served(arrival, arrival.at >= 0) for arrival in arrivals]
