@@ -9,10 +9,10 @@ With S entering a chunk, dS leaving it and dA = tril(dO V^T) (see ``gla_chunked`
 
 What a row has from itself (i = j) drops out of dg and is left out there: it would only add its
 rounding. For the same reason the steep chunks take what keys give to the state from the other side,
-as the sum over the rows before t. The products with dA are of two bfloat16
-parts where the inputs are bfloat16: rounding to one would be the larger part of the error of dg. Two kernels share the chunks
-between them by the flag of ``pairs``: one anchored product for the mild, sub-chunks of 16 rows for
-the steep.
+as the sum over the rows before t. The products with dA are of two bfloat16 parts where the inputs
+are bfloat16: rounding to one would be the larger part of the error of dg. Two kernels share the
+chunks between them by the flag of ``pairs``: one anchored product for the mild, sub-chunks of 16
+rows for the steep.
 """
 
 from __future__ import annotations
